@@ -339,12 +339,8 @@ class EngineConfig(Section):
 
 
 CHANGE_ROUNDING_ONLY = (
-    "batch.microbatch_tokens",
-    "checkpoint.",
-    "corpus.cache",
-    "health.hang_seconds",
-    "model.activation_checkpointing",
-    "tracking.",
+    *("batch.microbatch_tokens", "checkpoint.", "corpus.cache", "health.hang_seconds"),
+    *("model.activation_checkpointing", "tracking."),
 )
 """Beginnings of keys that change results at most by rounding."""
 

@@ -1,7 +1,7 @@
 """Find a DeepSpeed JSON: a file, or one of the presets in ds_configs/."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
@@ -24,11 +24,6 @@ def _presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted((REPOSITORY / "ds_configs").glob("*.json"))}
 
 
-def _add_examples(schema: dict[str, Any]) -> None:
-    """Let editors complete the names of presets."""
-    schema["examples"] = list(_presets())
-
-
 def _check_preset(name: str) -> str:
     """Refuse unknown presets. A file is looked for later: a config may be read on a machine that lacks it."""
     if not Path(name).suffix and len(Path(name).parts) == 1:
@@ -36,5 +31,5 @@ def _check_preset(name: str) -> str:
     return name
 
 
-DsConfig = Annotated[PathText, AfterValidator(_check_preset), Field(json_schema_extra=_add_examples)]
-"""A DeepSpeed JSON, in a config."""
+DsConfig = Annotated[PathText, AfterValidator(_check_preset), Field(examples=list(_presets()))]
+"""A DeepSpeed JSON, in a config. Editors complete the names of presets."""

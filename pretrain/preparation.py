@@ -40,26 +40,19 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
     group.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
     group.from_rank0(lambda: _identify_copy(RunFolder(Path(config.run.dir).absolute())))
     restore_from_mirror(config, world, group)
-    run = group.call(
-        lambda: resolve(
-            config,
-            world.size,
-            decide=group.from_rank0,
-            verify=partial(verify_or_repair, config.checkpoint.mirror, group, world),
-            find_model=partial(download_model_to_hosts, world, group),
-            copy_corpora=partial(copy_corpora_to_hosts, world, group),
-        )
-    )
+    verify = partial(verify_or_repair, config.checkpoint.mirror, group, world)
+    find_model = partial(download_model_to_hosts, world, group)
+    copy_corpora = partial(copy_corpora_to_hosts, world, group)
+    run = group.call(lambda: resolve(config, world.size, group.from_rank0, verify, find_model, copy_corpora))
     group.call(lambda: check_device_support(run.deepspeed))
     if world.rank == 0:
         warn_of_emulation(run.deepspeed)
     verify_on_each_host(run.all_corpora, world, group)
     model = group.call(lambda: _build_model(run))
     rows = agreed_rows(choose_rows(model, run.deepspeed.dtype), world, group)
+    ratio = attention_ratio(model.flops)
     stream = group.call(
-        lambda: open_stream(
-            run, world, rows=rows, first_position=model.first_position, attention_ratio=attention_ratio(model.flops)
-        )
+        lambda: open_stream(run, world, rows=rows, first_position=model.first_position, attention_ratio=ratio)
     )
     return run, model, stream
 

@@ -37,13 +37,8 @@ _SPECIAL_TOKENS = "corpus.special_tokens"
 _DS_CONFIG = "engine.ds_config."
 # Keys that determine which sequences are in a batch.
 _STREAM = (
-    "run.seed",
-    "batch.sequences",
-    "batch.max_seq_length",
-    "corpus.train",
-    _SPECIAL_TOKENS,
-    "schedule.batch_warmup_steps",
-    "schedule.stages",
+    *("run.seed", "batch.sequences", "batch.max_seq_length", "corpus.train", _SPECIAL_TOKENS),
+    *("schedule.batch_warmup_steps", "schedule.stages"),
 )
 # Keys that determine the stream of batches, the masks or the parameters.
 _FIXED = ("model", "masking", "optimizer.name", *_STREAM)
@@ -55,14 +50,8 @@ _NO_EFFECT = {"model.use_cache"}
 _LENGTH = ("schedule.steps", "schedule.epochs", "schedule.tokens")
 # Keys that name paths, or that `run_identity` resolves.
 _BY_CONTENT = (
-    "run.dir",
-    "run.resume",
-    "model.config",
-    "model.init_from",
-    "model.added_tokens",
-    "model.max_positions",
-    "corpus.train",
-    "schedule.stages",
+    *("run.dir", "run.resume", "corpus.train", "schedule.stages"),
+    *("model.config", "model.init_from", "model.added_tokens", "model.max_positions"),
 )
 # Keys about the training of a model, not its architecture: a fork may change them.
 _MODEL_TRAINING = tuple(f"model.{field}" for field in ModelConfig.model_fields)
@@ -150,12 +139,8 @@ def locate_model(
         if not is_same_name:
             _check_other_model(model.init_from, saved["init_from"], point)
         if model.init_from is not None and is_same_name and _has_same_options(model, saved):
-            copy = {
-                "config": None,
-                "init_from": str(point.checkpoint / "hf"),
-                "added_tokens": None,
-                "max_positions": None,
-            }
+            options = dict.fromkeys(("config", "added_tokens", "max_positions"))
+            copy = {**options, "init_from": str(point.checkpoint / "hf")}
             return model.model_copy(update={"init_from": saved["init_from"]}), model.model_copy(update=copy)
     if model.init_from is None:
         return model, model
@@ -216,9 +201,7 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
     for key in _FROM_STEP_0 if point.fork else ():
         ends_freeze = key == "model.freeze_steps" and key in changed and identity[key] < changed[key][0]
         if key in changed and 0 < identity[key] <= step and not ends_freeze:
-            log.warning(
-                "%s: %d: is over: it counts from step 0, and the fork begins at step %d", key, identity[key], step
-            )
+            log.warning(f"{key}: {identity[key]}: is over: it counts from step 0, and the fork begins at step {step}")
     return ResumePlan(
         point.checkpoint,
         step=step,

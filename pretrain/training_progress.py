@@ -86,12 +86,8 @@ def fork_progress(parent: TrainingProgress, same_stream: bool) -> TrainingProgre
 
     `same_stream`: each step has the same batch as in the parent, so its bad steps are skipped here too.
     """
-    return TrainingProgress(
-        step=parent.step,
-        tokens=parent.tokens,
-        tokens_by_corpus=parent.tokens_by_corpus,
-        bad_steps=parent.bad_steps if same_stream else (),
-    )
+    bad_steps = parent.bad_steps if same_stream else ()
+    return TrainingProgress(parent.step, parent.tokens, parent.tokens_by_corpus, bad_steps=bad_steps)
 
 
 def rename_corpora(

@@ -58,11 +58,7 @@ _UNSUPPORTED_ZERO = {
     "zero_quantized_weights": "would train with weights of 8 bits",
     "zero_quantized_nontrainable_weights": "would compute with weights of 8 bits",
 }
-_SHORT_MASTERS = (
-    ("bf16", "bf16_master_weights_and_grads"),
-    ("bf16", "bf16_optimizer_states"),
-    ("fp16", "fp16_master_weights_and_grads"),
-)
+_SHORT_MASTERS = ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
 _PROFILERS = ("wall_clock_breakdown", "flops_profiler")  # they report from DeepSpeed's step, which is not always called
 
 
@@ -363,7 +359,8 @@ def _check_precision_keys(raw: Mapping[str, Any], path: Path) -> Precision:
             f"{path}: 'torch_autocast' scales gradients after their norm is taken and clipped; remove it and enable "
             "'fp16' or 'bf16'"
         )
-    for section, key in _SHORT_MASTERS:
+    for key in _SHORT_MASTERS:
+        section, _, _ = key.partition("_")
         if raw.get(section, {}).get(key):
             raise UserError(f"{path}: '{section}.{key}' keeps master weights in 16 bits; remove it")
     if fp16.get("enabled") and bf16.get("enabled"):

@@ -42,8 +42,7 @@ def _import_muon() -> None:
     compile_kernel = compiler.compile
     compiler.compile = lambda *_, **__: lambda kernel: kernel
     try:
-        with contextlib.suppress(ImportError):  # a release without it
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = compile_kernel
 

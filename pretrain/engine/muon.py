@@ -132,13 +132,9 @@ class Muon(AdamW):
         """
         self._rank, self._ranks, self._device = dist.get_rank(), dist.get_world_size(), device
         self._numbers = {flat: number for number, flat in enumerate(flats)}
-        held = {
-            fragment.name: (
-                fragment.shape,
-                _Slice(self._numbers[fragment.flat], fragment.offset, fragment.start, fragment.numel),
-            )
-            for fragment in fragments
-        }
+        held = {}
+        for each in fragments:
+            held[each.name] = each.shape, _Slice(self._numbers[each.flat], each.offset, each.start, each.numel)
         everywhere: list[Any] = [None] * self._ranks
         dist.all_gather_object(everywhere, held)
         self._holders: dict[str, dict[int, _Slice]] = {}
@@ -213,13 +209,12 @@ class Muon(AdamW):
                 name: parts for name, parts in self._holders.items() if next(iter(parts.values())).flat in numbers
             }
             assert holders, "tensors that `attach` does not know"
-            owners = assign(
-                {name: orthogonalization_flops(*self._shapes[name]) for name in holders},
-                {
-                    name: [parts[rank].numel if rank in parts else 0 for rank in range(self._ranks)]
-                    for name, parts in holders.items()
-                },
-            )
+            costs = {name: orthogonalization_flops(*self._shapes[name]) for name in holders}
+            held = {
+                name: [parts[rank].numel if rank in parts else 0 for rank in range(self._ranks)]
+                for name, parts in holders.items()
+            }
+            owners = assign(costs, held)
             updates, results = [], []
             for name, owner in owners.items():
                 parts = holders[name]
@@ -227,18 +222,14 @@ class Muon(AdamW):
                 sources = {owner: parts[owner]} if is_whole else parts
                 updates += [_Transfer(name, rank, owner, part) for rank, part in sources.items()]
                 results += [_Transfer(name, owner, rank, part) for rank, part in parts.items()]
-            self._plans[numbers] = _Plan(
-                [name for name, owner in owners.items() if owner == self._rank],
-                *map(self._exchange, (updates, results)),
-            )
+            owned = [name for name, owner in owners.items() if owner == self._rank]
+            self._plans[numbers] = _Plan(owned, self._exchange(updates), self._exchange(results))
         return self._plans[numbers]
 
     def _exchange(self, transfers: Sequence[_Transfer]) -> _Exchange:
         """Select this rank's part of an exchange. `transfers`: of all ranks."""
-        return _Exchange(
-            own=[transfer for transfer in transfers if self._rank in (transfer.source, transfer.target)],
-            leaves_ranks=any(transfer.source != transfer.target for transfer in transfers),
-        )
+        own = [transfer for transfer in transfers if self._rank in (transfer.source, transfer.target)]
+        return _Exchange(own, any(transfer.source != transfer.target for transfer in transfers))
 
     @collective("all_to_all")
     def _transfer(
@@ -259,12 +250,10 @@ class Muon(AdamW):
         arriving = [transfer for transfers in received for transfer in transfers]
         nothing = torch.empty(0, dtype=self._dtype, device=self._device)
         values = nothing.new_empty(sum(transfer.part.numel for transfer in arriving))
-        dist.all_to_all_single(
-            values,
-            torch.cat([nothing, *(part for parts in sent for part in parts)]),
-            [sum(transfer.part.numel for transfer in transfers) for transfers in received],
-            [sum(part.numel() for part in parts) for parts in sent],
-        )
+        leaving = torch.cat([nothing, *(part for parts in sent for part in parts)])
+        received_sizes = [sum(transfer.part.numel for transfer in transfers) for transfers in received]
+        sent_sizes = [sum(part.numel() for part in parts) for parts in sent]
+        dist.all_to_all_single(values, leaving, received_sizes, sent_sizes)
         parts = torch.split(values, [transfer.part.numel for transfer in arriving])
         for transfer, part in zip(arriving, parts, strict=True):
             write(transfer.name, transfer.part, part)

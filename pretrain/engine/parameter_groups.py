@@ -44,19 +44,10 @@ def parameter_groups(
         decays, is_matrix = is_weight and name not in unused, name in matrices
         lr_scale = config.layer_decay ** (deepest - depths[name]) * (matrix_rate if is_matrix else 1.0)
         frozen_until = freeze.freeze_steps if any(is_in_module(name, module) for module in freeze.freeze) else 0
-        group = groups.setdefault(
-            (lr_scale, frozen_until, not decays, is_matrix),
-            {
-                "params": [],
-                "weight_decay": config.weight_decay if decays else 0.0,
-                "decays": decays,
-                "matrices": is_matrix,
-                "lr_scale": lr_scale,
-                "frozen_until": frozen_until,
-                "frozen": False,
-            },
-        )
-        group["params"].append(parameter)
+        weight_decay = config.weight_decay if decays else 0.0
+        options = {"decays": decays, "matrices": is_matrix, "lr_scale": lr_scale, "frozen_until": frozen_until}
+        new: Group = {"params": [], "weight_decay": weight_decay, **options, "frozen": False}
+        groups.setdefault((lr_scale, frozen_until, not decays, is_matrix), new)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 

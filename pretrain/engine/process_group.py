@@ -47,14 +47,10 @@ def connect(timeout: datetime.timedelta, end_process: Callable[[str], object]) -
     backend = accelerator.communication_backend_name()
     message = f"the ranks did not connect to each other within {timeout.total_seconds():.0f} s ({backend})"
     with deadline(timeout, lambda: end_process(message)):
+        # As DeepSpeed does.
+        device_id = accelerator.device(world.local_rank) if backend == "nccl" and world.size > 1 else None
         dist.init_process_group(
-            backend,
-            store=store,
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timeout,
-            # As DeepSpeed does.
-            device_id=accelerator.device(world.local_rank) if backend == "nccl" and world.size > 1 else None,
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id
         )
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)  # uses the group
         # ZeRO communicates in a copy of the group, which has the default timeout of torch.
@@ -81,14 +77,8 @@ def disconnect() -> None:
 
 def _local_world() -> World:
     """Read this rank from the environment, by default a single one. Selects its device. Raises HostError."""
-    for name, default in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("LOCAL_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "29500"),
-    ):
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    for name, default in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         os.environ.setdefault(name, default)
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
     try:
@@ -104,15 +94,8 @@ def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) ->
     """Return the store of the process group, when all ranks have connected to it."""
     # torchrun serves the store itself.
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(
-        address,
-        port,
-        world.size,
-        is_master=serves,
-        timeout=timeout,
-        wait_for_workers=False,
-        master_listen_fd=_listen(address, port) if serves else None,
-    )
+    listener = _listen(address, port) if serves else None
+    store = dist.TCPStore(address, port, world.size, serves, timeout, wait_for_workers=False, master_listen_fd=listener)
     keys = [f"connected/{rank}" for rank in range(world.size)]
     store.set(keys[world.rank], "")
     try:

@@ -118,11 +118,9 @@ def open_shared_memory() -> SharedMemory | None:
 
 def _create_file() -> int | None:
     """Return the descriptor of a file in memory, which needs no place in /dev/shm and no deletion."""
-    if not hasattr(os, "memfd_create"):  # some builds of Python lack it
-        return None
     try:
         file = os.memfd_create("deepcloze")
-    except OSError:
+    except (AttributeError, OSError):  # some builds of Python lack it
         return None
     try:
         os.posix_fallocate(file, 0, BUFFER_BYTES)  # writing to memory that cannot be had would kill the process
@@ -136,11 +134,8 @@ def _describe(file: int) -> _Buffer | None:
     token = os.urandom(_TOKEN_BYTES)
     try:
         os.pwrite(file, token, 0)
-        return _Buffer(
-            f"{_BOOT_ID.read_text()} {_PROCESS_IDS.readlink()}",
-            f"/proc/{Path('/proc/self').readlink()}/fd/{file}",
-            token,
-        )
+        processes = f"{_BOOT_ID.read_text()} {_PROCESS_IDS.readlink()}"
+        return _Buffer(processes, f"/proc/{Path('/proc/self').readlink()}/fd/{file}", token)
     except OSError:
         return None
 

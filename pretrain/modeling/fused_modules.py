@@ -66,13 +66,10 @@ class _BertAttention(nn.Module):
         layers = (self.query, self.key, self.value)
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
+        qkv_BWJHD = _split(F.linear(hidden_BWD, weight, bias), self.attention_head_size)
+        dropout = self.dropout.p if self.training else 0.0
         output_BWHD, _ = qkv_attention(
-            _split(F.linear(hidden_BWD, weight, bias), self.attention_head_size),
-            None,
-            packing=packing,
-            scaling=self.scaling,
-            dropout=self.dropout.p if self.training else 0.0,
-            sliding_window=None,
+            qkv_BWJHD, None, packing=packing, scaling=self.scaling, dropout=dropout, sliding_window=None
         )
         return output_BWHD.flatten(2), None
 
@@ -115,7 +112,7 @@ class _BertOutput(nn.Module):
     dense: nn.Linear
     dropout: nn.Dropout
     LayerNorm: nn.LayerNorm
-    twice: bool
+    twice = False
 
     def forward(self, hidden_BWD: Tensor, residual_BWD: Tensor) -> Tensor | tuple[Tensor, ...]:
         probability = self.dropout.p if self.training else 0.0
@@ -133,10 +130,6 @@ class _BertAttentionOutput(_BertOutput):
     """Returns its output twice: for the feed-forward layer and for the residual connection."""
 
     twice = True
-
-
-class _BertFeedForwardOutput(_BertOutput):
-    twice = False
 
 
 class _BertLayer(nn.Module):
@@ -202,7 +195,7 @@ _TYPES: dict[str, type[nn.Module]] = {
     # RobertaPreLayerNorm's begins with a norm.
     **{f"{model}Intermediate": _Intermediate for model in _LIKE_BERT if model != "RobertaPreLayerNorm"},
     **{f"{model}SelfOutput": _BertAttentionOutput for model in _POST_NORM},
-    **{f"{model}Output": _BertFeedForwardOutput for model in _POST_NORM},
+    **{f"{model}Output": _BertOutput for model in _POST_NORM},
     **{f"{model}Layer": _BertLayer for model in _POST_NORM},
     "ModernBertAttention": _ModernBertAttention,
     "ModernBertEncoderLayer": _ModernBertLayer,

@@ -150,9 +150,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if parameter.grad is not None:
                 self._add(parameter.grad, "gradients")
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    self._count_as_gradient
-                )
+                parameter.register_post_accumulate_grad_hook(self._count_as_gradient)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))

@@ -183,16 +183,14 @@ def on_all_ranks(group: CpuGroup, write: Callable[[], T]) -> list[T]:
 
     Raises UnwritableError if writing failed. Any other error is raised on its rank, RuntimeError on the others.
     """
-    result, raised = None, None
+    result, raised, problem, unwritable = None, None, None, False
     try:
         result = write()
     except Exception as error:
         raised = error
-    refusal = raised and describe_disk_error(raised)
-    unwritable = refusal is not None or isinstance(raised, OSError)
-    problem = (
-        None if raised is None else refusal or (str(raised) if unwritable else f"{type(raised).__name__}: {raised}")
-    )
+        refusal = describe_disk_error(error)
+        unwritable = refusal is not None or isinstance(error, OSError)
+        problem = refusal or (str(error) if unwritable else f"{type(error).__name__}: {error}")
     gathered = group.all_gather_objects((problem, unwritable, result))
     if raised is not None and not unwritable:
         raise raised

@@ -265,15 +265,10 @@ class Checkpointer:
             "step": step,
             "loss_scaler": self.engine.loss_scaler_state(),
         }
-        return Snapshot(
-            step,
-            self._memory.copy(self.engine),
-            state,
-            lambda weights, folder: self._write_model(weights, buffers, folder, step),
-            self._retention(progress),
-        )
+        write_model = partial(self._write_model, buffers, step)
+        return Snapshot(step, self._memory.copy(self.engine), state, write_model, self._retention(progress))
 
-    def _write_model(self, weights: dict[str, Tensor], buffers: dict[str, Tensor], folder: Path, step: int) -> None:
+    def _write_model(self, buffers: dict[str, Tensor], step: int, weights: dict[str, Tensor], folder: Path) -> None:
         own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         write_hugging_face_folder(own | buffers, self.model, self.run.tokenizer, folder)
         write_origin(folder, self.run.folder, self.provenance, step)

@@ -69,10 +69,8 @@ class RunEvaluator:
             history = update_history(comparable, self.config, progress.step, metrics, so_far.trained)
             for name in newly_overfitting(history, self.config):
                 log.warning(
-                    "step %d: overfitting: the loss on %s has risen for %d evaluations while the training loss fell",
-                    progress.step,
-                    name,
-                    self.config.overfitting_after,
+                    f"step {progress.step}: overfitting: the loss on {name} has risen for "
+                    f"{self.config.overfitting_after} evaluations while the training loss fell"
                 )
             return replace(so_far, evaluations=history, evaluated=True)
 
@@ -112,12 +110,8 @@ def forget_replaced(history: EvaluationHistory, corpora: Mapping[str, str]) -> E
     metric = history.metric
     if metric is not None and metric.removeprefix("eval/").rpartition("/")[0] in replaced:
         metric = None
-    return replace(
-        history,
-        metric=metric,
-        held_out={name: loss for name, loss in history.held_out.items() if name not in replaced},
-        corpora=dict(corpora),
-    )
+    held_out = {name: loss for name, loss in history.held_out.items() if name not in replaced}
+    return replace(history, metric=metric, held_out=held_out, corpora=dict(corpora))
 
 
 def update_history(
@@ -133,7 +127,8 @@ def update_history(
     if config.best_metric != history.metric:
         best, best_step, waited = None, None, 1
     value = None if config.best_metric is None else metrics.get(config.best_metric)
-    if value is not None and (best is None or _is_better(config.best_metric, value, best)):
+    higher_is_better = str(config.best_metric).endswith("/accuracy")
+    if value is not None and (best is None or (value > best if higher_is_better else value < best)):
         best, best_step, waited = value, step, 0
 
     masked = trained[1] - history.trained[1]
@@ -172,7 +167,3 @@ def should_stop_early(history: EvaluationHistory, config: EvaluationConfig) -> b
 def newly_overfitting(history: EvaluationHistory, config: EvaluationConfig) -> list[str]:
     """Return the corpora to warn about now: each once per streak."""
     return [name for name, times in history.rising.items() if times == config.overfitting_after]
-
-
-def _is_better(metric: str | None, value: float, than: float) -> bool:
-    return value > than if str(metric).endswith("/accuracy") else value < than

@@ -69,9 +69,7 @@ def norm_limit(norms: Sequence[float], spike_factor: float) -> float:
     few."""
     if len(norms) < MIN_NORMS:
         return math.inf
-    if (middle := median(norms)) == 0:  # every norm would be a spike
-        return math.inf
-    return spike_factor * middle
+    return spike_factor * median(norms) or math.inf  # of 0, every norm would be a spike
 
 
 def append_norm(norms: tuple[float, ...], norm: float) -> tuple[float, ...]:

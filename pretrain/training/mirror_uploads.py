@@ -88,10 +88,8 @@ class MirrorUploads:
     def _work(self) -> None:
         while True:
             with self._wanted:
-                self._wanted.wait_for(
-                    lambda: self._is_wanted or self._is_over(),
-                    self._retry_seconds if self.problem is not None else None,
-                )
+                timeout = None if self.problem is None else self._retry_seconds
+                self._wanted.wait_for(lambda: self._is_wanted or self._is_over(), timeout)
                 if self._is_over() and not self._is_wanted:
                     return
                 self._is_wanted, keep, newest = False, self._keep, self._newest

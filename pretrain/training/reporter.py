@@ -148,25 +148,23 @@ class Reporter:
         interval.all_reduce_losses()
         pace = interval.measure_pace()
         slowest_rank = self._slowest_rank(pace.data_seconds)
-        self.log(
-            progress,
-            {
-                "loss": interval.mean_loss,
-                "lr": rate,
-                "grad_norm": grad_norm,
-                "loss_scale": self.engine.loss_scale,
-                "skipped_steps": progress.skipped_steps,
-                "overflows": progress.overflows if self.engine.precision == "fp16" else None,
-                "tokens_per_second": pace.tokens_per_second,
-                "mfu": self._mfu(pace.seconds),
-                "data_wait": pace.data_seconds / pace.seconds,
-                "goodput": self.times.goodput,
-                "checkpoint_seconds": pace.checkpoint_seconds,
-                "memory": peak_memory(),
-                **slowest_rank,
-                **({f"tokens/{name}": tokens for name, tokens in by_corpus.items()} if len(by_corpus) > 1 else {}),
-            },
-        )
+        metrics: Metrics = {
+            "loss": interval.mean_loss,
+            "lr": rate,
+            "grad_norm": grad_norm,
+            "loss_scale": self.engine.loss_scale,
+            "skipped_steps": progress.skipped_steps,
+            "overflows": progress.overflows if self.engine.precision == "fp16" else None,
+            "tokens_per_second": pace.tokens_per_second,
+            "mfu": self._mfu(pace.seconds),
+            "data_wait": pace.data_seconds / pace.seconds,
+            "goodput": self.times.goodput,
+            "checkpoint_seconds": pace.checkpoint_seconds,
+            "memory": peak_memory(),
+            **slowest_rank,
+            **({f"tokens/{name}": tokens for name, tokens in by_corpus.items()} if len(by_corpus) > 1 else {}),
+        }
+        self.log(progress, metrics)
         self._log_downstream(progress.step)
         if (message := self._checkpoint_alarm.check(saved_step)) is not None:
             self.alert(Alert("no_checkpoint", message))
@@ -266,13 +264,9 @@ class SlowRanks:
             self._intervals += 1
             if self._intervals == _SLOW_INTERVALS:
                 log.warning(
-                    "%s, rank %d is slow: its forward passes and waits for data took %.1f times the median of all "
-                    "ranks, and at least %.1f times in each of the last %d log intervals",
-                    self._nodes[rank],
-                    rank,
-                    slowest.ratio,
-                    SLOW_RATIO,
-                    _SLOW_INTERVALS,
+                    f"{self._nodes[rank]}, rank {rank} is slow: its forward passes and waits for data took "
+                    f"{slowest.ratio:.1f} times the median of all ranks, and at least {SLOW_RATIO:.1f} times in each "
+                    f"of the last {_SLOW_INTERVALS} log intervals"
                 )
         return slowest
 

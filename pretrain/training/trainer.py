@@ -25,15 +25,7 @@ from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.checkpointer import Checkpointer, load_resumed
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.evaluation import RunEvaluator, log_early_stop, should_stop_early
-from pretrain.training.health import (
-    ADVICE,
-    BadBatchWriter,
-    Fault,
-    Recovery,
-    append_norm,
-    diagnose,
-    norm_limit,
-)
+from pretrain.training.health import ADVICE, BadBatchWriter, Fault, Recovery, append_norm, diagnose, norm_limit
 from pretrain.training.learning_rate import ends_early, learning_rate
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.profiler import StepProfiler

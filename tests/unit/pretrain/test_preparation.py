@@ -327,7 +327,7 @@ def test_ranks_copy_a_damaged_checkpoint_before_they_skip_it(
     checkpoint = checkpoint_path(folder.checkpoints, 1)
     (checkpoint / "state.json").write_bytes(b"{}")
 
-    def resolve(config: PretrainConfig, ranks: int, verify: Verify, **_: Any) -> None:
+    def resolve(config: PretrainConfig, ranks: int, decide: object, verify: Verify, *_: Any) -> None:
         found.append(verify(checkpoint))
         raise UserError("enough")
 
