@@ -266,7 +266,7 @@ def sweep(options: SweepOptions) -> None:
     first, are printed and written to sweep.csv, sweep.json and sweep.png.
 
     Example:
-        deepcloze sweep --config my-run.yaml --grid "optimizer.lr=1e-4,5e-4 masking.rate=0.15,0.3"
+        deepcloze sweep --config my-run.yaml --grid "optimizer.lr=1e-4,5e-4 optimizer.weight_decay=0.01,0.1"
     """
     from launcher.run_sets.sweep import plan_sweep, run_sweep
 

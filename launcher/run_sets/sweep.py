@@ -102,6 +102,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
         with user_errors_in(f"sweep: {name}"):
             loaded[name] = load_config(config_type, config, overrides)
             check_differs(name, loaded)
+            _check_comparable(name, loaded)
             pinned = pins.overrides(loaded[name], name, values)
             if "task.test" in pinned:  # it has all of them; a key below it would come after it
                 overrides = {key: text for key, text in overrides.items() if not key.startswith("task.test.")}
@@ -130,6 +131,29 @@ def check_differs(name: str, points: Mapping[str, FinetuneConfig | PretrainConfi
             raise UserError(f"same config as {other}; leave one of them out of the grid")
 
 
+def _check_comparable(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:
+    """Raise UserError if a point of fine-tuning has no validation split, or if a point of pretraining is evaluated with
+    another masking policy or sequence length than the first one."""
+    point, (first_name, first) = points[name], next(iter(points.items()))
+    if isinstance(point, FinetuneConfig):
+        check_validation(point, "the points of a sweep are compared on validation")
+        return
+    assert isinstance(first, PretrainConfig)
+    before, now = _evaluation_settings(first), _evaluation_settings(point)
+    if changed := [key for key in now if now[key] != before[key]]:
+        key = changed[0]
+        raise UserError(
+            f"{key} is {now[key]}, but {before[key]} in {first_name}: the metrics depend on it, so these points "
+            "cannot be compared by them; compare the models on tasks with `deepcloze compare`, a row for each"
+        )
+
+
+def _evaluation_settings(config: PretrainConfig) -> dict[str, object]:
+    """Return the keys that held-out metrics depend on; of several masking rates, the last one, as in evaluations."""
+    masking = config.masking.model_dump(exclude={"schedule"}) | {"rate": config.masking.rates[-1]}
+    return flatten({"masking": masking, "batch": {"max_seq_length": config.batch.max_seq_length}})
+
+
 class _Pins:
     """Overrides that give all points of a sweep the same commits of a model and data sets of the Hub and, for
     fine-tuning, the same checkpoint of a run, which may save newer ones; and each its own mirror."""
@@ -146,7 +170,6 @@ class _Pins:
         """Return the overrides of a point. config: without them. values: of the grid. Raises UserError."""
         pinned, init_from = dict[str, str](), config.model.init_from
         if isinstance(config, FinetuneConfig):
-            check_validation(config, "the points of a sweep are compared on validation")
             task = config.task.pinned(self._data)
             self._data += task.files().values()
             pinned |= task.hub_overrides()

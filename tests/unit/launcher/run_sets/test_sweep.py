@@ -150,9 +150,22 @@ def test_every_point_is_validated_before_the_first_run(reject: Reject) -> None:
     assert "lr=0.001: same config as lr=1e-3" in reject("optimizer.lr=1e-4,1e-3,0.001")
     assert "lr=fast: command line: 'optimizer.lr'" in reject("optimizer.lr=1e-4,fast")
     assert "unknown config key 'optimizer.rate'" in reject("optimizer.rate=1e-4")
-    assert "max_seq_length=128" in reject("batch.max_seq_length=32,128 batch.microbatch_tokens=128")
+    short = reject("model.config.max_position_embeddings=64,16")
+    assert "max_position_embeddings=16: batch.max_seq_length is 32, but the model has 16 positions" in short
     assert "--grid: 'optimizer.lr' is set to 1e-3 for all points" in reject("optimizer.lr=1e-4", "--optimizer.lr=1e-3")
     assert "did you mean 'eval/held/loss'" in reject("optimizer.lr=1e-4", "--metric=eval/hold/loss")
+
+
+def test_points_of_pretraining_are_evaluated_alike(reject: Reject, pretraining: Path) -> None:
+    """Catches a sweep whose best point is the one whose held-out tokens are the easiest to predict, and one over
+    schedules of the masking rate, which evaluations do not depend on, that is rejected."""
+    message = "rate=0.3: masking.rate is 0.3, but 0.15 in rate=0.15: the metrics depend on it"
+    assert message in reject("masking.rate=0.15,0.3")
+    assert "`deepcloze compare`" in reject("masking.unit=token,span")
+    assert "batch.max_seq_length is 16, but 32 in" in reject("batch.max_seq_length=32,16", "--metric=loss")
+    overrides = {"masking.rate": "[0.3, 0.15]"}
+    options = SweepOptions(config=str(pretraining), grid="masking.schedule=linear,stepped", overrides=overrides)
+    assert len(plan_sweep(options).runs.runs) == 2
 
 
 def test_the_run_folder_of_the_config_may_be_in_use(
