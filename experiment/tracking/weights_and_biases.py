@@ -185,7 +185,7 @@ class _Rows:
         self._first_number = first_number
         self._last_number = -1
         self._step = -1  # of the training
-        self._late = 0  # events of earlier steps since then
+        self._late = 0  # events of earlier steps, and scores, since then
 
     def log(self, event: Metrics, again: bool = False) -> None:
         """Log an event under its number, or the next one that W&B accepts. again: one of an earlier attempt, which is
@@ -198,12 +198,13 @@ class _Rows:
             self._run.log(row, step=self._last_number, commit=True)
 
     def _next(self, event: Metrics) -> tuple[int, bool]:
-        """Return the number of an event, and whether it is of an earlier step than the training."""
+        """Return the number of an event, and whether it is of an earlier step than the training, or a score, which may
+        come after all other events of its step."""
         step = event["step"]
         assert isinstance(step, int)
         if step > self._step:
             self._step, self._late = step, 0
-        is_late = step < self._step
+        is_late = step < self._step or any(key.startswith("downstream/") for key in event)
         self._late += is_late
         slot = 1 + self._late if is_late else int(is_evaluation(event))
         return self._step * _ROWS_PER_STEP + slot, is_late

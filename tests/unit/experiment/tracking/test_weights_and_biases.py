@@ -213,6 +213,26 @@ def test_a_score_that_comes_while_steps_are_repeated(tmp_path: Path, fake: FakeW
     assert fake.runs[0].logged == [event(90, "downstream/x"), event(510)]
 
 
+def test_scores_of_the_last_step(tmp_path: Path, fake: FakeWandb) -> None:
+    """Catches scores of the last checkpoint that `deepcloze watch` cannot add when the run has ended, and those that
+    appear twice, or never if they were not delivered, when another one is added."""
+    first = tracker(tmp_path)
+    for logged in (event(10), evaluation(10)):
+        first.log(logged)
+    first.close(Outcome.DONE)
+    kept = [event(10), evaluation(10)]
+    for task, delivered in (("a", True), ("b", False), ("c", True)):
+        fake.starting_step = max(run.next_step for run in fake.runs)
+        added = tracker(tmp_path, kept=kept)
+        added.log(event(10, f"downstream/{task}/accuracy"))
+        added.close(Outcome.DONE)
+        kept.append(event(10, f"downstream/{task}/accuracy"))
+        if not delivered:
+            fake.runs.pop()
+    scores = [logged for run in fake.runs[1:] for logged in run.logged]
+    assert scores == [event(10, f"downstream/{task}/accuracy") for task in "abc"]
+
+
 def test_alerts_are_sent_if_enabled(tmp_path: Path, fake: FakeWandb) -> None:
     """Catches a title that W&B refuses, an alert without its text, and one that was not asked for."""
     folder = tmp_path / ("long" * 20)
