@@ -62,9 +62,12 @@ class WandbTracker:
         self._finish_seconds = finish_seconds
         self._off = False
         self._report: Path | None = None
+        own_name = None if RUN_SET in os.environ else config.name
+        self._name = own_name or os.environ.get(WANDB_NAME) or folder.path.name
         self._options: dict[str, Any] = {
             "project": config.project,
-            "name": (None if RUN_SET in os.environ else config.name) or os.environ.get(WANDB_NAME) or folder.path.name,
+            # "" keeps the name of a W&B run that is resumed, maybe without the variables of its sweep or comparison.
+            "name": "" if kept else self._name,
             "tags": config.tags,
             "id": run_id,
             "resume": "allow",  # also offline: `wandb sync` then appends a later attempt instead of replacing the first
@@ -145,6 +148,8 @@ class WandbTracker:
         if run is None:
             first_number = last_step(self._folder.wandb, self._options["id"]) + 1
             run = wandb.init(mode="offline", settings=settings, **self._options)
+        if first_number == 0 and not self._options["name"]:  # earlier attempts did not use W&B
+            run.name = self._name
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run, first_number

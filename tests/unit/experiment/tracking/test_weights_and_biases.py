@@ -34,6 +34,7 @@ class FakeRun:
 
     def __init__(self, starting_step: int = 0, **options: Any) -> None:
         self.options = options
+        self.name = options["name"]
         self.starting_step = self.next_step = starting_step
         self.logged: list[Mapping[str, Any]] = []
         self.calls: list[tuple[Any, ...]] = []
@@ -153,6 +154,15 @@ def test_the_name_of_a_run(tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.
     monkeypatch.setenv("DEEPCLOZE_RUN_SET", "1")
     tracker(tmp_path, name="mine").close(Outcome.DONE)
     assert [run.options["name"] for run in fake.runs] == ["ours/toy", "mine", "mine", "ours/toy"]
+
+
+def test_a_resumed_run_keeps_its_name(tmp_path: Path, fake: FakeWandb) -> None:
+    """Catches a run of a comparison that `deepcloze watch`, or a resume by hand, names like its folder; and a random
+    name because the earlier attempts did not use W&B."""
+    tracker(tmp_path, kept=[event(10)]).close(Outcome.DONE)
+    fake.starting_step = 10 * 10_000 + 1
+    tracker(tmp_path, kept=[event(10)]).close(Outcome.DONE)
+    assert [run.name for run in fake.runs] == [tmp_path.name, ""]
 
 
 def event(step: int, name: str = "loss") -> Event:
