@@ -13,7 +13,6 @@ from pathlib import Path
 from experiment.config import did_you_mean, flatten, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest
-from experiment.models.hub_names import HubName
 from experiment.process.own_process import module_command
 from experiment.results.sweep_summary import (
     metric_title,
@@ -24,6 +23,7 @@ from experiment.results.sweep_summary import (
     write_summary,
 )
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, check_run_folder
+from experiment.storage import is_url
 from finetune.config import FinetuneConfig, check_validation
 from launcher.options import LaunchOptions, SweepOptions
 from launcher.run_sets.run_set import (
@@ -155,8 +155,8 @@ def _evaluation_settings(config: PretrainConfig) -> dict[str, object]:
 
 
 class _Pins:
-    """Overrides that give all points of a sweep the same commits of a model and data sets of the Hub and, for
-    fine-tuning, the same checkpoint of a run, which may save newer ones; and each its own mirror."""
+    """Overrides that give all points of a sweep the same commits of a model and data sets of the Hub and the same
+    checkpoint of a run, which may save newer ones; and each its own mirror."""
 
     def __init__(self, record: Path) -> None:
         """record: of the sweep, if it has begun."""
@@ -175,7 +175,7 @@ class _Pins:
             pinned |= task.hub_overrides()
         elif config.checkpoint.mirror is not None and "checkpoint.mirror" not in values:
             pinned["checkpoint.mirror"] = f"{config.checkpoint.mirror}/{point}"
-        if init_from is not None and (isinstance(config, FinetuneConfig) or HubName.of_model(init_from) is not None):
+        if init_from is not None and (isinstance(config, FinetuneConfig) or self._pins_model(config, init_from)):
             if init_from not in self._models:
                 varies = "model.init_from" in values  # between points
                 same = [found for name, found in self._configs.items() if name == point or not varies]
@@ -183,6 +183,12 @@ class _Pins:
                     self._models[init_from] = record_model_of_set(init_from, self._configs, same)
             pinned["model.init_from"] = self._models[init_from]
         return pinned
+
+    def _pins_model(self, config: PretrainConfig, init_from: str) -> bool:
+        """Return whether points start from a checkpoint or commit: not forks, which have the weights of their parents,
+        nor URLs, which are rejected, nor points of version 0.2.0, which recorded the name of a run."""
+        is_recorded = any(found.get("model.init_from") == init_from for found in self._configs.values())
+        return config.run.parent is None and not is_url(init_from) and not is_recorded
 
 
 def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> tuple[str, bool]:

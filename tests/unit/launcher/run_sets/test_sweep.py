@@ -626,30 +626,47 @@ def test_all_points_read_one_commit_of_the_data(
         assert set(pinned) <= set(flags)
 
 
+@pytest.mark.parametrize(("kind", "rate"), [("task", "training.lr"), ("pretraining", "optimizer.lr")])
 def test_all_points_start_from_one_checkpoint(
-    task: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    rate: str,
+    encoder: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Catches points that start from the checkpoint that is the newest one when they begin, and a sweep that cannot be
-    resumed because its run has saved another one, or which keeps a checkpoint after its points were removed."""
+    resumed because its run has saved another one, because version 0.2.0 recorded the run for pretraining, or which
+    keeps a checkpoint after its points were removed."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run, config = tmp_path / "pretrained", request.getfixturevalue(kind)
+    overrides = [f"--model.init_from={run}", *(["--model.config=null"] if kind == "pretraining" else [])]
 
     def save(step: int) -> str:
-        checkpoint = checkpoint_path(tmp_path / "pretraining" / "checkpoints", step)
+        checkpoint = checkpoint_path(run / "checkpoints", step)
         shutil.copytree(encoder, checkpoint / "hf")
         mark_complete(checkpoint)
         return f"{checkpoint}/hf"
 
-    def models(grid: str) -> list[str]:
-        found = dry_run(capsys, task, grid, f"--model.init_from={tmp_path}/pretraining")
+    def models(rates: str) -> list[str]:
+        found = dry_run(capsys, config, f"{rate}={rates}", *overrides)
         return [flag.removeprefix("--model.init_from=") for flags in found for flag in flags if "init_from" in flag]
 
+    def record(began: str) -> None:
+        write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": {"lr=1e-5": {"config": {"model.init_from": began}}}})
+
     first = save(1)
-    assert models("training.lr=1e-5,2e-5") == [first] * 2
-    write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": {"lr=1e-5": {"config": {"model.init_from": first}}}})
+    assert models("1e-5,2e-5") == [first] * 2
+    record(first)
     (tmp_path / "run-sweep" / "lr=1e-5").mkdir()
     second = save(2)
-    assert models("training.lr=1e-5,2e-5") == [first] * 2
+    assert models("1e-5,2e-5") == [first] * 2
+    if kind == "pretraining":
+        record(str(run))
+        assert models("1e-5,2e-5") == [str(run)] * 2
     (tmp_path / "run-sweep" / "lr=1e-5").rmdir()
-    assert models("training.lr=1e-5") == [second]
+    assert models("1e-5") == [second]
 
 
 def test_the_model_of_all_points_is_checked(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
