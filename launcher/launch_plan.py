@@ -48,6 +48,7 @@ class LaunchPlan:
     target: Target  # requirements for preflight
     summary: str = ""  # model and engine, in words
     identity: Mapping[str, Any] = field(default_factory=dict)  # see `pretrain.resume.run_identity`
+    held_out: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the evaluation corpora, by name
 
     @property
     def local(self) -> bool:
@@ -132,7 +133,8 @@ def plan_launch(
         _check_paths(run.folder)
     hosts = target_of_hosts(slots, machine, options)
     target = target_of_run(hosts, run.config, run.num_parameters, run.folder, _cache_needs(run))
-    return LaunchPlan(options, run.config, run.folder, slots, machine, target, _summary(run), run.identity)
+    held_out = {name: corpus.fingerprint for name, corpus in run.held_out.items()}
+    return LaunchPlan(options, run.config, run.folder, slots, machine, target, _summary(run), run.identity, held_out)
 
 
 def local_command(options: PretrainOptions, slots: Slots, machine: Machine) -> DeepSpeedCommand:

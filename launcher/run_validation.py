@@ -61,8 +61,8 @@ def check_pretraining(config: str, overrides: dict[str, str]) -> None:
 
 
 def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> "FlatConfig":
-    """Return the config of a pretraining run, the fingerprint of its training corpus, and the settings of precision in
-    its DeepSpeed JSON, and print warnings. placement: of `LaunchOptions`.
+    """Return the config of a pretraining run, the fingerprints of its corpora, the checksums of the model that it
+    starts from, and the settings of precision in its DeepSpeed JSON, and print warnings. placement: of `LaunchOptions`.
 
     Raises UserError for anything that would keep the run from starting.
     """
@@ -72,8 +72,11 @@ def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapp
     for warning in loaded.warnings(loaded.schedule.known_steps):
         warn_once(f"{config}: {warning}")  # points of a sweep have the same
     content = {key: value for key, value in plan.identity.items() if key.startswith(_PRECISION)}
+    content |= {"corpus.fingerprint": plan.identity["corpus.train"], "corpus.eval_fingerprints": plan.held_out}
+    if loaded.model.init_from is not None and loaded.run.parent is None:
+        content |= encoder_origin(loaded.model.init_from, "pretrained")
     # Not the resolved config, whose model.init_from may be a newer checkpoint after a restart.
-    return flatten(loaded) | content | {"corpus.fingerprint": plan.identity["corpus.train"]}
+    return flatten(loaded) | content
 
 
 def validate_finetuning(config: str, overrides: Mapping[str, str], models: set[str] | None) -> "FinetuneConfig":
@@ -97,7 +100,7 @@ def data_origin(task: TaskConfig) -> "FlatConfig":
 
 
 def encoder_origin(init_from: str, weights: str) -> "FlatConfig":
-    """Return the checksums of the files that a fine-tuning run starts from, `encoder.FILE`.
+    """Return the checksums of the files that a run starts from, `encoder.FILE`.
 
     weights: see `finetune.config.ModelConfig`.
     """

@@ -49,8 +49,8 @@ _IRRELEVANT = (  # beginnings of keys
     *(f"pretrain.{key}" for key in ("run.dir", "run.log_every", *PRETRAINING_ROUNDING_ONLY)),
     *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY),
 )
-_PRETRAIN_ORIGINS = ("corpus.fingerprint", "engine.ds_config.")
-_ORIGINS = ("data.", "encoder.", *_PRETRAIN_ORIGINS, *(f"pretrain.{key}" for key in _PRETRAIN_ORIGINS))
+_PRETRAIN_ORIGINS = ("corpus.fingerprint", "corpus.eval_fingerprints", "encoder.", "engine.ds_config.")
+_ORIGINS = ("data.", *_PRETRAIN_ORIGINS, *(f"pretrain.{key}" for key in _PRETRAIN_ORIGINS))
 """Beginnings of keys that records of earlier versions may lack."""
 _OWN_PATHS = ("run.dir", "checkpoint.mirror")  # keys; each run of a set has its own
 _POLL_SECONDS = 0.5

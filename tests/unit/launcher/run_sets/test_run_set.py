@@ -282,6 +282,21 @@ def test_other_content_changes_a_run(tmp_path: Path) -> None:
         finish(tmp_path, {"seed": 1, "data.train": "one", "data.validation": "new", "encoder.config.json": "one"})
 
 
+def test_other_content_changes_a_pretraining(tmp_path: Path) -> None:
+    """Catches one table of runs that were evaluated on other text or start from other weights; and a set of version
+    0.2.0, which did not record them, that cannot continue."""
+    (tmp_path / "a").mkdir()
+    before = {"corpus.fingerprint": "one", "model.init_from": "/model", "pretrain.corpus.fingerprint": "one"}
+    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": before}}})
+    texts = {"corpus.eval_fingerprints": {"wiki": "one"}, "pretrain.corpus.eval_fingerprints": {}}
+    now = before | texts | {"encoder.config.json": "one", "pretrain.encoder.config.json": "one"}
+    assert finish(tmp_path, now)
+    with pytest.raises(UserError, match=r"another corpus\.eval_fingerprints: \{'wiki': 'one'\}, now \{'wiki': 'two'\}"):
+        finish(tmp_path, now | {"corpus.eval_fingerprints": {"wiki": "two"}})
+    with pytest.raises(UserError, match=r"other content of /model/config\.json"):
+        finish(tmp_path, now | {"encoder.config.json": "two", "pretrain.encoder.config.json": "two"})
+
+
 def test_one_message_names_all_runs_with_another_config(tmp_path: Path) -> None:
     """Catches a message for each run, so that the user removes one folder after the other."""
     for seed in (1, 2):

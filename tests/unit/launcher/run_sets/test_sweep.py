@@ -371,11 +371,15 @@ def test_runs_of_another_config_are_not_mixed_in(tmp_path: Path) -> None:
         run_sweep(replace(first, runs=other))
 
 
-def test_points_have_the_same_data_and_encoder(task: Path, pretraining: Path, tmp_path: Path) -> None:
-    """Catches one table of runs that were trained on other data, or start from other files, of the same names."""
+def test_points_have_the_same_data_and_encoder(
+    task: Path, pretraining: Path, wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches one table of runs that were trained or evaluated on other data, or start from other files, of the same
+    names."""
 
-    def config(file: Path, grid: str) -> dict[str, object]:
-        (run,) = plan_sweep(SweepOptions(config=str(file), grid=grid)).runs.runs
+    def config(file: Path, grid: str, **overrides: str) -> dict[str, object]:
+        named = {key.replace("__", "."): text for key, text in overrides.items()}
+        (run,) = plan_sweep(SweepOptions(config=str(file), grid=grid, overrides=named)).runs.runs
         return dict(run.config)
 
     first = config(task, "training.lr=1e-5")
@@ -388,6 +392,16 @@ def test_points_have_the_same_data_and_encoder(task: Path, pretraining: Path, tm
     corpus = open_corpus(yaml.safe_load(pretraining.read_text())["corpus"]["train"])
     assert (found["corpus.fingerprint"], found["engine.ds_config.bf16.enabled"]) == (corpus.fingerprint, True)
     assert not [key for key in found if "zero_optimization" in key]  # it changes no result
+
+    held, both = tmp_path / "held", []
+    for evaluated in (heldout_corpus, wordpiece_corpus):
+        held.unlink(missing_ok=True)
+        held.symlink_to(evaluated)
+        model.write_text(model.read_text() + "\n")
+        continued = {"model__init_from": str(model.parent), "model__config": "null", "corpus__eval__held": str(held)}
+        both.append(config(pretraining, "optimizer.lr=1e-5", **continued))
+    first, second = both
+    assert {key for key in first if first[key] != second[key]} == {"corpus.eval_fingerprints", "encoder.config.json"}
 
 
 def test_a_sweep_is_beside_the_folder_of_the_config(
