@@ -1,5 +1,6 @@
 """The sections of a report about several runs, also of a sweep or a comparison: charts and differences of configs."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -35,11 +36,18 @@ def overlay_blocks(runs: Sequence[Run]) -> list[Block]:
     return [runs_table(runs), *_overlay_charts(runs), *difference_blocks(runs)]
 
 
+def _numbers(runs: Sequence[Run]) -> list[int]:
+    """Return a number for each run, for its look: 0 for the one that was started first; of runs that have not started,
+    the last ones."""
+    oldest_first = sorted(range(len(runs)), key=lambda place: runs[place].started or math.inf)
+    return sorted(range(len(runs)), key=oldest_first.__getitem__)
+
+
 def _overlay_charts(runs: Sequence[Run]) -> list[Charts]:
     several = any(len(run.history.seeds) > 1 for run in runs)
     seeds = [
         (number, run.name, f"seed {seed}" if several and seed is not None else "", history)
-        for number, run in enumerate(runs)
+        for number, run in zip(_numbers(runs), runs, strict=True)
         for seed, history in run.history.seeds.items()
     ]
 
@@ -71,11 +79,11 @@ def runs_table(runs: Sequence[Run]) -> Runs:
     columns = ["steps", "tokens", "training loss", *(f"best loss, {name}" for name in corpora), "score", "tokens/s"]
     cells = [_cells(run, corpora) for run in runs]
     known = [at for at in range(len(columns)) if any(row[at].value is not None for row in cells)]
-    newest = sorted(range(len(runs)), key=lambda number: runs[number].started)[-LOOKS:]
+    newest = {run.name for run in sorted(runs, key=lambda run: run.started)[-LOOKS:]}
     rows = []
-    for number, (run, row) in enumerate(zip(runs, cells, strict=True)):
+    for number, run, row in zip(_numbers(runs), runs, cells, strict=True):
         (color, dash), shown = look(number), [row[at] for at in known]
-        rows.append(RunRow(run.name, run.link, *describe_state(run), style(color), dash, number in newest, shown))
+        rows.append(RunRow(run.name, run.link, *describe_state(run), style(color), dash, run.name in newest, shown))
     return Runs([columns[at] for at in known], sorted(rows, key=lambda row: not row.shown))
 
 

@@ -1,6 +1,7 @@
 """Marks, headline and overlays of reports."""
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from sample_run import data_of, make_run
 
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.results.charts import Charts
+from experiment.results.charts import LOOKS, Charts
 from experiment.results.history import History
 from experiment.results.page import Heading, Table, Text
 from experiment.results.report import write_overlay, write_report
@@ -331,6 +332,24 @@ def test_seeds_are_curves_of_their_own(tmp_path: Path) -> None:
     (charts,) = [block for block in training_blocks(runs[0].history) if isinstance(block, Charts)]
     for chart in data_of(charts)["charts"]:
         assert [(line["label"], line["x"]) for line in chart["lines"]] == [("seed 1", [10, 20]), ("seed 2", [10, 20])]
+
+
+def test_the_runs_in_the_charts_have_other_looks(tmp_path: Path) -> None:
+    """Catches two runs in the charts of a long list that have the same color and dashes, in the charts or the table."""
+    starts = [*range(LOOKS, 0, -1), LOOKS + 1, 0]  # the first ones in the list were not the first ones to start
+    for number, start in enumerate(starts):
+        folder = open_run_folder(tmp_path / f"run-{number:02}")
+        if start:
+            folder.metrics.write_text('{"step": 1, "loss": 1.0}\n')
+            folder.config.write_text("{}")
+            os.utime(folder.config, (start, start))
+    runs = open_runs(name_runs(sorted(tmp_path.iterdir())))
+    shown = [row for row in runs_table(runs).rows if row.shown]
+    assert {row.name for row in shown} == {f"run-{number:02}" for number in range(LOOKS + 1)} - {f"run-{LOOKS - 1}"}
+    assert len({(row.color, row.dash) for row in shown}) == LOOKS
+    (charts,) = [block for block in overlay_blocks(runs) if isinstance(block, Charts)]
+    drawn = {line["label"]: (line["color"], line["dash"]) for line in data_of(charts)["charts"][0]["lines"]}
+    assert {row.name: (row.color, row.dash) for row in shown}.items() <= drawn.items()
 
 
 def test_a_held_out_corpus_called_training(tmp_path: Path) -> None:
