@@ -56,7 +56,8 @@ def read_metric(folder: RunFolder, metric: str) -> float | None:
 
 
 def read_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]]) -> list[SweepResult]:
-    """Return the results of a sweep's runs. runs: of its record, by name."""
+    """Return the results of a sweep's runs, without points that were taken out of the grid. runs: of its record, by
+    name."""
     return [
         SweepResult(
             name,
@@ -66,7 +67,7 @@ def read_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]]) -> li
             *_count_collapsed(RunFolder(folder.path / name)),
         )
         for name, run in runs.items()
-        if "values" in run
+        if "values" in run and not run.get("removed")
     ]
 
 

@@ -228,6 +228,21 @@ def test_the_runs_of_a_sweep(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def test_points_that_were_taken_out_of_a_grid(tmp_path: Path) -> None:
+    """Catches a best point that is no longer in the grid, and may have another config, and its curves."""
+    runs = {}
+    for value in ("1", "2"):
+        name = f"lr={value}"
+        open_run_folder(tmp_path / name).metrics.write_text('{"step": 1, "loss": 2.0}\n')
+        runs[name] = {"values": {"lr": value}, "state": "done", "value": float(value), "removed": value == "1"}
+    write_json(tmp_path / "sweep.json", {"metric": "loss", "lower_is_better": True, "runs": runs})
+    blocks = sweep_blocks(RunFolder(tmp_path), open_runs)
+    (table,) = [block for block in blocks if isinstance(block, Table)]
+    assert table.rows == [["lr=2", "done", "2", "2.0000"]]
+    (charts,) = [block for block in blocks if isinstance(block, Charts)]
+    assert [line["label"] for line in data_of(charts)["charts"][0]["lines"]] == ["lr=2"]
+
+
 def test_the_curves_of_a_comparison(tmp_path: Path) -> None:
     """Catches rows whose pretraining is missing, curves of different tasks in one chart, and a traceback for a damaged
     file."""
