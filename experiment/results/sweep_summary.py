@@ -34,11 +34,12 @@ class SweepResult:
         return f"{self.value:.4f}{collapsed}"
 
 
-def read_metric(folder: RunFolder, metric: str) -> float | None:
+def read_metric(folder: RunFolder, metric: str, lower_is_better: bool | None = None) -> float | None:
     """Return the metric of a finished run: on validation in results.json, or its last value in metrics.jsonl. None
-    without one, or if an evaluation diverged.
+    without one, or if the last evaluation diverged.
 
-    Raises UserError for a damaged results.json.
+    lower_is_better: for the metric that selects the best checkpoint, to return the value of that one. Raises UserError
+    for a damaged results.json.
     """
     if folder.results.is_file():
         try:
@@ -50,8 +51,10 @@ def read_metric(folder: RunFolder, metric: str) -> float | None:
                 f"delete {folder.path} and run the same command again"
             ) from None
     values = [event[metric] for event in read_events(folder.metrics) if metric in event]
-    if metric == "loss":  # null if no step of the interval was trained on
+    if metric == "loss" or lower_is_better is not None:  # null if no step was trained on, or if it diverged
         values = [value for value in values if value is not None]
+    if lower_is_better is not None:
+        values.sort(reverse=lower_is_better)
     return float(values[-1]) if values and values[-1] is not None else None
 
 

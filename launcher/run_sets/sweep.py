@@ -59,8 +59,10 @@ def run_sweep(plan: SweepPlan) -> None:
     or a full disk stops it early, and SystemExit if runs failed, after all others have been run.
     """
     runs, output = plan.runs, plan.runs.folder.path
+    selects_best = runs.runs[0].config.get("evaluation.best_metric") == plan.metric
+    measure = partial(read_metric, metric=plan.metric, lower_is_better=plan.lower_is_better if selects_best else None)
     with runs.opened() as records:
-        runs.finish(records, partial(read_metric, metric=plan.metric))
+        runs.finish(records, measure)
         results = read_results(runs.folder, {run.name: records[run.name] for run in runs.runs})
         best = sort_results(results, plan.lower_is_better)[0]
         runs.save(records, best=best.name if best.value is not None else None)

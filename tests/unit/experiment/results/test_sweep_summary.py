@@ -50,6 +50,16 @@ def test_the_last_value_of_pretraining(tmp_path: Path, events: list[float | None
     assert read_metric(RunFolder(tmp_path), "eval/wiki/perplexity") == value
 
 
+@pytest.mark.parametrize(
+    ("events", "value"), [([3.0, 1.0, 2.0], 1.0), ([2.0, 1.0, None], 1.0), ([None], None), ([], None)]
+)
+def test_the_best_value_of_pretraining(tmp_path: Path, events: list[float | None], value: float | None) -> None:
+    """Catches a run that is listed with a later, worse value than that of the best checkpoint, which it has kept."""
+    lines = [{"step": step, "eval/wiki/loss": found} for step, found in enumerate(events)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert read_metric(RunFolder(tmp_path), "eval/wiki/loss", lower_is_better=True) == value
+
+
 def test_an_interval_of_skipped_batches_has_no_loss(tmp_path: Path) -> None:
     """Catches a run without a value because it skipped the batches of its last interval."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 100, "loss": 2.0}\n{"step": 101, "loss": null}\n')

@@ -296,6 +296,15 @@ def test_a_sweep_with_a_failure_run_twice(tmp_path: Path, capfd: pytest.CaptureF
     }
 
 
+@pytest.mark.parametrize(("best_metric", "value"), [("eval/held/accuracy", 12.5), ("eval/held/loss", 9.9)])
+def test_points_are_compared_by_their_best_checkpoints(tmp_path: Path, best_metric: str, value: float) -> None:
+    """Catches a point that is listed with the loss of its last checkpoint although it has kept a better one."""
+    (run,) = plan(tmp_path, {"1e-4": "12.5"}).runs.runs
+    config = {**run.config, "evaluation.best_metric": best_metric}
+    run_sweep(plan_of([replace(run, config=config)], tmp_path))
+    assert json.loads((tmp_path / "sweep.json").read_text())["runs"]["lr=1e-4"]["value"] == value
+
+
 @pytest.mark.parametrize(
     ("values", "is_started", "refused"),
     [
