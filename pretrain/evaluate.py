@@ -32,7 +32,7 @@ from pretrain.batching.masking import Masker
 from pretrain.batching.order import SequentialOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.sequences import open_index
-from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
+from pretrain.batching.vocabulary import Vocabulary, build_vocabulary, check_word_boundaries
 from pretrain.config import BatchConfig, MaskingConfig, ModelConfig, RunConfig
 from pretrain.corpus.cache import open_local
 from pretrain.corpus.reader import Corpus, unique_names
@@ -188,8 +188,6 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     config = resolve_model_config(model_config, tokenizer)
     corpora = _open_all(corpus_folders, tokenizer_fingerprint(tokenizer), folder)
     if masking.unit != "token":
-        from pretrain.resolve import check_word_boundaries
-
         check_word_boundaries(masking.unit, corpora.values(), vocabulary)
     for _ in verified_shards(corpora.values(), show_progress=show_progress):
         pass

@@ -5,7 +5,7 @@ starts from. The launcher, every rank, `--dry_run` and sweeps call it. The code 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,7 +20,7 @@ from experiment.run_files.checkpoints import Verify, state_around, verify_descri
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import is_url
 from experiment.tracking.tracker import check_tracking
-from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
+from pretrain.batching.vocabulary import Vocabulary, build_vocabulary, check_word_boundaries
 from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, WeightedCorpus
 from pretrain.corpus.cache import open_metadata
 from pretrain.corpus.reader import Corpus, open_corpus, unique_names
@@ -238,24 +238,6 @@ def _open_mixture(train: str | Sequence[WeightedCorpus], copies: Mapping[str, Pa
 def _open_corpus(key: str, path: str, copies: Mapping[str, Path]) -> Corpus:
     with user_errors_in(key):
         return open_corpus(copies[path]) if path in copies else open_metadata(path)
-
-
-def check_word_boundaries(unit: str, corpora: Iterable[Corpus], vocabulary: Vocabulary) -> None:
-    """Raise UserError where word boundaries are unknown; warn of text that seems to be written without spaces."""
-    for corpus in corpora:
-        if vocabulary.word_boundaries is None:
-            raise UserError(
-                f"masking.unit is '{unit}', but the tokenizer of {corpus.path} does not mark word boundaries as "
-                "WordPiece, byte-level BPE or SentencePiece do; expected 'token'"
-            )
-        if corpus.manifest.lacks_words:
-            log.warning(
-                "masking.unit is '%s', but %s has %.1f tokens between spaces, so its word boundaries are unknown. "
-                "Build Chinese corpora with --segmenter jieba; for other text without spaces use masking.unit 'token'",
-                unit,
-                corpus.path,
-                corpus.manifest.tokens_per_word,
-            )
 
 
 def _check_precision(model_type: str, deepspeed: DeepSpeedSettings) -> None:

@@ -1,5 +1,6 @@
 """Facts about a tokenizer for batching: special ids around a sequence, ids never masked, ids for random replacement."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,7 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import special_token_ids
+from pretrain.corpus.reader import Corpus
 from pretrain.corpus.words import WordBoundaries, word_boundaries
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,24 @@ def build_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
         replacements=np.array(replacements, dtype=np.int64),
         word_boundaries=word_boundaries(tokenizer.backend_tokenizer.to_str()),
     )
+
+
+def check_word_boundaries(unit: str, corpora: Iterable[Corpus], vocabulary: Vocabulary) -> None:
+    """Raise UserError where word boundaries are unknown; warn of text that seems to be written without spaces."""
+    for corpus in corpora:
+        if vocabulary.word_boundaries is None:
+            raise UserError(
+                f"masking.unit is '{unit}', but the tokenizer of {corpus.path} does not mark word boundaries as "
+                "WordPiece, byte-level BPE or SentencePiece do; expected 'token'"
+            )
+        if corpus.manifest.lacks_words:
+            log.warning(
+                "masking.unit is '%s', but %s has %.1f tokens between spaces, so its word boundaries are unknown. "
+                "Build Chinese corpora with --segmenter jieba; for other text without spaces use masking.unit 'token'",
+                unit,
+                corpus.path,
+                corpus.manifest.tokens_per_word,
+            )
 
 
 def _special_affixes(

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -190,9 +191,11 @@ def test_evaluate_scores_any_hugging_face_folder(
 
 
 def test_a_checkpoint_is_scored_as_its_run_scores_it(
-    folder: Path, heldout_corpus: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, heldout_corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a checkpoint that is scored with another masking unit or rate than its run."""
+    """Catches a checkpoint that is scored with another masking unit or rate than its run, and an import of DeepSpeed
+    for its masking unit."""
+    monkeypatch.setitem(sys.modules, "pretrain.resolve", None)  # imports DeepSpeed
     folder = folder.rename(folder.with_name("hf"))
     masking = {"unit": "span", "rate": [0.5, 0.3], "schedule": "linear"}
     config = {"masking": masking, "run": {"seed": 7}, "batch": {"max_seq_length": 40}}
