@@ -166,7 +166,8 @@ def pretrain(options: PretrainOptions) -> None:
 def evaluate(options: EvaluateOptions) -> None:
     """Measure held-out loss, perplexity and masked-token accuracy.
 
-    The masks are fixed by a seed, so the scores of two checkpoints are comparable.
+    The run's seed, masking and maximum sequence length fix the masks; a Hugging Face folder has the defaults. Scores of
+    two models are comparable if these are the same.
 
     Example:
         deepcloze evaluate --checkpoint runs/mine --corpus corpora/books-heldout

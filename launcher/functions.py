@@ -125,7 +125,8 @@ def pretrain(
 def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str, "Scores"]:
     """Measure held-out loss, perplexity and masked-token accuracy, as `deepcloze evaluate`.
 
-    The masks are fixed by a seed, so the scores of two checkpoints are comparable.
+    The run's seed, masking and maximum sequence length fix the masks; a Hugging Face folder has the defaults. Scores of
+    two models are comparable if these are the same.
 
     Args:
         checkpoint: a checkpoint, a run (its newest checkpoint), or a Hugging Face folder with a masked-LM head.

@@ -197,6 +197,9 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
         terminal().print(f"model: {folder}")
     built = build_model(model_config, config, seed, new_head=False)
     length = min(max_length, max_positions(built.model) or max_length)
+    if show_progress:
+        rate = masking.rates[-1]
+        terminal().print(f"masks: seed {seed}, unit {masking.unit}, rate {rate:g}, max_seq_length {length}")
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
     rows, least_width = choose_rows(built, torch.float32), least_row_width(config)
     layout = MicrobatchLayout(length, max(8192, length), rows, built.first_position, least_width)

@@ -193,8 +193,8 @@ def test_evaluate_scores_any_hugging_face_folder(
 def test_a_checkpoint_is_scored_as_its_run_scores_it(
     folder: Path, heldout_corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a checkpoint that is scored with another masking unit or rate than its run, and an import of DeepSpeed
-    for its masking unit."""
+    """Catches a checkpoint that is scored with another masking unit or rate than its run, scores that do not say which
+    masks they are for, and an import of DeepSpeed for the masking unit."""
     monkeypatch.setitem(sys.modules, "pretrain.resolve", None)  # imports DeepSpeed
     folder = folder.rename(folder.with_name("hf"))
     masking = {"unit": "span", "rate": [0.5, 0.3], "schedule": "linear"}
@@ -203,6 +203,8 @@ def test_a_checkpoint_is_scored_as_its_run_scores_it(
     mark_complete(folder.parent)
     evaluate_command(str(folder), str(heldout_corpus), as_json=True)
     found = json.loads(capsys.readouterr().out)[heldout_corpus.name]
+    evaluate_command(str(folder), str(heldout_corpus))
+    assert "masks: seed 7, unit span, rate 0.3, max_seq_length 40\n" in capsys.readouterr().err
     masked = {}
     for unit in ("token", "span"):
         held = held_out(heldout_corpus, MicrobatchLayout(40, 400), seed=7, masking=MaskingConfig(rate=0.3, unit=unit))
