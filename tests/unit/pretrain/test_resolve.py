@@ -96,17 +96,28 @@ def test_a_tokenizer_without_a_template_is_warned_of(
     assert ("has the token [CLS], but adds no special tokens to a text" in caplog.text) != has_template
 
 
-@pytest.mark.parametrize(("seed", "warned"), [(8, True), (9, False)])
+@pytest.mark.parametrize(
+    ("seed", "length", "stages", "warned"),
+    [
+        (8, 32, [], True),
+        (9, 32, [], False),
+        (8, 24, [], False),
+        (8, 24, [{"steps": 1, "max_seq_length": 32}, {}], True),
+        (8, 24, [{"steps": 1}, {"max_seq_length": 32}], False),
+    ],
+)
 def test_init_from_warns_of_the_same_corpus_and_seed(
     tmp_path: Path,
     wordpiece_corpus: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     seed: int,
+    length: int,
+    stages: list[dict[str, int]],
     warned: bool,
 ) -> None:
-    """Catches a missing warning about continued pretraining on the same batches with the same masks, relative paths in
-    RUN/config.yaml, and a trace for a damaged checkpoint."""
+    """Catches a missing warning about continued pretraining on the same batches with the same masks, a warning where
+    another sequence length gives others, relative paths in RUN/config.yaml, and a trace for a damaged checkpoint."""
     first = {"dir": str(tmp_path / "first"), "seed": 8}
     model = {"config": TINY | {"intermediate_size": 32}}
     config = config_of(tmp_path, wordpiece_corpus, run=first, model=model)
@@ -119,7 +130,8 @@ def test_init_from_warns_of_the_same_corpus_and_seed(
     second = {"dir": str(tmp_path / "second"), "seed": seed}
     extended = {"init_from": str(tmp_path / "step" / "hf"), "added_tokens": "tokenizer"}
     monkeypatch.chdir(wordpiece_corpus)
-    config = config_of(tmp_path, wordpiece_corpus, run=second, model=extended)
+    sections = {"batch": {"sequences": 8, "max_seq_length": length}, "schedule": {"steps": 2, "stages": stages}}
+    config = config_of(tmp_path, wordpiece_corpus, run=second, model=extended, **sections)
     with caplog.at_level(logging.WARNING):
         run = resolve(config, 1)
     assert ("another seed" in caplog.text) == warned
