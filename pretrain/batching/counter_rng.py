@@ -75,7 +75,7 @@ def randint(bits: U64, bound: int) -> NDArray[np.int64]:
 _ROUNDS = 8
 _BLOCK = 16384  # words that are mixed at once: they stay in the processor's cache
 _TABLE_BITS = 16  # halves of at most so many bits are looked up instead of mixed; their tables take 4 MiB
-_KEPT_TABLES = 16  # permutations; a mixture of so many corpora needs no new ones in each batch
+_KEPT_TABLES = 256  # permutations; a mixture of so many corpora needs no new ones in each batch
 
 _I64 = NDArray[np.int64]
 _Round = Callable[[_I64], _I64]

@@ -110,6 +110,15 @@ def test_tables_change_no_permutation(monkeypatch: pytest.MonkeyPatch, n: int):
     _rounds.cache_clear()
 
 
+def test_a_large_mixture_needs_no_new_tables():
+    """Catches tables that each batch of a mixture of 200 corpora computes again."""
+    for _ in range(2):
+        before = _rounds.cache_info().misses
+        for seed in range(200):
+            permute(seed, 0, np.arange(5), 1000)
+    assert _rounds.cache_info().misses == before
+
+
 def test_the_permutation_is_stable_across_versions():
     """Catches a change of the order of every existing run."""
     assert permute(1, 2, np.arange(5), 1000).tolist() == [22, 90, 518, 193, 973]
