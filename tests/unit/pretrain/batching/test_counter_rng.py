@@ -9,7 +9,6 @@ from pretrain.batching.counter_rng import (
     _rounds,
     fold_in,
     make_key,
-    make_keys,
     permutations,
     permute,
     randint,
@@ -23,11 +22,6 @@ def test_make_key_is_stable_across_versions():
     """Catches a change of the hash, which would change the masks and the order of every existing run."""
     assert make_key(("masks", 42, "abc", 0)) == 18245591027822071797
     assert make_key((1, "1")) != make_key(("1", 1)) != make_key(("11",))
-
-
-def test_several_keys_at_once():
-    """Catches keys that depend on how many are made together."""
-    assert make_keys(("masks", 42), range(9, 12)) == [make_key(("masks", 42, number)) for number in range(9, 12)]
 
 
 def test_random_bits_depend_on_key_and_counter_only():
