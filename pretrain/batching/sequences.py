@@ -71,14 +71,17 @@ def open_index(corpus: Corpus, capacity: int, fallback: Path) -> SequenceIndex:
 
 def _read_or_build(corpus: Corpus, capacity: int, path: Path) -> SequenceIndex:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with opened_lock(path.with_name(f".{path.name}.lock")) as lock:
-        lock(math.inf)  # without locks, each process builds the same
+    index, problem = _read(path, capacity, corpus.tokens)
+    if index is None:
+        with opened_lock(path.with_name(f".{path.name}.lock")) as lock:
+            lock(math.inf)  # without locks, each process builds the same
+            if problem:  # else it is not read here: that takes long, and the other processes wait
+                index, problem = _read(path, capacity, corpus.tokens)
+                if problem:
+                    log.warning("%s is damaged (%s) and is built again", path, problem)
+            if problem or not path.exists():
+                _build(corpus, capacity, path)
         index, problem = _read(path, capacity, corpus.tokens)
-        if index is None:
-            if problem:
-                log.warning("%s is damaged (%s) and is built again", path, problem)
-            _build(corpus, capacity, path)
-            index, problem = _read(path, capacity, corpus.tokens)
     if index is None:
         raise RuntimeError(f"{path} cannot be read right after it was written: {problem}")
     return index

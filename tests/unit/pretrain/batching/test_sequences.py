@@ -2,6 +2,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiment.files import try_lock
 from pretrain.batching import sequences
 from pretrain.batching.sequences import open_index, split_documents
 from small_disk import SmallDisk
@@ -116,6 +118,43 @@ def test_a_valid_index_is_not_built_again(tmp_path, monkeypatch):
     open_index(corpus, 10, tmp_path / "fallback")
     monkeypatch.setattr(sequences, "_build", None)
     assert open_index(corpus, 10, tmp_path / "fallback").starts.tolist() == STARTS
+
+
+def test_a_new_index_is_verified_without_the_lock(tmp_path, monkeypatch):
+    """Catches ranks that read a large index one after another, for longer than the timeout of a collective."""
+    free = []
+
+    def find_damage(*_):
+        (path,) = (tmp_path / "index").glob(".*.lock")
+        with path.open("ab") as file:
+            free.append(try_lock(file.fileno()))
+        return ""
+
+    monkeypatch.setattr(sequences, "_find_damage", find_damage)
+    open_index(Documents(tmp_path), 10, tmp_path / "fallback")
+    assert free == [True]
+
+
+def test_an_index_that_another_process_has_built_is_read_without_the_lock(tmp_path, monkeypatch):
+    """Catches the same of the ranks that wait for the lock."""
+    open_index(Documents(tmp_path), 10, tmp_path / "fallback")
+    (file,) = (tmp_path / "index").glob("*.npy")
+    built = file.rename(tmp_path / "built")
+    events = []
+    read, opened_lock = sequences._read, sequences.opened_lock
+
+    @contextmanager
+    def lock_when_it_is_built(path):
+        with opened_lock(path) as lock:
+            built.rename(file)
+            yield lock
+        events.append("unlocked")
+
+    monkeypatch.setattr(sequences, "opened_lock", lock_when_it_is_built)
+    monkeypatch.setattr(sequences, "_read", lambda path, *rest: events.append(path.exists()) or read(path, *rest))
+    monkeypatch.setattr(sequences, "_build", None)
+    assert open_index(Documents(tmp_path), 10, tmp_path / "fallback").starts.tolist() == STARTS
+    assert events == [False, False, "unlocked", True]
 
 
 @dataclass(frozen=True)
