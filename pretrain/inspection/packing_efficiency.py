@@ -12,6 +12,7 @@ from pretrain.config import BatchConfig
 MAX_SEQ_LENGTHS = (128, 512, 1024, 8192)
 BATCHES = 8  # that are packed
 BATCH_TOKENS = 2**19  # of each, about: as 4,096 sequences of 128
+_LONGEST_SEQUENCES = 8  # that a microbatch holds, at least: with few, slots stay empty in flat ones
 _BLOCK = 2**20  # sequences that are counted at once
 
 
@@ -43,7 +44,7 @@ def packing_efficiency(
     random = np.random.default_rng(seed)
     size = BATCHES, max(1, BATCH_TOKENS * count // (tokens + special_tokens * count))
     batches = random.choice(capacity + 1, size, p=sequences / count) + special_tokens
-    slots = BatchConfig().microbatch_tokens
+    slots = max(BatchConfig().microbatch_tokens, _LONGEST_SEQUENCES * max_seq_length)
     layouts = [MicrobatchLayout(max_seq_length, slots, rows) for rows in ("padded", "windows", "flat")]
     return PackingEfficiency(
         max_seq_length=max_seq_length,
