@@ -7,8 +7,11 @@ compares all slots of a row, takes longer for each slot.
 
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pretrain.batching.batch_maker import BatchMaker
-from pretrain.batching.packing import next_multiple
+from pretrain.batching.packing import MicrobatchLayout, assign, next_multiple
 
 _WIDTHS = (1.25, 1.5, 1.75, 2.0)  # that are tried, in units of L
 _BUCKET = 16  # widths are a multiple, which suits the kernels
@@ -29,32 +32,31 @@ def with_best_row_width(maker: BatchMaker, steps: range, warmup_steps: int, atte
         warmup_steps: of the run, in which batches grow; the width is that for full batches.
         attention_ratio: as `FlopsModel.attention_ratio`.
     """
-    layout = maker.layout
+    layout, ranks = maker.layout, maker.world.size
     sample = _sample(maker, max(steps.start, min(warmup_steps, steps.stop - _BATCHES)), steps.stop)
-    best, least = maker, _time(maker, sample, attention_ratio) * _WORTHWHILE
+    best, least = layout, _time(sample, ranks, layout, attention_ratio) * _WORTHWHILE
     for factor in _WIDTHS:
         width = next_multiple(int(factor * layout.max_seq_length), _BUCKET)
         if width <= layout.microbatch_tokens:
-            wider = replace(maker, layout=replace(layout, wide_rows=width))
-            if (time := _time(wider, sample, attention_ratio)) < least:
+            wider = replace(layout, wide_rows=width)
+            if (time := _time(sample, ranks, wider, attention_ratio)) < least:
                 best, least = wider, time
-    return best
+    return replace(maker, layout=best)
 
 
-def _sample(maker: BatchMaker, first: int, end: int) -> list[int]:
+def _sample(maker: BatchMaker, first: int, end: int) -> list[NDArray[np.int64]]:
+    """Return the lengths of the sequences of some batches, special tokens included."""
     sample, sequences = [], 0
     for step in range(first, min(first + _BATCHES, end)):
-        sample.append(step)
-        sequences += len(maker.order.batch(step).ids)
+        _, text_lengths, _ = maker.assign(step)
+        sample.append(text_lengths + maker.vocabulary.num_special_tokens)
+        sequences += len(text_lengths)
         if sequences >= _SEQUENCES:
             break
     return sample
 
 
-def _time(maker: BatchMaker, steps: list[int], attention_ratio: float) -> float:
-    """Estimate the time of computing the batches of these steps, in units of the time of a slot's linear layers."""
-    total = 0.0
-    for step in steps:
-        *_, assignment = maker.assign(step)
-        total += assignment.bounds[-1] * (1.0 + _ATTENTION_TIME * attention_ratio * maker.layout.row_width)
-    return total
+def _time(sample: list[NDArray[np.int64]], ranks: int, layout: MicrobatchLayout, attention_ratio: float) -> float:
+    """Estimate the time of computing batches, in units of the time of a slot's linear layers."""
+    slots = sum(int(assign(lengths, ranks, layout).bounds[-1]) for lengths in sample)
+    return slots * (1.0 + _ATTENTION_TIME * attention_ratio * layout.row_width)
