@@ -9,8 +9,10 @@ worker has none of the rank's threads, and uses neither CUDA, collectives nor to
 """
 
 import contextlib
+import ctypes
 import itertools
 import logging
+import mmap
 import pickle
 import queue
 import signal
@@ -26,6 +28,7 @@ from types import FrameType
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from experiment.process.signals import WARNING_SIGNALS
 from pretrain.batching.batch import RankBatch, flatten_batch, unflatten_batch
@@ -72,14 +75,16 @@ def load_batches(
     *,
     timeout: float | None = None,
     pin_memory: bool = False,
+    unused: Sequence[Tensor] = (),
 ) -> Iterator[RankBatch]:
     """Yield batches first, first + 1, … up to `last` (exclusive; None: endless), prefetched by `workers` processes.
 
-    timeout: seconds to wait for a batch; None: no limit. pin_memory: of the current CUDA device. Raises DataWorkerError
-    instead of waiting for a worker that died, or longer than `timeout`.
+    timeout: seconds to wait for a batch; None: no limit. pin_memory: of the current CUDA device. unused: tensors that
+    `batches` does not use, see `_drop_memory`. Raises DataWorkerError instead of waiting for a worker that died, or
+    longer than `timeout`.
     """
     device = torch.cuda.current_device() if pin_memory else None
-    return _Prefetcher(batches, first, last, workers, timeout, device)
+    return _Prefetcher(batches, first, last, workers, timeout, device, unused)
 
 
 def _steps(first: int, last: int | None, stride: int = 1) -> Iterator[int]:
@@ -90,7 +95,14 @@ class _Prefetcher(Iterator[RankBatch]):
     """Ends its worker processes when it is deleted, or when the interpreter exits."""
 
     def __init__(
-        self, batches: Batches, first: int, last: int | None, workers: int, timeout: float | None, device: int | None
+        self,
+        batches: Batches,
+        first: int,
+        last: int | None,
+        workers: int,
+        timeout: float | None,
+        device: int | None,
+        unused: Sequence[Tensor],
     ) -> None:
         """`device`: CUDA device for which the batches are copied to pinned memory; None: they are not."""
         self._steps = _steps(first, last)
@@ -101,7 +113,7 @@ class _Prefetcher(Iterator[RankBatch]):
         self._end_workers = Finalize(self, _end_workers, (workers_started, closed), exitpriority=0)
         pipes = []
         for number in range(workers):
-            worker, pipe = _start_worker(batches, _steps(first + number, last, workers))
+            worker, pipe = _start_worker(batches, _steps(first + number, last, workers), unused)
             workers_started.append(worker)
             pipes.append(pipe)
         self._turns = itertools.cycle(workers_started)
@@ -131,7 +143,7 @@ class _Prefetcher(Iterator[RankBatch]):
         return DataWorkerError(f"the data worker (pid {worker.pid}) {what}")
 
 
-def _start_worker(batches: Batches, steps: Iterator[int]) -> tuple[BaseProcess, Connection]:
+def _start_worker(batches: Batches, steps: Iterator[int], unused: Sequence[Tensor]) -> tuple[BaseProcess, Connection]:
     """Start a worker for these steps. Returns it and the pipe that it writes to.
 
     Before CPython 3.11.10 a forked process hangs if a thread that is not Python's own, such as one that ends a
@@ -140,7 +152,8 @@ def _start_worker(batches: Batches, steps: Iterator[int]) -> tuple[BaseProcess, 
     """
     for attempt in range(1, _START_ATTEMPTS + 1):
         reader, writer = Pipe(duplex=False)
-        worker = get_context("fork").Process(target=_make_batches, args=(batches, steps, writer, reader), daemon=True)
+        arguments = batches, steps, unused, writer, reader
+        worker = get_context("fork").Process(target=_make_batches, args=arguments, daemon=True)
         worker.start()
         writer.close()  # only the worker has it open: the pipe ends with the worker
         if reader.poll(_START_SECONDS) or attempt == _START_ATTEMPTS:
@@ -160,9 +173,12 @@ def _end_workers(workers: Sequence[BaseProcess], closed: threading.Event) -> Non
         worker.join(_EXIT_SECONDS)
 
 
-def _make_batches(batches: Batches, steps: Iterator[int], writer: Connection, reader: Connection) -> None:
+def _make_batches(
+    batches: Batches, steps: Iterator[int], unused: Sequence[Tensor], writer: Connection, reader: Connection
+) -> None:
     """Send the batches of a worker's steps, or the last line and traceback of an error, which ends it."""
     reader.close()  # else a worker would not notice that its rank has died
+    _drop_memory(unused)
     _defer_signals()
     torch.set_num_threads(1)
     with contextlib.suppress(BrokenPipeError):
@@ -174,6 +190,22 @@ def _make_batches(batches: Batches, steps: Iterator[int], writer: Connection, re
                 writer.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
                 return
             writer.send(message)
+
+
+def _drop_memory(tensors: Sequence[Tensor]) -> None:
+    """Drop this process's pages of tensors, whose values are then lost here, and of freed memory.
+
+    Otherwise a forked process keeps each page that its parent overwrites: a worker would hold a copy of the weights and
+    the optimizer states of its start.
+    """
+    libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
+    for start, size in {storage.data_ptr(): storage.nbytes() for storage in storages}.items():
+        first, end = -(-start // page) * page, (start + size) // page * page  # other pages hold other data too
+        if first < end:
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+    with contextlib.suppress(AttributeError):  # not glibc
+        libc.malloc_trim(0)
 
 
 def _receive_batches(

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,6 +184,13 @@ class Engine:
         assert self._zero1_optimizer is not None
         self._zero1_optimizer.clear_gradients()
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of the weights, masters, optimizer states, gradients and averages, and views of them."""
+        optimizer, averages = self._deepspeed.optimizer, {} if self.ema is None else vars(self.ema)
+        states = self._deepspeed.basic_optimizer.state
+        found = [*self._deepspeed.module.parameters(), *_tensors_in([vars(optimizer), *states.values(), averages])]
+        return found + [flat.grad for flat in self.partitions.flat_tensors() if flat.grad is not None]
+
     @torch.no_grad()
     def predict(self, microbatch: Microbatch) -> Predictions:
         """Forward only, dropout off."""
@@ -291,6 +298,15 @@ class Engine:
 
     def _on_device(self, microbatch: Microbatch) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in microbatch]
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in a value, in nested mappings and in nested sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(inner)
 
 
 def _set_zero3_leaves(model: MaskedLanguageModel, compiled: Collection[type[nn.Module]]) -> None:

@@ -8,11 +8,12 @@ Step k, in order:
     wait_for_votes  returns the agreement on batch k + 1, with the votes on step k: to stop, or to save, after it
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from experiment.run_files.goodput import DATA, ActivityTimer
 from pretrain.batching.batch import RankBatch
@@ -52,11 +53,13 @@ class BatchFeed:
         self._batches: Iterator[RankBatch] = iter(())
         self._upcoming: _UpcomingBatch | None = None
 
-    def open(self, step: int) -> None:
-        """Start the stream at a step, counted from 0."""
+    def open(self, step: int, unused: Sequence[Tensor]) -> None:
+        """Start the stream at a step, counted from 0. unused: this rank's tensors that the stream does not use."""
         on_gpu, timeout = self.device.type == "cuda", _DATA_TIMEOUT * self.hang_seconds
         workers = 2 if on_gpu else 1
-        self._batches = load_batches(self.stream, step, self.stream.steps, workers, timeout=timeout, pin_memory=on_gpu)
+        self._batches = load_batches(
+            self.stream, step, self.stream.steps, workers, timeout=timeout, pin_memory=on_gpu, unused=unused
+        )
 
     def close(self) -> None:
         """End the worker processes, and drop the batch that was taken ahead."""

@@ -66,7 +66,7 @@ class HostMemory:
     """Host memory for a rank's share. It is kept, because allocating it costs more than the copy."""
 
     def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
         self._pinned = PinnedMemory()
 
     @torch.no_grad()
@@ -94,11 +94,11 @@ class HostMemory:
             }
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
-        self._tensors = tensors
+        self.tensors = tensors
         return Share(rank, tensors, index)
 
     def _buffer_for(self, key: str, tensor: Tensor) -> Tensor:
-        known = self._tensors.get(key)
+        known = self.tensors.get(key)
         if known is not None and known.shape == tensor.shape:
             return known
         return self._pinned.like(tensor) if tensor.is_cuda else torch.empty(tensor.shape, dtype=tensor.dtype)

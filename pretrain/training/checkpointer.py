@@ -123,6 +123,11 @@ class Checkpointer:
         return self._saves.saved_step
 
     @property
+    def host_tensors(self) -> list[Tensor]:
+        """The memory that is kept for the next save."""
+        return list(self._memory.tensors.values())
+
+    @property
     def is_part_done(self) -> bool:
         """Whether this rank has done its part of the save in flight."""
         return self._saves.is_part_done

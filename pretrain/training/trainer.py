@@ -173,7 +173,7 @@ class Trainer:
         """Train from this progress on."""
         self._progress = progress
         self._interval.restart(progress)
-        self._feed.open(progress.step)
+        self._feed.open(progress.step, [*self._engine.tensors(), *self._checkpointer.host_tensors])
 
     def _end_early(self, stop: StopRequest) -> Outcome:
         log.info("stopping after step %d: %s", self._progress.step, stop.reason or "on another rank")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -195,6 +196,35 @@ def test_workers_end_with_the_loader():
     assert len(set(active_children()) - others) == 2
     del batches
     assert set(active_children()) <= others
+
+
+class Edges:
+    """Step -> a large batch, as long as the bytes on both sides of a tensor are still there."""
+
+    def __init__(self) -> None:
+        self._bytes = np.full((1 << 26) + 200, 7, dtype=np.uint8)
+        self.tensor = torch.from_numpy(self._bytes[100:-100])
+
+    def __getitem__(self, step: int) -> RankBatch:
+        assert self._bytes[:100].tolist() == self._bytes[-100:].tolist() == [7] * 100
+        return large_batch(step)
+
+
+def test_workers_keep_no_pages_of_unused_tensors():
+    """Catches workers that hold the weights as they were at their start, and ones that lose what is beside a tensor."""
+    others, source = set(active_children()), Edges()
+    batches = load_batches(source, 0, None, workers=1, unused=[source.tensor])
+    (worker,) = set(active_children()) - others
+    assert next(batches).step == 0
+
+    def own_memory() -> int:
+        lines = Path(f"/proc/{worker.pid}/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
+
+    before = own_memory()
+    assert (source.tensor == 7).all()
+    source.tensor.add_(1)
+    assert own_memory() - before < source.tensor.nbytes / 4
 
 
 def test_a_worker_that_hangs_at_its_start_is_replaced(tmp_path, monkeypatch, caplog):
