@@ -3,7 +3,7 @@
 A trial is one launch of all ranks that trains a few steps with each of several microbatch sizes, in ascending order, as
 the stages of a schedule, so that all of them take one start of the ranks. It is killed when it has measured enough, and
 saves no checkpoint. The first trial has the configured microbatch, and larger ones as long as they get faster. If the
-configured one does not fit, further trials have smaller ones. The global batch and the results stay the same.
+configured one does not fit, further trials have smaller ones. The global batch stays the same.
 """
 
 import shutil

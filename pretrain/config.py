@@ -192,7 +192,7 @@ class BatchConfig(Section):
     """Maximum length of a sequence in tokens, special tokens included."""
 
     microbatch_tokens: PositiveInt = 8192
-    """Token slots per microbatch and rank. Lower it if memory runs out; results do not change."""
+    """Token slots per microbatch and rank. Lower it if memory runs out: the global batch stays the same."""
 
     @model_validator(mode="after")
     def _one_sequence_fits(self) -> Self:
@@ -342,7 +342,7 @@ CHANGE_ROUNDING_ONLY = (
     *("batch.microbatch_tokens", "checkpoint.", "corpus.cache", "health.hang_seconds"),
     *("model.activation_checkpointing", "tracking."),
 )
-"""Beginnings of keys that change results at most by rounding."""
+"""Beginnings of keys that change results at most by rounding and by the masks of dropout."""
 
 
 class PretrainConfig(Section):

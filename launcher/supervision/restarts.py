@@ -87,7 +87,7 @@ def _may_succeed_again(attempts: Sequence[Attempt]) -> bool:
 
 def _advice(max_restarts: int, out_of_memory: bool, limit: str) -> str:
     if out_of_memory and max_restarts == 0:
-        return "lower batch.microbatch_tokens, or let --max_restarts=1 halve it: the results do not change"
+        return "lower batch.microbatch_tokens, or let --max_restarts=1 halve it: the global batch stays the same"
     return f"not restarted: --max_restarts={max_restarts} {limit}" if max_restarts else ""
 
 
