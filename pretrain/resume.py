@@ -78,6 +78,8 @@ class ResumePlan:
     changes: tuple[str, ...] = ()  # keys whose value differs from the checkpoint's, a line each
     load_optimizer_state: bool = True  # False: the checkpoint was written with another optimizer
     same_stream: bool = True  # each step has the same batch as before, so known bad batches are still bad
+    forked_at: int = 0  # step that the run began with, also if it has resumed since; 0 if it is no fork
+    forked_tokens: int | None = None  # tokens that it began with; None if it is no fork, or one of an older version
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
     before = state["identity"]
     where = str(point.checkpoint)
     with user_errors_in(where):
-        step = progress_from_json(state["progress"]).step
+        progress = progress_from_json(state["progress"])
+    step, origin = progress.step, forked_from(state.get("provenance", {}).get("ancestors", ())) or {}
     if point.fork:
         lines = check_fork(before, identity, where)
     else:
@@ -209,6 +212,8 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
         changes=tuple(lines),
         load_optimizer_state="optimizer.name" not in changed,
         same_stream=not any(_is_below(key, _STREAM) for key in changed),
+        forked_at=step if point.fork else int(origin.get("step", 0)),
+        forked_tokens=progress.tokens if point.fork else origin.get("tokens"),
     )
 
 

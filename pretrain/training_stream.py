@@ -23,7 +23,7 @@ from pretrain.batching.sequences import open_index
 from pretrain.config import MaskingConfig, Stage
 from pretrain.modeling.packability import least_row_width
 from pretrain.resolve import ResolvedRun
-from pretrain.resume import check_fork_length
+from pretrain.resume import ResumePlan, check_fork_length
 from pretrain.schedule_config import ScheduleConfig
 from pretrain.world import World
 
@@ -102,7 +102,8 @@ def open_stream(
     config = run.config
     corpora, orders = zip(*(_open_stage(run, number, stage) for number, stage in enumerate(config.stages)), strict=True)
     total_weight = sum(given.weight for given in run.corpora)
-    steps = _total_steps(config.schedule, orders, [total_weight / sum(order.shares) for order in orders])
+    mean_lengths = [total_weight / sum(order.shares) for order in orders]
+    steps = _total_steps(config.schedule, orders, mean_lengths, run.resume_plan)
     check_fork_length(run.resume_plan, steps)
     least_width = least_row_width(run.model_config)
     makers = [
@@ -163,20 +164,27 @@ def _masking_rate(masking: MaskingConfig, steps: int | None) -> MaskingSchedule 
 
 
 def _total_steps(
-    schedule: ScheduleConfig, orders: Sequence[ShuffledOrder], mean_lengths: Sequence[float]
+    schedule: ScheduleConfig, orders: Sequence[ShuffledOrder], mean_lengths: Sequence[float], plan: ResumePlan
 ) -> int | None:
     """Return the steps in the run; None under a time budget. `orders`, `mean_lengths`: by stage; mean tokens per
-    sequence, special tokens included."""
-    last = orders[-1]
+    sequence, special tokens included. A fork has the tokens of its parent, whose batches may have been others."""
+    *others, last = (order.sizes for order in orders)
     if schedule.tokens is None:
-        return schedule.known_steps or last.end
-    before_last = sum(
-        order.sizes.start(after.sizes.first_step) * mean
-        for order, after, mean in zip(orders, orders[1:], mean_lengths, strict=False)
-    )
-    if before_last >= schedule.tokens:
+        return schedule.known_steps or orders[-1].end
+    start, done = (0, 0) if plan.forked_tokens is None else (plan.forked_at, plan.forked_tokens)
+    if plan.fork and done >= schedule.tokens:
         raise UserError(
-            f"schedule.tokens: the first {len(orders) - 1} of schedule.stages take about {before_last:.4g} tokens, "
+            f"schedule.tokens is {schedule.tokens:.4g}, but a fork continues its parent's count of tokens, and "
+            f"{plan.checkpoint} has {done:.4g} already"
+        )
+    before_last: float = done
+    for sizes, after, mean in zip(others, (*others[1:], last), mean_lengths, strict=False):
+        first = min(max(start, sizes.first_step), after.first_step)
+        before_last += (sizes.start(after.first_step) - sizes.start(first)) * mean
+    if before_last >= schedule.tokens > done:
+        raise UserError(
+            f"schedule.tokens: the first {len(others)} of schedule.stages take about {before_last:.4g} tokens, "
             f"which leaves none of {schedule.tokens:.4g} for the last one"
         )
-    return last.sizes.end(math.ceil((schedule.tokens - before_last) / mean_lengths[-1]))
+    left = math.ceil((schedule.tokens - before_last) / mean_lengths[-1])
+    return last.end(last.start(max(start, last.first_step)) + left)

@@ -7,7 +7,8 @@ over all seeds.
 
 Every model folder that a run writes contains `deepcloze.json`, {"run_id": …, "folder": …, "step": …, "ancestors": […]}.
 It is copied along with the folder, so a run that starts from the model can record all of its ancestors. Such folders
-are published: their `folder`s are names, not paths of this machine.
+are published: their `folder`s are names, not paths of this machine. The ancestor that a run has forked also has the
+`tokens` at that step.
 
 Both also have `decontaminated`, {corpus: digests of the evaluation texts of tasks}, if that is known of a corpus.
 """

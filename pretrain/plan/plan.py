@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from experiment.errors import UserError, first_line
 from experiment.process.hardware import peak_flops
-from experiment.run_files.provenance import forked_from, read_provenance
 from pretrain.batching.packing import Rows
 from pretrain.engine.deepspeed_settings import unsupported_precision, uses_zero1_optimizer
 from pretrain.modeling.build import rows_on
@@ -53,7 +52,6 @@ class RunPlan:
     zero: dict[int, ZeroPlan]  # by ZeRO stage: the run's own and the others
     steps: int | None  # exact; None: a time budget
     budget_steps: int | None  # about how many steps a time budget lasts for
-    forked_at: int  # step that the run began with as a fork; 0 if it is none
     tokens: int | None  # exact; None: a time budget
     epochs: float | None  # None: a time budget or a mixture
     cost: Cost | None
@@ -120,7 +118,7 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
         for each in alternatives
     }
     by_stage = _flops_per_token(flops, stages, mean(run.config.masking.rates))
-    forked_at, cost, budget_steps = _forked_at(run), None, None
+    cost, budget_steps = None, None
     if by_stage is not None and rates.peak_flops is not None:
         # Recomputing activations is a third more computation, which does not count in the FLOPs.
         work = 4 / 3 if run.config.model.activation_checkpointing else 1
@@ -132,7 +130,7 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
             for flops_per_token, stage in zip(by_stage, stages, strict=True)
         ]
         budget = run.config.schedule.budget_seconds
-        computing, communicating, budget_steps = _seconds_of_run(stages, by_step, budget, forked_at)
+        computing, communicating, budget_steps = _seconds_of_run(stages, by_step, budget, run.resume_plan.forked_at)
         cost = run_cost(computing, communicating, ranks, rates)
     return RunPlan(
         run=run,
@@ -149,7 +147,6 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
         zero=zero,
         steps=stream.steps,
         budget_steps=budget_steps,
-        forked_at=forked_at,
         tokens=None if stream.steps is None else sum(stage.tokens or 0 for stage in stages),
         epochs=stream.epochs,
         cost=cost,
@@ -171,15 +168,6 @@ def _seconds_of_run(
         computing += steps * compute
         communicating += steps * communicate
     return computing, communicating, None if budget is None else max(forked_at + 1, round(done))
-
-
-def _forked_at(run: ResolvedRun) -> int:
-    """Return the step that a fork began with, also if it resumes; 0 for other runs."""
-    if run.resume_plan.fork:
-        return run.resume_plan.step
-    provenance = read_provenance(run.folder) if run.resume_plan.checkpoint is not None else None
-    origin = None if provenance is None else forked_from(provenance["ancestors"])
-    return 0 if origin is None else int(origin["step"])
 
 
 def _alternatives(settings: MemorySettings) -> list[MemorySettings]:

@@ -179,7 +179,7 @@ def _cost(plan: RunPlan) -> list[str]:
     if cost is None:
         needs_peak = f"unknown: state the device's peak as --peak_tflops; known for {known_devices()}"
         return [*lines, _UNKNOWN_FLOPS if plan.flops_per_token is None else needs_peak]
-    steps = plan.steps or (plan.budget_steps or 0) - plan.forked_at  # a fork has a budget of its own
+    steps = plan.steps or (plan.budget_steps or 0) - plan.run.resume_plan.forked_at  # a fork has a budget of its own
     per_step = f", {cost.seconds / steps:.3g} s per step" if steps else ""
     duration = describe_duration(cost.seconds) if cost.seconds >= 10 else f"{cost.seconds:.3g} s"
     lines.append(

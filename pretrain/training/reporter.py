@@ -107,8 +107,12 @@ def open_run_tracker(
 
 def _ancestors(run: ResolvedRun) -> list[dict[str, Any]] | None:
     """Return the models that the run's first weights came from; None for a resumed run, which has recorded them."""
-    if run.resume_plan.checkpoint is not None:
-        return ancestors_of(run.resume_plan.checkpoint / "hf", "fork") if run.resume_plan.fork else None
+    plan = run.resume_plan
+    if plan.checkpoint is not None:
+        if not plan.fork:
+            return None
+        *others, parent = ancestors_of(plan.checkpoint / "hf", "fork")
+        return [*others, {**parent, "tokens": plan.forked_tokens}]
     init_from = run.model_source.init_from
     return ancestors_of(Path(init_from), "init_from") if init_from else []
 

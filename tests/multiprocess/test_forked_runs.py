@@ -60,7 +60,13 @@ def test_a_fork_with_the_same_config_repeats_its_parent(
     assert provenance(tmp_path)["run_id"] != provenance(parent)["run_id"]
     assert len(provenance(tmp_path)["attempts"]) == 2
     assert provenance(tmp_path)["ancestors"] == [
-        {"relation": "fork", "run_id": provenance(parent)["run_id"], "folder": parent.name, "step": 2}
+        {
+            "relation": "fork",
+            "run_id": provenance(parent)["run_id"],
+            "folder": parent.name,
+            "step": 2,
+            "tokens": logged(parent, "tokens")[1],
+        }
     ]
 
 
@@ -128,6 +134,22 @@ def test_a_fork_can_change_all_but_the_model(
         pools[1].run(pretrain_case, other)
 
 
+def test_a_fork_trains_on_the_tokens_that_its_parent_leaves(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, parent: Path, tmp_path: Path
+) -> None:
+    """Catches a fork whose length in tokens is computed from its own batches before it began, or again when it
+    resumes."""
+    tokens = logged(parent, "tokens")[3]
+    tree = fork(tmp_path, wordpiece_corpus, parent, step=4, batch__sequences=11)
+    tree["schedule"] = {"tokens": tokens + 1000, "warmup_steps": 2}
+    assert pools[1].run(pretrain_case, tree, 2) == ["stopped"]
+    assert pools[1].run(pretrain_case, tree) == ["done"]
+    before, last = logged(tmp_path, "tokens")[-2:]
+    assert before - 200 < tokens + 1000 < last + 200  # lengths are means
+    log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
+    assert log.count(f"training: {logged(tmp_path, 'step')[-1]} steps") == 2
+
+
 def test_a_fork_evaluates_before_its_first_step(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, parent: Path, tmp_path: Path
 ) -> None:
@@ -185,8 +207,9 @@ def test_ancestors_are_recorded(
     tree = run_config(tmp_path / "target", wordpiece_corpus, schedule__steps=1)
     pools[1].run(pretrain_case, tree | {"model": {"init_from": str(tmp_path / "exported")}})
     ids = [provenance(folder)["run_id"] for folder in (parent, tmp_path / "forked", tmp_path / "target")]
+    tokens = logged(parent, "tokens")[3]
     line = [
-        {"relation": "fork", "run_id": ids[0], "folder": parent.name, "step": 4},
+        {"relation": "fork", "run_id": ids[0], "folder": parent.name, "step": 4, "tokens": tokens},
         {"relation": "init_from", "run_id": ids[1], "folder": "forked", "step": 5},
     ]
     assert provenance(tmp_path / "target")["ancestors"] == line

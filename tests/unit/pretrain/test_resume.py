@@ -281,8 +281,8 @@ def make_run(
         (checkpoint / "hf").mkdir(parents=True)
         write_origin(checkpoint / "hf", folder, {"run_id": run_id, "ancestors": ancestors}, step)
         config = {"model": model.model_dump(mode="json"), "corpus": {"train": "/data/a"}}
-        progress = progress_to_json(TrainingProgress(step=step))
-        state = {"identity": identity(), "config": config, "progress": progress}
+        progress = progress_to_json(TrainingProgress(step=step, tokens=100 * step))
+        state = {"identity": identity(), "config": config, "progress": progress, "provenance": {"ancestors": ancestors}}
         (checkpoint / "state.json").write_text(json.dumps(state))
         mark_complete(checkpoint)
     return path
@@ -355,7 +355,10 @@ def test_paths_that_name_a_checkpoint(tmp_path: Path) -> None:
         tmp_path / "link": 2,
     }
     for name, step in names.items():
-        assert plan(new, str(name)) == ResumePlan(checkpoint_path(parent / "checkpoints", step), step, fork=True)
+        expected = ResumePlan(
+            checkpoint_path(parent / "checkpoints", step), step, fork=True, forked_at=step, forked_tokens=100 * step
+        )
+        assert plan(new, str(name)) == expected
     (checkpoint_path(parent / "checkpoints", 4) / "state.json").write_text("{}")
     assert plan(new, str(parent)).checkpoint == checkpoint_path(parent / "checkpoints", 2)
     with pytest.raises(UserError, match=r"step-00000004 is damaged: state\.json has checksum \w+, expected \w+$"):
@@ -401,7 +404,7 @@ def test_a_fork_resumes_and_no_other_run_is_overwritten(tmp_path: Path) -> None:
     """Catches a fork that forks again after its first checkpoint, and one into the folder of another run."""
     parent, other = make_run(tmp_path / "parent", (2, 4)), make_run(tmp_path / "other", (4,))
     fork = make_run(tmp_path / "fork", (6,), "fork", parent)
-    own = ResumePlan(checkpoint_path(fork / "checkpoints", 6), 6)
+    own = ResumePlan(checkpoint_path(fork / "checkpoints", 6), 6, forked_at=4)
     assert plan(fork, str(parent)) == plan(fork, "auto") == own
     assert plan(fork, str(tmp_path / "deleted")) == own, "the parent is no longer needed"
     for run in (other, parent, make_run(tmp_path / "continued", (6,), "init_from", parent)):

@@ -296,6 +296,27 @@ def test_a_fork_ends_after_its_parents_step(
             open_fork(step)
 
 
+@pytest.mark.parametrize("schedule", [{}, {"stages": STAGES}, {"batch_warmup_steps": 12}], ids=str)
+def test_the_tokens_of_a_fork_are_those_that_its_parent_leaves(
+    wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, schedule: dict[str, Any]
+) -> None:
+    """Catches a length that is computed as if the parent's batches had been those of the fork, and one that changes
+    when the fork resumes."""
+    run = resolve_run(wordpiece_corpus, heldout_corpus, False, {"schedule": {"tokens": 50_000, **schedule}})
+    planned = ResumePlan(tmp_path, step=8, fork=True, forked_at=8, forked_tokens=45_000)
+
+    def open_with(plan: ResumePlan) -> TrainingStream:
+        return open_stream(dataclasses.replace(run, resume_plan=plan), World(), rows="windows", first_position=0)
+
+    stream = open_with(planned)
+    assert stream.steps is not None
+    own = [stream[step].tokens for step in range(8, stream.steps)]
+    assert sum(own[:-1]) - 500 < 5_000 < sum(own) + 500  # lengths are means
+    assert open_with(dataclasses.replace(planned, step=stream.steps - 1, fork=False)).steps == stream.steps
+    with pytest.raises(UserError, match=r"schedule\.tokens is 5e\+04, but a fork .* has 6e\+04 already"):
+        open_with(dataclasses.replace(planned, forked_tokens=60_000))
+
+
 def test_epochs_are_those_of_all_stages(open_run_stream: OpenStream) -> None:
     """Catches a start message and a plan with the epochs of one stage, or without those of the batch warmup, and a
     report with others."""
