@@ -35,6 +35,7 @@ class TrainingStream:
     """One batch maker for each stage of the run; all of them take the step of the run."""
 
     makers: tuple[BatchMaker, ...]
+    orders: tuple[ShuffledOrder, ...]  # of the makers
     first_steps: tuple[int, ...]  # of each stage
     steps: int | None  # in the whole run; None: a time budget ends it
     corpora: tuple[str, ...]  # names, by corpus number
@@ -54,9 +55,7 @@ class TrainingStream:
         if self.steps is None or len(self.corpora) > 1:
             return None
         epochs = 0.0
-        for maker, end in zip(self.makers, self.ends, strict=True):
-            order = maker.order
-            assert isinstance(order, ShuffledOrder)
+        for order, end in zip(self.orders, self.ends, strict=True):
             assert end is not None
             epochs += order.start(end) / order.corpora[0].sequences
         return epochs
@@ -66,8 +65,7 @@ class TrainingStream:
         batch."""
         if step + 1 != self.steps:
             return False
-        order = self.makers[-1].order
-        assert isinstance(order, ShuffledOrder)
+        order = self.orders[-1]
         start, end = order.sizes.start(step), order.sizes.start(step + 1)
         return order.start(step + 1) - start < _SMALL_REST * (end - start)
 
@@ -75,9 +73,7 @@ class TrainingStream:
         """Return the tokens in an epoch of each corpus, special tokens included: a mean over the epochs before `step`,
         since stages with longer sequences add fewer special tokens."""
         positions, epochs = np.zeros((2, len(self.corpora)))
-        for maker, first, end in zip(self.makers, self.first_steps, self.ends, strict=True):
-            order = maker.order
-            assert isinstance(order, ShuffledOrder)
+        for order, first, end in zip(self.orders, self.first_steps, self.ends, strict=True):
             if first <= step:
                 read = order.positions_by_corpus(order.start(step if end is None else min(step, end)))
                 read = np.maximum(read, 1)  # a ratio even before the first step
@@ -124,7 +120,7 @@ def open_stream(
             with_best_row_width(maker, range(first, end), order.sizes.warmup_steps, attention_ratio)
             for maker, order, first, end in zip(makers, orders, first_steps, ends, strict=True)
         ]
-    return TrainingStream(tuple(makers), first_steps, steps, tuple(given.name for given in run.corpora), rows)
+    return TrainingStream(tuple(makers), orders, first_steps, steps, tuple(given.name for given in run.corpora), rows)
 
 
 def _open_stage(run: ResolvedRun, number: int, stage: Stage) -> tuple[tuple[MaskedCorpus, ...], ShuffledOrder]:

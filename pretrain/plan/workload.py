@@ -61,14 +61,12 @@ class StageWork:
 
 def stage_work(stream: TrainingStream, masking: MaskingConfig) -> tuple[StageWork, ...]:
     return tuple(
-        _stage(maker, first, end, max(masking.rates))
-        for maker, first, end in zip(stream.makers, stream.first_steps, stream.ends, strict=True)
+        _stage(maker, order, first, end, max(masking.rates))
+        for maker, order, first, end in zip(stream.makers, stream.orders, stream.first_steps, stream.ends, strict=True)
     )
 
 
-def _stage(maker: BatchMaker, first_step: int, end: int | None, rate: float) -> StageWork:
-    order = maker.order
-    assert isinstance(order, ShuffledOrder)
+def _stage(maker: BatchMaker, order: ShuffledOrder, first_step: int, end: int | None, rate: float) -> StageWork:
     # The last batch may be short, and early ones are during batch warmup.
     first = max(first_step, order.sizes.warmup_steps)
     last = first + _SAMPLED_BATCHES if end is None else max(first_step, end - 2)
