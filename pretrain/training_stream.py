@@ -40,6 +40,7 @@ class TrainingStream:
     steps: int | None  # in the whole run; None: a time budget ends it
     corpora: tuple[str, ...]  # names, by corpus number
     rows: Rows  # of all microbatches
+    begin: int  # the step that the run began with: of its parent if it is a fork, else 0
 
     def __getitem__(self, step: int) -> RankBatch:
         return self.makers[bisect_right(self.first_steps, step) - 1][step]
@@ -51,13 +52,13 @@ class TrainingStream:
 
     @property
     def epochs(self) -> float | None:
-        """Number of times the whole run reads its corpus; None for a mixture, and under a time budget."""
+        """Number of times the run reads its corpus, from `begin` on; None for a mixture, and under a time budget."""
         if self.steps is None or len(self.corpora) > 1:
             return None
         epochs = 0.0
         for order, end in zip(self.orders, self.ends, strict=True):
             assert end is not None
-            epochs += order.start(end) / order.corpora[0].sequences
+            epochs += (order.start(end) - order.start(min(self.begin, end))) / order.corpora[0].sequences
         return epochs
 
     def is_small_rest(self, step: int) -> bool:
@@ -120,7 +121,9 @@ def open_stream(
             with_best_row_width(maker, range(first, end), order.sizes.warmup_steps, attention_ratio)
             for maker, order, first, end in zip(makers, orders, first_steps, ends, strict=True)
         ]
-    return TrainingStream(tuple(makers), orders, first_steps, steps, tuple(given.name for given in run.corpora), rows)
+    names = tuple(given.name for given in run.corpora)
+    begin = run.resume_plan.forked_at if steps is None else min(run.resume_plan.forked_at, steps - 1)
+    return TrainingStream(tuple(makers), orders, first_steps, steps, names, rows, begin)
 
 
 def _open_stage(run: ResolvedRun, number: int, stage: Stage) -> tuple[tuple[MaskedCorpus, ...], ShuffledOrder]:
@@ -175,12 +178,12 @@ def _total_steps(
         )
     before_last: float = done
     for sizes, after, mean in zip(others, (*others[1:], last), mean_lengths, strict=False):
-        first = min(max(start, sizes.first_step), after.first_step)
-        before_last += (sizes.start(after.first_step) - sizes.start(first)) * mean
+        end = after.first_step
+        before_last += (sizes.start(end) - sizes.start(min(start, end))) * mean
     if before_last >= schedule.tokens > done:
         raise UserError(
             f"schedule.tokens: the first {len(others)} of schedule.stages take about {before_last:.4g} tokens, "
             f"which leaves none of {schedule.tokens:.4g} for the last one"
         )
     left = math.ceil((schedule.tokens - before_last) / mean_lengths[-1])
-    return last.end(last.start(max(start, last.first_step)) + left)
+    return last.end(last.start(start) + left)

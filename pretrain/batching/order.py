@@ -50,7 +50,8 @@ class BatchSizes:
     first_step: int = 0  # step of the run at which the stream starts
 
     def start(self, step: int) -> int:
-        """S(step): the position in the stream at which the batch of this step of the run starts."""
+        """S(step): the position in the stream at which the batch of this step of the run starts; 0 before it starts."""
+        step = max(step, self.first_step)
         warm = max(self.first_step, min(step, self.warmup_steps))  # the last step with a growing batch
         triangle = (warm * (warm + 1) - self.first_step * (self.first_step + 1)) // 2
         grown = -(-self.sequences * triangle // (self.warmup_steps + 1))

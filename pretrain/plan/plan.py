@@ -36,7 +36,7 @@ class ZeroPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that a plan says. None: unknown."""
+    """Everything that a plan says. None: unknown. Figures of a fork are its own, without the steps of its parent."""
 
     run: ResolvedRun
     hosts: int
@@ -50,10 +50,11 @@ class RunPlan:
     stages: tuple[StageWork, ...]
     flops_per_token: float | None  # of the whole run
     zero: dict[int, ZeroPlan]  # by ZeRO stage: the run's own and the others
-    steps: int | None  # exact; None: a time budget
-    budget_steps: int | None  # about how many steps a time budget lasts for
+    steps: int | None  # at which it ends, exact; None: a time budget
+    budget_steps: int | None  # at which a time budget ends it, about
     tokens: int | None  # exact; None: a time budget
     epochs: float | None  # None: a time budget or a mixture
+    begin: int  # the step that it begins with: of its parent if it is a fork, else 0
     cost: Cost | None
 
     @property
@@ -130,7 +131,7 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
             for flops_per_token, stage in zip(by_stage, stages, strict=True)
         ]
         budget = run.config.schedule.budget_seconds
-        computing, communicating, budget_steps = _seconds_of_run(stages, by_step, budget, run.resume_plan.forked_at)
+        computing, communicating, budget_steps = _seconds_of_run(stages, by_step, budget, stream.begin)
         cost = run_cost(computing, communicating, ranks, rates)
     return RunPlan(
         run=run,
@@ -149,17 +150,18 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
         budget_steps=budget_steps,
         tokens=None if stream.steps is None else sum(stage.tokens or 0 for stage in stages),
         epochs=stream.epochs,
+        begin=stream.begin,
         cost=cost,
     )
 
 
 def _seconds_of_run(
-    stages: tuple[StageWork, ...], by_step: list[tuple[float, float]], budget: float | None, forked_at: int
+    stages: tuple[StageWork, ...], by_step: list[tuple[float, float]], budget: float | None, begin: int
 ) -> tuple[float, float, int | None]:
-    """Return the seconds of computation and communication, given the seconds of a step of each stage, and about how
-    many steps a time budget lasts for."""
+    """Return the seconds of computation and communication, given the seconds of a step of each stage and the step that
+    the run begins with, and the step at which a time budget ends it, about."""
     computing = communicating = 0.0
-    done: float = 0 if budget is None else forked_at  # the clock of a fork starts over
+    done: float = begin
     for stage, (compute, communicate) in zip(stages, by_step, strict=True):
         steps = math.inf if stage.steps is None else max(0, stage.first_step + stage.steps - done)
         if budget is not None:
@@ -167,7 +169,7 @@ def _seconds_of_run(
         done += steps
         computing += steps * compute
         communicating += steps * communicate
-    return computing, communicating, None if budget is None else max(forked_at + 1, round(done))
+    return computing, communicating, None if budget is None else max(begin + 1, round(done))
 
 
 def _alternatives(settings: MemorySettings) -> list[MemorySettings]:

@@ -114,15 +114,16 @@ def _work(plan: RunPlan) -> list[str]:
         )
     if plan.steps is not None:
         epochs = "" if plan.epochs is None else f", {format_epochs(plan.epochs)}"
-        lines.append(f"in all {counted(plan.steps, 'step')}, {plan.tokens:,} tokens{epochs}")
+        lines.append(f"in all {counted(plan.steps - plan.begin, 'step')}, {plan.tokens:,} tokens{epochs}")
     elif plan.budget_steps is not None:
-        steps, tokens = counted(plan.budget_steps, "step"), float(f"{plan.budget_tokens:.3g}")
+        steps, tokens = counted(plan.budget_steps - plan.begin, "step"), float(f"{plan.budget_tokens:.3g}")
         lines.append(f"in all about {steps}, {tokens:,.0f} tokens, in {plan.run.config.schedule.budget}")
-    start, total = plan.run.resume_plan, plan.steps or plan.budget_steps
-    if start.step:
-        origin = "of the run that it forks" if start.fork else "of this run"
-        included = "" if total is None or total < start.step else ", which these figures include"
-        lines.append(f"done: {counted(start.step, 'step')} {origin}{included}")
+    done, total = plan.run.resume_plan.step, plan.steps or plan.budget_steps
+    if plan.begin:
+        lines.append(f"these figures leave out {counted(plan.begin, 'step')} of the run that it forks")
+    if done > plan.begin:
+        included = "" if total is None or total < done else ", which these figures include"
+        lines.append(f"done: {counted(done - plan.begin, 'step')} of this run{included}")
     return lines
 
 
@@ -179,7 +180,7 @@ def _cost(plan: RunPlan) -> list[str]:
     if cost is None:
         needs_peak = f"unknown: state the device's peak as --peak_tflops; known for {known_devices()}"
         return [*lines, _UNKNOWN_FLOPS if plan.flops_per_token is None else needs_peak]
-    steps = plan.steps or (plan.budget_steps or 0) - plan.run.resume_plan.forked_at  # a fork has a budget of its own
+    steps = (plan.steps or plan.budget_steps or 0) - plan.begin
     per_step = f", {cost.seconds / steps:.3g} s per step" if steps else ""
     duration = describe_duration(cost.seconds) if cost.seconds >= 10 else f"{cost.seconds:.3g} s"
     lines.append(

@@ -1,4 +1,5 @@
-"""The computation of a run: steps, tokens and microbatches of each stage, from the run's own stream of batches.
+"""The computation of a run: steps, tokens and microbatches of each stage, from the run's own stream of batches. Of a
+fork, without the steps of its parent.
 
 Steps and tokens are exact. The shape of microbatches is the largest in a sample of each stage's batches; other figures
 are means over the sample.
@@ -61,8 +62,9 @@ class StageWork:
 
 def stage_work(stream: TrainingStream, masking: MaskingConfig) -> tuple[StageWork, ...]:
     return tuple(
-        _stage(maker, order, first, end, max(masking.rates))
+        _stage(maker, order, max(first, stream.begin), end, max(masking.rates))
         for maker, order, first, end in zip(stream.makers, stream.orders, stream.first_steps, stream.ends, strict=True)
+        if end is None or end > stream.begin
     )
 
 
@@ -78,7 +80,7 @@ def _stage(maker: BatchMaker, order: ShuffledOrder, first_step: int, end: int | 
         steps=None if end is None else end - first_step,
         sequences=order.sizes.sequences,
         max_seq_length=maker.layout.max_seq_length,
-        tokens=None if end is None else _tokens(maker, order, end),
+        tokens=None if end is None else _tokens(maker, order, end) - _tokens(maker, order, first_step),
         batch=max(batches, key=lambda batch: (batch.largest.rows * batch.largest.width, batch.largest.predicted)),
         mean=MeanBatch(
             tokens=round(fmean(batch.tokens for batch in batches)),
@@ -90,7 +92,7 @@ def _stage(maker: BatchMaker, order: ShuffledOrder, first_step: int, end: int | 
 
 
 def _tokens(maker: BatchMaker, order: ShuffledOrder, end: int) -> int:
-    """Return the tokens of the stage's batches, special tokens included."""
+    """Return the tokens of the stage's batches before step `end`, special tokens included."""
     counts = order.positions_by_corpus(order.start(end))
     return sum(
         _stream_tokens(corpus.index, stream, int(count), maker.vocabulary.num_special_tokens)

@@ -83,7 +83,8 @@ def open_run_tracker(
     """
     total_steps, epochs, step = stream.steps, stream.epochs, progress.step
     end = "until the time budget is used up" if total_steps is None else counted(total_steps, "step")
-    in_epochs = "" if epochs is None else f", {format_epochs(epochs)}"
+    since = f" since step {stream.begin}" if stream.begin else ""
+    in_epochs = "" if epochs is None else f", {format_epochs(epochs)}{since}"
     log.info("training: %s%s; %d finished", end, in_epochs, step)
     for warning in run.config.warnings(total_steps):
         log.warning(warning)

@@ -52,6 +52,8 @@ def test_a_fork_with_the_same_config_repeats_its_parent(
     assert logged(tmp_path, "step") == [3, 4]
     assert set(pools[2].run(pretrain_case, tree)) == {"done"}
     assert logged(tmp_path, "step") == [3, 4, 5, 6]
+    log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
+    assert [f"epochs since step 2; {step} finished" in log for step in (2, 4)] == [True, True]
     for key in ("loss", "lr", "grad_norm", "tokens"):
         assert logged(tmp_path, key) == logged(parent, key)[2:]
     assert evaluation_events(tmp_path) == [{"step": 2, "tokens": logged(parent, "tokens")[1]}], "where it begins"
@@ -73,22 +75,31 @@ def test_a_fork_with_the_same_config_repeats_its_parent(
 def test_a_plan_names_the_steps_of_the_parent(
     wordpiece_corpus: Path, parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches the time of a whole run that is taken for what a fork has left, and a copied checkpoint whose name has no
-    step."""
+    """Catches the time of a whole run that is taken for what a fork has left, tokens that its parent has not read, and
+    a copied checkpoint whose name has no step."""
     config = tmp_path / "fork.yaml"
     tree = fork(tmp_path / "run", wordpiece_corpus, parent)
     tree["run"]["resume"] = str(tmp_path / "kept")
     shutil.copytree(checkpoint_path(parent / "checkpoints", 4), tmp_path / "kept")
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     assert main(["plan", "--config", str(config)]) == 0
-    assert "  done: 4 steps of the run that it forks, which these figures include\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "  in all 2 steps, " in printed
+    assert "  these figures leave out 4 steps of the run that it forks\n" in printed
+    assert "done: " not in printed
     budget = ["--schedule.steps=null", "--schedule.budget=1h", "--peak_tflops=1", "--json"]
-    planned = [["--json"], ["--run.resume=never", "--json"], budget, ["--run.resume=never", *budget]]
+    length = ["--peak_tflops=1", "--json"]
+    planned = [length, ["--run.resume=never", *length], budget, ["--run.resume=never", *budget]]
     found = []
     for flags in planned:
         assert main(["plan", "--config", str(config), *flags]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert [plan["steps_done"] for plan in found] == [4, 0, 4, 0]
+    tokens = logged(parent, "tokens")
+    assert [plan["tokens"] for plan in found[:2]] == [tokens[5] - tokens[3], tokens[5]]
+    assert [(plan["steps"], plan["stages"][0]["steps"]) for plan in found[:2]] == [(6, 2), (6, 6)]
+    assert found[0]["epochs"] == pytest.approx(found[1]["epochs"] / 3)
+    assert found[0]["cost"]["seconds"] == pytest.approx(found[1]["cost"]["seconds"] / 3, rel=0.2)
     assert found[2]["budget_steps"] == found[3]["budget_steps"] + 4  # its clock starts over
     assert main(["plan", "--config", str(RunFolder(parent).config)]) == 0
     assert "  done: 6 steps of this run, which these figures include\n" in capsys.readouterr().out

@@ -325,6 +325,8 @@ def test_epochs_are_those_of_all_stages(open_run_stream: OpenStream) -> None:
     lengths = [len(maker.corpora[0].index) for maker in stream.makers]
     of_stages = [sum(read[:6]) / lengths[0], sum(read[6:11]) / lengths[1], sum(read[11:]) / lengths[2]]
     assert stream.epochs == pytest.approx(sum(of_stages))
+    forked = dataclasses.replace(stream, begin=8)
+    assert forked.epochs == pytest.approx(sum(read[8:11]) / lengths[1] + of_stages[2]), "without those of its parent"
     tokens = sum(stream[step].tokens for step in range(16))
     assert tokens / stream.tokens_per_epoch(16)["text"] == pytest.approx(stream.epochs, rel=0.02)
     whole = open_run_stream(mixed=False, schedule={"epochs": 2.0})

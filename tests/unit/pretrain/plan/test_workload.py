@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from experiment.config import build_config
 from pretrain.batching.packing import Rows
-from pretrain.config import PretrainConfig
+from pretrain.config import MaskingConfig, PretrainConfig
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import resolve
 from pretrain.training_stream import TrainingStream, open_stream
@@ -68,6 +69,16 @@ def test_tokens_are_those_of_the_batches(open_work: OpenWork, sections: dict[str
         special = maker.vocabulary.num_special_tokens
         lengths = [maker.assign(step)[1] + special for step in range(stage.first_step, end)]
         assert stage.tokens == sum(int(each.sum()) for each in lengths)
+
+
+@pytest.mark.parametrize(("begin", "steps"), [(3, [4, 5]), (7, [5]), (9, [3])])
+def test_a_fork_leaves_out_the_steps_of_its_parent(open_work: OpenWork, begin: int, steps: list[int]) -> None:
+    """Catches tokens and stages that only the parent of a fork has computed, or that its own sizes make up."""
+    stream, _ = open_work(ranks=1, schedule={"steps": 12, "stages": STAGES, "batch_warmup_steps": 9})
+    stages = stage_work(replace(stream, begin=begin), MaskingConfig())
+    assert [stage.steps for stage in stages] == steps
+    assert stages[0].first_step == begin
+    assert sum(stage.tokens or 0 for stage in stages) == sum(stream[step].tokens for step in range(begin, 12))
 
 
 @pytest.mark.parametrize(("rows", "ratio"), [("windows", None), ("windows", 0.0), ("flat", None)])
