@@ -14,6 +14,7 @@ from documented import TUTORIALS, Terminal, commands, configs, validate_configs,
 from documented_files import CHINESE, write_chinese_text, write_lines, write_model, write_public_tasks, write_task
 from experiment.files import parse_json
 from experiment.storage import upload
+from language_models import write_language_model
 from rank_pool import RankPool
 from runs import SHALLOW, pretrain_case, run_config, sampled
 
@@ -53,15 +54,18 @@ def chinese(folder: Path, given: Given) -> None:
 
 
 def web_archives(folder: Path, given: Given) -> None:
-    """Two archives of pages in a bucket. One page is short, one nearly the same as another, one has evaluation text."""
+    """Two archives of pages in a bucket. One page is short, one is German, one differs from another in a single line,
+    and one has evaluation text."""
     import s3fs
     from warcio.statusandheaders import StatusAndHeaders
     from warcio.warcwriter import WARCWriter
 
     write_public_tasks(folder / "data", given.texts, word="ba")
+    write_language_model(folder / "lid.176.bin")
     evaluated = max(given.texts[60:90], key=len)
     pages = [_prose(Random(number)) for number in range(60)]
-    pages += ["Buy now.", pages[0].replace(" the ", " a ", 1), f"{_prose(Random(60))} {evaluated}"]
+    pages += ["Buy the one now.", "Das Haus der Frau und von der Katze mit dem Hut."]
+    pages += [pages[0].replace(" the ", " a ", 1), f"{_prose(Random(60))} {evaluated}"]
     s3fs.S3FileSystem().mkdir("bucket")
     for number in range(2):
         archive = folder / f"{number}.warc.gz"
@@ -69,7 +73,8 @@ def web_archives(folder: Path, given: Given) -> None:
             writer = WARCWriter(file)
             for page, text in list(enumerate(pages))[number::2]:
                 headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html")], protocol="HTTP/1.1")
-                content = io.BytesIO(f"<html><body><article><p>{text}</p></article></body></html>".encode())
+                paragraphs = text.replace(". ", ".</p><p>")
+                content = io.BytesIO(f"<html><body><article><p>{paragraphs}</p></article></body></html>".encode())
                 url = f"https://example.org/{page}"
                 writer.write_record(writer.create_warc_record(url, "response", content, http_headers=headers))
         upload(archive, f"s3://bucket/crawl/{archive.name}")
@@ -123,7 +128,7 @@ def test_a_tutorial_runs(
     if page == "docs/corpora_at_scale.md":
         steps = parse_json((tmp_path / "clean/clean.json").read_bytes())["steps"]
         dropped = {step["name"]: step["dropped"] for step in steps if step["dropped"]}
-        assert dropped == {"gopher_repetition": 1, "minhash": 1, "decontaminate": 1}
+        assert dropped == {"language": 1, "gopher_repetition": 1, "minhash": 1, "decontaminate": 1}
     validate_configs(page, tmp_path)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiment.errors import UserError
+from language_models import write_language_model
 from pretrain.cleaning.parts import read_documents
 from pretrain.cleaning.step import Document, DocumentStep, OpenedParts, Verdict, find_step
 from pretrain.cleaning.steps import step_names
@@ -281,21 +282,6 @@ def test_samples_by_weight_and_source_have_their_size() -> None:
 def test_rates_by_values_that_are_no_text(value: object, key: str) -> None:
     """Catches a rate that is never used, because Python writes the value in another way than YAML."""
     assert apply("sample", "a", {"column": value}, by="column", rates={key: 0.0})[0] == "not_sampled"
-
-
-def write_language_model(model: Path) -> None:
-    """Write a model of English and German words. It is not trained: in this wheel training starts from memory that is
-    not initialized."""
-    import fasttext
-
-    words = {"__label__en": ("the", "and", "of", "with"), "__label__de": ("der", "und", "von", "mit")}
-    text = model.with_suffix(".txt")
-    text.write_text("".join(f"{label} {' '.join(words[label])}\n" for label in words))
-    made = fasttext.train_supervised(str(text), dim=2, epoch=0, minCount=1, verbose=0, thread=1, bucket=1)
-    labels = made.get_labels()
-    vectors = [[10.0 * (word in words[label]) for label in labels] for word in made.get_words()]
-    made.set_matrices(np.array(vectors, dtype=np.float32), np.eye(2, dtype=np.float32))
-    made.save_model(str(model))
 
 
 def test_languages_are_told_by_a_model(tmp_path: Path) -> None:
