@@ -1,6 +1,7 @@
 """Each step on texts that it keeps, changes and drops."""
 
 import json
+import re
 import time
 import tracemalloc
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from experiment.errors import UserError
 from language_models import write_language_model
@@ -121,6 +123,18 @@ def test_tags_of_a_large_text_take_linear_time(repeated: str) -> None:
 def test_addresses_of_a_large_text_take_linear_time(repeated: str) -> None:
     """Catches a page that a worker searches for hours."""
     assert apply("pii", repeated * 200_000 + " !")[0] in ("", "masked")
+
+
+def test_c4_quality_of_chinese_with_the_documented_keys() -> None:
+    """Catches advice with which long lines are removed, or texts of sentences that end in 。."""
+    page = (Path(__file__).parents[4] / "docs" / "cleaning.md").read_text(encoding="utf-8")
+    advice = re.search(r"`c4_quality` takes .*? for such text set (.*?)\.\s", page, re.DOTALL)
+    assert advice is not None
+    keys = {key: value for pair in re.findall("`(.+?)`", advice[1]) for key, value in yaml.safe_load(pair).items()}
+    text = "".join(f"第{number}句话说的是海里的龙虾。" for number in range(100, 200))
+    assert len(text) > 1_200
+    assert apply("c4_quality", text, **keys) == ("", text)
+    assert apply("c4_quality", text[:45], **keys)[0] == "too_few_sentences"
 
 
 def test_chinese_words_of_a_list_are_found(tmp_path: Path) -> None:
