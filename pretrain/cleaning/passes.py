@@ -7,7 +7,7 @@ applies the decisions. Finished parts and passes are kept if the cleaning is kil
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,7 @@ from pretrain.corpus.engines import TaskRunner, check_shared
 _STEP_TALLIES = TypeAdapter(list[StepTally])
 _PART_CHARACTERS = 1 << 22
 _PART_DOCUMENTS = 20_000
+_ERROR_CHARACTERS = 200  # an error may quote a whole document
 _DONE, _DECIDED = "done.json", "decided.json"
 
 
@@ -184,16 +185,17 @@ def _process(passes: Sequence[Pass], part: _Part) -> int:
     """Handle one part, in a worker. Returns how many documents were read."""
     check_shared(part.files.folder)
     planned = passes[part.pass_number]
+    markup, empty = StepTally(), 0
     if isinstance(part.documents, PassFolder):
-        documents, empty = part.documents.read(part.number), 0
+        documents = part.documents.read(part.number)
     else:
-        documents = _without_markup(part.documents)
-        empty = len(part.documents) - len(documents)
+        documents = _without_markup(part.documents, markup)
+        empty = len(part.documents) - markup.read
     read = len(documents)
     tallies = list[StepTally]()
     for step in planned.counted:
         texts = [document.text for document in documents]
-        verdicts = _apply(step, documents, part)
+        verdicts = _apply(step, documents, part, read)
         verdicts = [_dropped_if_empty(*pair) for pair in zip(documents, verdicts, strict=True)]
         tallies.append(StepTally())
         for document, text, verdict in zip(documents, texts, verdicts, strict=True):
@@ -202,35 +204,52 @@ def _process(passes: Sequence[Pass], part: _Part) -> int:
         documents = [document for document, verdict in pairs if verdict is None or not verdict.dropped]
     observed = {} if planned.observed is None else planned.observed.observe(documents)
     languages = Counter(str(found) for document in documents if (found := document.metadata.get("language")))
-    tally = PartTally(part.digest, empty, len(documents), dict(languages), tallies, sorted(observed))
+    tally = PartTally(part.digest, empty, markup, len(documents), dict(languages), tallies, sorted(observed))
     part.files.write(part.number, documents, observed, tally)
     return read
 
 
-def _without_markup(documents: list[Document]) -> list[Document]:
-    """Return the documents with plain text; those without any are left out, as are empty lines of a file."""
-    for document in documents:
-        if document.markup:
-            try:
-                document.text, document.markup = to_text(document.text, document.markup), ""
-            except Exception as error:  # of a library that the markup is too much for
-                raise UserError(f"{document.id}: its markup cannot be removed: {error!r}") from None
-    return [document for document in documents if document.text and not document.text.isspace()]
+def _without_markup(documents: list[Document], tally: StepTally) -> list[Document]:
+    """Return the documents with plain text; those without any are left out, as are empty lines of a file. tally: counts
+    the others, and those whose markup cannot be removed."""
+    left, sources = list[Document](), [document.text for document in documents]
+    verdicts = _apply_to_each(_remove_markup, documents, "removing markup", len(documents))
+    for document, source, verdict in zip(documents, sources, verdicts, strict=True):
+        if verdict is not None or (document.text and not document.text.isspace()):
+            tally.count(document, source, verdict, listed=False)
+            if verdict is None:
+                left.append(document)
+    return left
 
 
-def _apply(step: Step[Any], documents: list[Document], part: _Part) -> list[Verdict | None]:
+def _remove_markup(document: Document) -> None:
+    if document.markup:
+        document.text, document.markup = to_text(document.text, document.markup), ""
+
+
+def _apply(step: Step[Any], documents: list[Document], part: _Part, read: int) -> list[Verdict | None]:
     if isinstance(step, CollectionStep):
         return step.apply(documents, part.files.decisions(part.number))
     assert isinstance(step, DocumentStep)
-    verdicts = []
+    return _apply_to_each(step.apply, documents, f"the step {type(step).__module__.rpartition('.')[2]}", read)
+
+
+def _apply_to_each(
+    function: Callable[[Document], Verdict | None], documents: Sequence[Document], name: str, read: int
+) -> list[Verdict | None]:
+    """Apply a function to documents; those that a library fails on are dropped. Raises UserError if it fails on all,
+    unless only one of the `read` documents of the part is left."""
+    verdicts, errors = list[Verdict | None](), list[str]()
     for document in documents:
         try:
-            verdicts.append(step.apply(document))
-        except UserError:
+            verdicts.append(function(document))
+        except (UserError, OSError):  # of the config, or of a disk
             raise
-        except Exception as error:  # a library that the text is too much for
-            name = type(step).__module__.rpartition(".")[2]
-            raise UserError(f"{document.id}: the step {name} fails on this document: {error!r}") from None
+        except Exception as error:
+            errors.append(repr(error)[:_ERROR_CHARACTERS])
+            verdicts.append(Verdict("failed", detail=errors[-1]))
+    if 0 < min(2, read) <= len(errors) == len(documents):
+        raise UserError(f"{documents[0].id}: {name} fails on this document: {errors[0]}")
     return verdicts
 
 

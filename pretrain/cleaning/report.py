@@ -47,21 +47,34 @@ def summarize(
     """Return the content of clean.json.
 
     identity: digests of config and documents; the tasks that the sources were decontaminated against. empty: documents
-    whose markup held no text, which no step reads. kept, languages: documents.
+    whose markup held no text, which no step reads. kept, languages: documents. tallies: of the removal of markup, and
+    of each step.
     """
+    markup, *others = tallies
     return {
         **identity,
         **({"empty": empty} if empty else {}),
-        "read": tallies[0].read if tallies else kept,
+        "read": markup.read,
         "kept": kept,
         **({"languages": dict(languages.most_common(_LANGUAGES))} if languages else {}),
         "steps": [
-            _step(item.name, tally, step) for item, tally, step in zip(config.steps, tallies, steps, strict=True)
+            *([{"name": "markup", **_effect(markup)}] if markup.rules else []),
+            *(_step(item.name, tally, step) for item, tally, step in zip(config.steps, others, steps, strict=True)),
         ],
     }
 
 
 def _step(name: str, tally: "StepTally", step: "Step[Any]") -> dict[str, Any]:
+    return {
+        "name": name,
+        "config": step.config.model_dump(mode="json"),
+        **_effect(tally),
+        **step.facts(),
+        **({"matches": tally.matches} if step.lists_matches else {}),
+    }
+
+
+def _effect(tally: "StepTally") -> dict[str, Any]:
     rules = {
         rule: {
             "dropped": found.dropped,
@@ -75,14 +88,10 @@ def _step(name: str, tally: "StepTally", step: "Step[Any]") -> dict[str, Any]:
         for rule, found in sorted(tally.rules.items())
     }
     return {
-        "name": name,
-        "config": step.config.model_dump(mode="json"),
         "read": tally.read,
         "dropped": sum(rule["dropped"] for rule in rules.values()),
         "changed": sum(rule["changed"] for rule in rules.values()),
         "rules": rules,
-        **step.facts(),
-        **({"matches": tally.matches} if step.lists_matches else {}),
     }
 
 

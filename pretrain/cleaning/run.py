@@ -25,6 +25,7 @@ from pretrain.cleaning.passes import Done, Pass, digest_of, plan_passes, run_pas
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
 from pretrain.cleaning.report import Summary, describe_kept, print_steps, summarize, write_report
 from pretrain.cleaning.step import ReadTask, Step, check_installed
+from pretrain.cleaning.tally import StepTally
 from pretrain.corpus.engines import TaskRunner, open_engine
 from pretrain.corpus.origins import read_cleanings
 from pretrain.corpus.sources import Source
@@ -126,9 +127,11 @@ def _clean(
     result.mkdir()
     _join(last, result)
     first, empty, kept, languages = PassFolder(unfinished / "pass-0"), 0, 0, Counter[str]()
+    markup = StepTally()
     for part in range(last.parts):
-        tally = last.files.tally(part)
-        empty += first.tally(part).empty
+        tally, of_source = last.files.tally(part), first.tally(part)
+        empty += of_source.empty
+        markup.merge(of_source.markup)
         kept += tally.kept
         languages.update(tally.languages)
     _, decontaminated = read_cleanings(sources)
@@ -137,7 +140,7 @@ def _clean(
         "source": last.source,
         **({"decontaminated": decontaminated} if decontaminated else {}),
     }
-    summary = summarize(config, identity, empty, kept, languages, tallies, steps)
+    summary = summarize(config, identity, empty, kept, languages, [markup, *tallies], steps)
     write_report(result, summary)
     write_json(result / _SOURCES, identity_of(sources))
     fsync_tree(result)

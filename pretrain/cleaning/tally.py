@@ -88,6 +88,7 @@ class PartTally:
 
     digest: str  # of the documents; empty after the first pass
     empty: int  # documents without text after their markup was removed
+    markup: StepTally  # the other documents, and those whose markup could not be removed
     kept: int  # documents
     languages: dict[str, int]  # documents of each language, if their metadata tells it
     steps: list[StepTally]

@@ -1,18 +1,22 @@
 """The whole cleaning: same bytes however it is run, nothing is lost, and what is in the way is refused."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import ftfy
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import trafilatura
 import zstandard
 
 from experiment.config import build_config
@@ -341,6 +345,71 @@ def test_a_library_that_fails_names_the_document(clean: Any, monkeypatch: pytest
     monkeypatch.setattr("ftfy.fix_text", lambda *arguments, **keys: 1 / 0)
     with pytest.raises(UserError, match=r"in.txt:1: the step ftfy fails on this document: ZeroDivisionError"):
         clean(["a"], {"ftfy": {}})
+
+
+def failing(function: Callable[..., Any], on: str) -> Callable[..., Any]:
+    """The function of a library that fails on texts with a word."""
+
+    def call(text: str, *arguments: Any, **keys: Any) -> Any:
+        if on in text:
+            raise RecursionError(f"too deep {text * 99}")
+        return function(text, *arguments, **keys)
+
+    return call
+
+
+def test_documents_that_a_library_fails_on_are_dropped(
+    clean: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a cleaning of millions that one page ends, and one that is lost without being counted."""
+    (tmp_path / "pages").mkdir()
+    for name in ("sea", "deep", "land", "odd", "empty"):
+        body = "" if name == "empty" else f"<p>A page about the {name} and its animals.</p>"
+        (tmp_path / "pages" / f"{name}.html").write_text(f"<html><body>{body}</body></html>")
+    monkeypatch.setattr("trafilatura.extract", failing(trafilatura.extract, "deep"))
+    monkeypatch.setattr("ftfy.fix_text", failing(ftfy.fix_text, "odd"))
+    found = clean([], {"ftfy": {}}, source=str(tmp_path / "pages"))
+    assert (found["read"], found["kept"], found["empty"]) == (4, 2, 1)
+    assert [(step["name"], step["read"], step["dropped"]) for step in found["steps"]] == [
+        ("markup", 4, 1),
+        ("ftfy", 3, 1),
+    ]
+    for counted, name in zip(found["steps"], ("deep", "odd"), strict=True):
+        (example,) = counted["rules"]["failed"]["examples"]
+        assert example["id"] == f"{tmp_path}/pages/{name}.html:1"
+        assert example["detail"].startswith("RecursionError('too deep ")
+        assert len(example["detail"]) == 200
+    assert texts_of(tmp_path / "out") == [f"A page about the {name} and its animals." for name in ("land", "sea")]
+    assert "failed: 1 of 1 dropped" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_library_that_fails_on_all_documents_ends_the_cleaning(
+    clean: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a result without documents because a library does not work, and the only document that an earlier step
+    has left in a part that ends a cleaning."""
+    monkeypatch.setattr("ftfy.fix_text", lambda *arguments, **keys: 1 / 0)
+    with pytest.raises(UserError, match=r"in.txt:2: the step ftfy fails on this document: ZeroDivisionError"):
+        clean(["a", "two words", "two words"], {"length": {"min_words": 2}}, {"ftfy": {}})
+    found = clean(["a", "two words"], {"length": {"min_words": 2}}, {"ftfy": {}})
+    assert found["steps"][1]["rules"]["failed"]["dropped"] == 1
+    monkeypatch.setattr("trafilatura.extract", lambda *arguments, **keys: 1 / 0)
+    (tmp_path / "a.html").write_text("<p>a page</p>")
+    with pytest.raises(UserError, match=r"a.html:1: removing markup fails on this document: ZeroDivisionError"):
+        clean([], source=str(tmp_path / "a.html"), output=str(tmp_path / "other"))
+
+
+def test_a_disk_error_of_a_step_ends_the_cleaning(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches documents that are dropped because a disk is full."""
+
+    def fail(text: str, **keys: Any) -> str:
+        if text == "a":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return text
+
+    monkeypatch.setattr("ftfy.fix_text", fail)
+    with pytest.raises(UserError, match=r"^output .*: disk full; the same command resumes"):
+        clean(["a", "b"], {"ftfy": {}})
 
 
 def test_metadata_that_json_lacks(tmp_path: Path) -> None:

@@ -169,7 +169,8 @@ def test_sources_and_cleanings_are_shown(corpus: Corpus, capsys: pytest.CaptureF
         tally.count(Document(f"a.txt:{number}", "a.txt", "<b>short"), "<b>short", verdict, False)
     config = build_config(CleanConfig, {"source": "a", "output": "b", "steps": [{"length": {"min_words": 3}}]})
     steps = [item.make() for item in config.steps]
-    summary = summarize(config, {"recipe": "", "source": ""}, 0, 1, Counter({"en": 1}), [tally], steps)
+    tallies = [StepTally(read=3), tally]
+    summary = summarize(config, {"recipe": "", "source": ""}, 0, 1, Counter({"en": 1}), tallies, steps)
     write_cleanings(corpus.path, [{"folder": "", **summary}])
     main(["corpus", "--inspect", str(corpus.path)])
     out = capsys.readouterr().out
