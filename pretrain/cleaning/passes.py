@@ -95,6 +95,13 @@ class _Part(NamedTuple):
     documents: list[Document] | PassFolder  # of the first pass; of later ones: the pass before, which has written them
     digest: str = ""  # of the documents
 
+    @property
+    def place(self) -> str:
+        """Where its documents are, for messages."""
+        if isinstance(self.documents, PassFolder):
+            return str(self.documents.documents(self.number))
+        return f"documents from {self.documents[0].id} on"
+
 
 def run_passes(
     passes: Sequence[Pass], documents: Iterator[Document], folder: Path, run_tasks: TaskRunner

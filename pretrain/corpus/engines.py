@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from experiment.errors import UserError, first_line
+from experiment.errors import StoppedError, UserError, first_line
 from experiment.process.cpu_cores import cpu_cores
 from pretrain.corpus.workers import worker_pool
 
@@ -23,12 +23,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _TASKS_PER_WORKER = 2  # that are submitted: one to run and one to follow
-_KILLED = "use fewer --workers, and run the same command again to resume from what is finished"
+_RETRIES = 5  # on Ray, of a task whose process or node dies
+_RESUME = "run the same command again to resume from what is finished"
+_KILLED = f"use fewer --workers, and {_RESUME}"
 
 
 class TaskRunner(Protocol):
     """Runs `function(job, task)` for each of the tasks, and yields the results in the order of completion. Takes few
-    tasks ahead of time, so that they can be read while others run."""
+    tasks ahead of time, so that they can be read while others run. A task may have a `place`, for messages."""
 
     def __call__(self, function: Callable[[Any, T], R], tasks: Iterable[T]) -> Iterator[R]: ...
 
@@ -38,7 +40,8 @@ def open_engine(
 ) -> AbstractContextManager[TaskRunner]:
     """Open the engine `ray`, or for any other name `workers` processes, by default one per core.
 
-    Raises UserError if there is no cluster, StoppedError if a worker on this machine is killed.
+    Raises UserError if there is no cluster, StoppedError if a worker on this machine is killed, or a task on Ray dies
+    again and again.
     """
     return _ray(ray_address, job) if engine == "ray" else _local(workers or cpu_cores(), job)
 
@@ -96,27 +99,41 @@ def _ray(address: str | None, job: object) -> Iterator[TaskRunner]:
             "start one with `ray start --head`"
         ) from None
     shared = [ray.put(job)]  # Ray would give each task a new copy of a reference that is an argument of its own
-    # A task is repeated as often as it is lost with its node. If it raises an error, that is the result.
-    remote = ray.remote(max_retries=-1)(_outcome)
+    # A task is repeated if it is lost with its node. If it raises an error, that is the result.
+    remote = ray.remote(max_retries=_RETRIES)(_outcome)
 
     def run_tasks(function: Callable[[Any, T], R], tasks: Iterable[T]) -> Iterator[R]:
-        remaining, running = iter(tasks), list[Any]()
+        remaining, running = iter(tasks), dict[Any, str]()
         while True:
             cores = int(ray.cluster_resources().get("CPU", 1))  # nodes come and go
-            free = max(0, _TASKS_PER_WORKER * cores - len(running))
-            running += [remote.remote(shared, function, task) for task in islice(remaining, free)]
+            for task in islice(remaining, max(0, _TASKS_PER_WORKER * cores - len(running))):
+                running[remote.remote(shared, function, task)] = getattr(task, "place", "a part")
             if not running:
                 return
-            done, running = ray.wait(running, num_returns=1)
-            for outcome in ray.get(done):
-                if isinstance(outcome, Exception):
-                    raise outcome
-                yield outcome
+            (done,), _ = ray.wait([*running], num_returns=1)
+            yield _result(done, running.pop(done))
 
     try:
         yield run_tasks
     finally:
         ray.shutdown()
+
+
+def _result(reference: Any, place: str) -> Any:
+    """Return the result of a task on Ray. Raises the error that it has returned, and StoppedError if it has died."""
+    import ray
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
+    try:
+        outcome = ray.get(reference)
+    except (NodeDiedError, OutOfMemoryError, WorkerCrashedError) as error:
+        raise StoppedError(
+            f"{place}: the task died {_RETRIES + 1} times, perhaps because memory ran out: "
+            f"{first_line(error)}; {_RESUME}"
+        ) from None
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 @lru_cache(maxsize=1)

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from experiment.errors import UserError
+from experiment.errors import StoppedError, UserError
 from experiment.process import cpu_cores
 from launcher.cli import main
 from pretrain.corpus import build, engines, job_array, records, shards, splits, tasks
@@ -205,6 +206,23 @@ def test_ray(tmp_path: Path, source: Path, vocabulary_folder: Path, whole: Path,
     options: dict[str, Any] = {"source": source, "tokenizer": vocabulary_folder, "output": tmp_path / "d"}
     with pytest.raises(UserError, match=r"2\.txt:2: not UTF-8 text \(byte 0xff at column 3\)"):
         build_corpus(CorpusOptions(**options, engine="ray", ray_address=ray_head))
+
+
+@pytest.mark.soak
+@needs_ray
+def test_a_task_that_kills_its_process(ray_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a page that is too much for the memory, and that Ray's tasks read again and again without a message."""
+    monkeypatch.setattr(engines, "_RETRIES", 1)
+
+    def die(job: None, task: object) -> None:
+        os._exit(1)
+
+    part = SimpleNamespace(place="documents from a.warc:7 on")
+    with (
+        engines.open_engine(None, None, "ray", ray_head) as run,
+        pytest.raises(StoppedError, match=r"^documents from a\.warc:7 on: the task died 2 times, .*; run the same"),
+    ):
+        list(run(die, [part]))
 
 
 @pytest.mark.soak
