@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -98,6 +98,7 @@ def _ray(address: str | None, job: object) -> Iterator[TaskRunner]:
             f"--ray_address {address or 'auto'}: no Ray cluster answers ({first_line(error)}); "
             "start one with `ray start --head`"
         ) from None
+    folder = str(Path.cwd())
     shared = [ray.put(job)]  # Ray would give each task a new copy of a reference that is an argument of its own
     # A task is repeated if it is lost with its node. If it raises an error, that is the result.
     remote = ray.remote(max_retries=_RETRIES)(_outcome)
@@ -107,7 +108,7 @@ def _ray(address: str | None, job: object) -> Iterator[TaskRunner]:
         while True:
             cores = int(ray.cluster_resources().get("CPU", 1))  # nodes come and go
             for task in islice(remaining, max(0, _TASKS_PER_WORKER * cores - len(running))):
-                running[remote.remote(shared, function, task)] = getattr(task, "place", "a part")
+                running[remote.remote(shared, folder, function, task)] = getattr(task, "place", "a part")
             if not running:
                 return
             (done,), _ = ray.wait([*running], num_returns=1)
@@ -150,8 +151,10 @@ def check_shared(folder: Path) -> None:
         raise UserError(f"{folder} does not exist on {platform.node()}; expected a disk that all machines share")
 
 
-def _outcome(shared: list[Any], function: Callable[[Any, T], R], task: T) -> R | Exception:
-    """Return the result of the task, or the UserError or OSError that it raises."""
+def _outcome(shared: list[Any], folder: str, function: Callable[[Any, T], R], task: T) -> R | Exception:
+    """Return the result of the task, or the UserError or OSError that it raises. folder: the working directory."""
+    with suppress(OSError):  # a node may lack it if all paths are absolute or URLs
+        os.chdir(folder)
     try:
         return function(_fetched(*shared), task)
     except (UserError, OSError) as error:

@@ -191,11 +191,19 @@ def test_environment_without_a_share(variables: dict[str, int]) -> None:
 
 @pytest.mark.soak
 @needs_ray
-def test_ray(tmp_path: Path, source: Path, vocabulary_folder: Path, whole: Path, ray_head: str) -> None:
-    """Catches corpora and clean documents of Ray's tasks with other bytes than of this machine, and errors with Ray's
-    traceback."""
+def test_ray(
+    tmp_path: Path,
+    source: Path,
+    vocabulary_folder: Path,
+    whole: Path,
+    ray_head: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches corpora and clean documents of Ray's tasks with other bytes than of this machine, relative paths that are
+    looked up in the folder in which Ray was started, and errors with Ray's traceback."""
     ray = ["--engine=ray", f"--ray_address={ray_head}"]
-    assert main(flags(tmp_path / "c", source, vocabulary_folder, *ray)) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(flags(tmp_path / "c", Path(source.name), vocabulary_folder, *ray)) == 0
     assert contents(tmp_path / "c") == contents(whole)
     config = {"source": str(source), "output": str(tmp_path / "cleaned"), "steps": [{"ftfy": {}}, {"minhash": {}}]}
     (tmp_path / "clean.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
