@@ -8,7 +8,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -95,6 +95,15 @@ class Step(ABC, Generic[ConfigT]):
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what each process loads for itself, such as a model, which cannot be sent."""
+        kind = type(self)
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not isinstance(getattr(kind, name, None), cached_property)
+        }
 
     def prepare(self, read_task: ReadTask) -> None:
         """Open the files that the config names, in the main process. Raises UserError."""

@@ -1,6 +1,7 @@
 """Each step on texts that it keeps, changes and drops."""
 
 import json
+import pickle
 import re
 import time
 import tracemalloc
@@ -314,6 +315,29 @@ def test_languages_are_told_by_a_model(tmp_path: Path) -> None:
         apply("language", "a", model=str(tmp_path / "other.bin"))
     with pytest.raises(UserError, match="knows no language 'fr'; it knows de, en"):
         apply("language", "a", **keys | {"keep": ("fr",)})
+
+
+@pytest.mark.parametrize("name", ["c4_quality", "language", "pii", "shares", "url_filter", "word_list"])
+def test_a_step_that_was_used_is_sent_to_workers(name: str, tmp_path: Path) -> None:
+    """Catches a cleaning that cannot be resumed because the process has run a part itself before it starts workers: a
+    model and the filters of datatrove cannot be pickled."""
+    write_language_model(tmp_path / "model")
+    (tmp_path / "words").write_text("bad\n")
+    keys = {
+        "language": {"model": str(tmp_path / "model"), "keep": ("de",)},
+        "shares": {"min_stop_words": 0.5},
+        "url_filter": {"words": str(tmp_path / "words"), "built_in": False},
+        "word_list": {"file": str(tmp_path / "words")},
+    }
+    step = prepared(name, **keys.get(name, {}))
+
+    def verdict(step: DocumentStep[Any]) -> Verdict | None:
+        return step.apply(Document("in.txt:1", "in.txt", "a bad text of a@b.org", {"url": "http://bad.org/"}))
+
+    assert verdict(step) is not None
+    content = pickle.dumps(step)
+    assert len(content) < 5_000
+    assert verdict(pickle.loads(content)) == verdict(step)
 
 
 def test_recurring_lines_go_except_the_first(clean: Any, tmp_path: Path) -> None:
