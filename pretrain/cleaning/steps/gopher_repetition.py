@@ -1,10 +1,19 @@
 """Gopher's repetition rules (Rae et al. 2021, table A1), of datatrove."""
 
+from typing import TYPE_CHECKING
+
+import regex
 from pydantic import PositiveInt
 
 from experiment.config import Section
 from experiment.config.field_types import Fraction
 from pretrain.cleaning.datatrove_step import FilterStep
+from pretrain.corpus.words import UNSPACED
+
+if TYPE_CHECKING:
+    from datatrove.pipeline.filters.base_filter import BaseFilter
+
+_BESIDE_UNSPACED = regex.compile(rf" (?=\n[{UNSPACED}])| (?<=[{UNSPACED}]\p{{M}}* )")
 
 
 class Config(Section):
@@ -39,3 +48,16 @@ class Config(Section):
 class Step(FilterStep[Config]):
     config_type = Config
     filter_name = "GopherRepetitionFilter"
+
+    def make_filter(self) -> "BaseFilter":
+        from datatrove.pipeline.filters import gopher_repetition_filter
+
+        gopher_repetition_filter.get_n_grams = _ngrams
+        return super().make_filter()
+
+
+def _ngrams(words: list[str], n: int) -> list[str]:
+    """Return n-grams with spaces between words, as datatrove does, but not beside characters of scripts without spaces:
+    the share of an n-gram would count characters that the text does not have."""
+    pieces = _BESIDE_UNSPACED.sub("", " \n".join(words)).split("\n")
+    return ["".join(pieces[start : start + n]).rstrip(" ") for start in range(len(words) - n + 1)]

@@ -25,6 +25,8 @@ PROSE = (
     "road, people walk to church over frozen fields. Nobody knows why that chapel was painted blue."
 )
 
+CHINESE = "昨天下午我们在图书馆里一起读了那本关于海洋动物的新刊"  # each character once
+
 
 def prepared(name: str, **keys: Any) -> DocumentStep[Any]:
     step_type = find_step(name)
@@ -88,6 +90,9 @@ def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: 
         ("gopher_quality", {"min_doc_words": 3}, "# a # b # c #", ("gopher_below_avg_threshold", "")),
         ("gopher_repetition", {}, PROSE, ("", PROSE)),
         ("gopher_repetition", {}, SENTENCE * 9, ("top_4_gram", "")),
+        ("gopher_repetition", {}, CHINESE, ("", CHINESE)),
+        ("gopher_repetition", {}, CHINESE[:20], ("top_4_gram", "")),
+        ("gopher_repetition", {}, f"海里的龙{CHINESE}海里的龙{CHINESE[::-1]}海里的龙", ("top_4_gram", "")),
         ("c4_quality", {}, "Only one sentence is here.", ("too_few_sentences", "")),
         (
             "c4_quality",
