@@ -106,6 +106,8 @@ def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: 
         ("pii", {}, f"{'b.' * 60}c@x.org", ("masked", "email@example.com")),
         ("pii", {}, "请发邮件到zhang.san@qq.com吧", ("masked", "请发邮件到email@example.com吧")),
         ("pii", {}, "at 8.8.8.8 and 10.0.0.1", ("masked", "at 192.0.2.1 and 10.0.0.1")),
+        ("pii", {}, "8.8.8.8. (8.8.4.4) ..8.8.8.8上", ("masked", "192.0.2.1. (192.0.2.1) ..192.0.2.1上")),
+        ("pii", {}, "4.18.0.305, 1.3.6.1.4.1.311, 118.8.8.8888 and v1.8.8.8.8", None),
         ("pii", {"remove_emails": False, "ip_replacement": "IP"}, "b@c.org, 8.8.8.8", ("masked", "b@c.org, IP")),
         ("pii", {"remove_ips": False, "email_replacement": "X"}, "b@c.org, 8.8.8.8", ("masked", "X, 8.8.8.8")),
         ("sample", {"rate": 1.0}, "a", ("", "a")),
