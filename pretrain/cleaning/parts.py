@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from experiment.errors import UserError
 from experiment.files import atomic_write, parse_record, write_json
-from pretrain.cleaning.step import Arrays, Document
+from pretrain.cleaning.step import Arrays, Document, OpenedParts
 from pretrain.cleaning.tally import PartTally
 
 SUFFIX = ".jsonl.zst"
@@ -60,12 +60,14 @@ class PassFolder:
         except ValueError:
             raise UserError(f"{self._tally(part)} is damaged; delete {self.folder.parent} to start over") from None
 
-    def observed(self, part: int) -> Arrays:
-        """Open the observations of a part, memory-mapped."""
-        return {
-            name: np.asarray(np.load(self.folder / f"{part:06d}.{name}.npy", mmap_mode="r"))
-            for name in self.tally(part).observed
-        }
+    def observed(self, parts: int) -> OpenedParts[Arrays]:
+        """Return the observations of a finished pass, memory-mapped. All parts have arrays of the same names."""
+        names = self.tally(0).observed
+
+        def open_part(part: int) -> Arrays:
+            return {name: np.asarray(np.load(self.folder / f"{part:06d}.{name}.npy", mmap_mode="r")) for name in names}
+
+        return OpenedParts(open_part, parts)
 
     def write_decisions(self, decisions: Sequence[NDArray[Any]]) -> None:
         for part, values in enumerate(decisions):

@@ -21,7 +21,7 @@ from experiment.files import read_json, write_json
 from experiment.progress import progress
 from pretrain.cleaning.markup import to_text
 from pretrain.cleaning.parts import PassFolder
-from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, OpenedParts, Step, Verdict
+from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, Step, Verdict
 from pretrain.cleaning.tally import PartTally, StepTally
 from pretrain.corpus.engines import TaskRunner, check_shared
 
@@ -298,7 +298,7 @@ def _decide(planned: Pass, before: Done, current: PassFolder) -> None:
     assert planned.decided is not None
     shutil.rmtree(current.folder)
     current.folder.mkdir()
-    current.write_decisions(planned.decided.decide(OpenedParts(before.files.observed, before.parts)))
+    current.write_decisions(planned.decided.decide(before.files.observed(before.parts)))
     write_json(current.folder / _DECIDED, {})
 
 

@@ -86,6 +86,28 @@ def test_more_parts_than_memory_maps(clean: Any, tmp_path: Path, monkeypatch: py
     assert texts_of(tmp_path / "out") == lines[:8]
 
 
+def test_tallies_are_not_read_to_decide(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches JSON with thousands of examples that is parsed at each access to a part, if not all of them are open."""
+    monkeypatch.setattr(passes, "_PART_DOCUMENTS", 1)
+    monkeypatch.setattr(step, "_OPENED", 1)
+    decide, parse = passes._decide, parts.parse_record
+    parsed, counts = list[Any](), list[int]()
+
+    def counted(*arguments: Any) -> None:
+        parsed.clear()
+        decide(*arguments)
+        counts.append(len(parsed))
+
+    def recorded(*arguments: Any) -> Any:
+        parsed.append(arguments)
+        return parse(*arguments)
+
+    monkeypatch.setattr(passes, "_decide", counted)
+    monkeypatch.setattr(parts, "parse_record", recorded)
+    clean([f"line {number}" for number in range(9)], {"minhash": {}}, {"line_dedup": {}})
+    assert counts == [1, 1]
+
+
 def test_an_interrupted_cleaning_resumes_with_the_same_bytes(
     config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
