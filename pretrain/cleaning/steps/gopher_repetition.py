@@ -6,7 +6,7 @@ import regex
 from pydantic import PositiveInt
 
 from experiment.config import Section
-from experiment.config.field_types import Fraction
+from experiment.config.field_types import Fraction, PositiveFraction
 from pretrain.cleaning.datatrove_step import FilterStep
 from pretrain.corpus.words import UNSPACED
 
@@ -19,16 +19,16 @@ _BESIDE_UNSPACED = regex.compile(rf" (?=\n[{UNSPACED}])| (?<=[{UNSPACED}]\p{{M}}
 class Config(Section):
     """Drop documents that repeat lines, paragraphs or n-grams, by Gopher's rules. null turns a rule off."""
 
-    dup_line_frac: Fraction | None = 0.3
+    dup_line_frac: PositiveFraction | None = 0.3
     """Largest share of lines that repeat another one."""
 
-    dup_para_frac: Fraction | None = 0.3
+    dup_para_frac: PositiveFraction | None = 0.3
     """Largest share of paragraphs that repeat another one."""
 
-    dup_line_char_frac: Fraction | None = 0.2
+    dup_line_char_frac: PositiveFraction | None = 0.2
     """Largest share of characters in repeated lines."""
 
-    dup_para_char_frac: Fraction | None = 0.2
+    dup_para_char_frac: PositiveFraction | None = 0.2
     """Largest share of characters in repeated paragraphs."""
 
     top_n_grams: tuple[tuple[PositiveInt, Fraction], ...] = ((2, 0.2), (3, 0.18), (4, 0.16))

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Self
 
 import xxhash
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from experiment.config import Section
-from experiment.config.field_types import Fraction, Seed
+from experiment.config.field_types import Fraction, PositiveFraction, Seed
 from experiment.csv_and_jsonl import unexpected_cell
 from pretrain.cleaning.step import Document, DocumentStep, Verdict
 
@@ -18,7 +18,7 @@ _RANGE = 1 << 64
 class Config(Section):
     """Keep documents at random: each with the same probability, or by source, language or another column."""
 
-    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    rate: PositiveFraction = 1.0
     """Probability of keeping a document."""
 
     by: str | None = None

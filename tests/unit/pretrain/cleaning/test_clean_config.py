@@ -31,6 +31,10 @@ def build(*steps: Any, **keys: Any) -> CleanConfig:
             "'steps.0.shares.stop_words': '我们' is not one word; texts are divided into words as here: 我, 们",
         ),
         ([{"gopher_quality": {"stop_words": ["the", "我们"]}}], "gopher_quality.stop_words': '我们' is not one word"),
+        # datatrove would turn these rules off.
+        ([{"gopher_repetition": {"dup_line_frac": 0}}], "dup_line_frac': should be greater than 0, found"),
+        ([{"gopher_quality": {"max_symbol_word_ratio": 0.0}}], "ratio': should be greater than 0, found"),
+        ([{"gopher_quality": {"max_doc_words": 0}}], "max_doc_words': should be greater than 0, found"),
         ([{"sample": {"rates": {"en": 0.1}}}], "'steps.0.sample': rates needs by, which tells their keys"),
         ([{"sample": {"rate": 0.5}}, {"ftfy": {}}, {"sample": {"rate": 0.4}}], "two `sample` steps have the same seed"),
         ([{"url_filter": {}}], "needs the url of each document; name the column that holds it in 'metadata'"),
