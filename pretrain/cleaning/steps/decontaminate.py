@@ -49,16 +49,19 @@ class Index:
 
     def __init__(self, texts: Sequence[str], ngram: int, min_words: int) -> None:
         self._head = min(ngram, min_words)
-        self._lengths: dict[int, set[int]] = {}  # hash of the first words -> lengths of n-grams
+        self._lengths: dict[int, tuple[int, ...]] = {}  # hash of the first words -> lengths of n-grams, longest first
         self._ngrams: dict[int, int] = {}  # hash -> the first text that has it
         self._lines: dict[str, int] = {}  # of fewer words
+        shared = dict[tuple[int, ...], tuple[int, ...]]()  # equal lengths are one object
         for number, text in enumerate(texts):
             words = divided_words(text)
             counts = np.cumsum([0, *(count_words([word]) for word in words)])
             if counts[-1] >= ngram or count_words(normalized_words(text)) >= min_words:
                 ends = np.searchsorted(counts, counts + min(counts[-1], ngram))
                 for start, end in enumerate(ends[ends <= len(words)].tolist()):
-                    self._lengths.setdefault(_hash(words[start : start + self._head]), set()).add(end - start)
+                    head = _hash(words[start : start + self._head])
+                    lengths = tuple(sorted({end - start, *self._lengths.get(head, ())}, reverse=True))
+                    self._lengths[head] = shared.setdefault(lengths, lengths)
                     self._ngrams.setdefault(_hash(words[start:end]), number)
             elif words:
                 self._lines.setdefault(" ".join(words), number)

@@ -1,6 +1,9 @@
 """Decontamination: what is planted is found, and ordinary text is kept."""
 
 import json
+import pickle
+import tracemalloc
+from random import Random
 from typing import Any
 
 import pytest
@@ -59,6 +62,25 @@ def test_an_ngram_at_the_end_of_a_document_is_whole() -> None:
     index = Index([words(13)], ngram=13, min_words=5)
     assert next(index.matches(words(12)), None) is None
     assert next(index.matches("x " + words(13)), None) == (1, 14, 0, None)
+
+
+def test_the_longest_of_several_matches_is_listed() -> None:
+    """Catches a clean.json that depends on the number of workers: pickling changes the order of a set."""
+    for texts in ([words(5), words(13)], [words(13), words(5)]):
+        index = pickle.loads(pickle.dumps(Index(texts, ngram=13, min_words=5)))
+        assert [match.end - match.start for match in index.matches(words(20))] == [13, 5]
+
+
+def test_ngrams_take_little_memory() -> None:
+    """Catches a set of lengths for each n-gram, in each of the workers."""
+    texts = [" ".join(Random(number).choices(words(50).split(), k=100)) for number in range(200)]
+    tracemalloc.start()
+    try:
+        index = Index(texts, ngram=13, min_words=5)
+        assert tracemalloc.get_traced_memory()[0] < 300 * len(texts) * 88
+    finally:
+        tracemalloc.stop()
+    assert len([*index.matches(texts[0])]) == 88
 
 
 def test_two_characters_of_an_ngram_are_one_word() -> None:
