@@ -165,8 +165,9 @@ def _examples(summary: Summary) -> Iterator[Block]:
             texts = ["\n".join(filter(None, _example(example))) for example in rule["examples"]]
             yield Code(f"{name}: {len(texts)} of {count:,} {done}, drawn at random", "\n\n".join(texts))
         if matches := step.get("matches"):
-            if len(matches) > _LISTED:
-                yield Text(f"The first {_LISTED} of {len(matches):,} matches; {CLEAN_SUMMARY} has the others.")
+            if (total := step["dropped"] + step["changed"]) > _LISTED:
+                listed = "all" if len(matches) == total else f"the first {len(matches):,}"
+                yield Text(f"The first {_LISTED} of {total:,} matches; {CLEAN_SUMMARY} has {listed}.")
             rows = [[match["id"], match["match"]] for match in matches[:_LISTED]]
             yield Table(("document", "match"), rows, labels=2)
 

@@ -88,7 +88,7 @@ class Step(ABC, Generic[ConfigT]):
     """Whether repairs after the step would reveal texts that it looks for."""
 
     lists_matches: ClassVar[bool] = False
-    """Whether clean.json lists the details of all its verdicts."""
+    """Whether clean.json lists the details of its first verdicts."""
 
     masks: ClassVar[bool] = False
     """Whether the step masks text. Its examples show only what is left."""

@@ -10,6 +10,7 @@ import pytest
 
 from experiment.decontamination import EvaluationText, common_decontamination, read_clean_summary, texts_digests
 from experiment.errors import UserError
+from pretrain.cleaning import report, tally
 from pretrain.cleaning.parts import read_documents
 from pretrain.cleaning.steps.decontaminate import Index
 
@@ -109,6 +110,18 @@ def test_documents_are_dropped_and_listed(clean: Any, tmp_path: Any) -> None:
     summary = read_clean_summary(f"{tmp_path}/out")
     assert common_decontamination([summary]) == {"task test": digest_of(LONG, SHORT)}
     assert read_clean_summary(str(tmp_path)) is None
+
+
+def test_the_first_matches_are_listed(clean: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a page that takes the number of listed matches for that of all."""
+    monkeypatch.setattr(report, "_LISTED", 2)
+    steps, evaluated = [{"decontaminate": {"against": ["task"]}}], [LONG]
+    for listed, text in ((10, "all"), (3, "the first 3")):
+        monkeypatch.setattr(tally, "_MATCHES", listed)
+        output = tmp_path / f"{listed}"
+        found = clean([f"{number} {LONG}" for number in range(4)], *steps, evaluated=evaluated, output=str(output))
+        assert len(found["steps"][0]["matches"]) == min(listed, 4)
+        assert f"The first 2 of 4 matches; clean.json has {text}." in (output / "report.html").read_text()
 
 
 def test_cleaning_in_two_stages_keeps_the_record(clean: Any, tmp_path: Any) -> None:
