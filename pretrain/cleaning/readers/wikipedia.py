@@ -21,7 +21,7 @@ PACKAGES: tuple[str, ...] = ("mwparserfromhell",)
 
 def matches(name: str) -> bool:
     file = basename(name).lower()
-    return file.endswith(".xml.bz2") or ("wiki" in file and has_suffix(file, ".xml"))
+    return file.endswith(".xml.bz2") or (has_suffix(file, ".xml") and ("wiki" in file or "wiktionary" in file))
 
 
 def read(name: str) -> Iterator[Document]:

@@ -216,6 +216,14 @@ def test_a_dump_of_wikipedia(tmp_path: Path) -> None:
         read(tmp_path / "cut.xml.bz2")
 
 
+@pytest.mark.parametrize("name", ["enwiktionary-20260101-pages-articles.xml", "WikiNews.XML.gz", "frwikibooks.xml.zst"])
+def test_dumps_of_other_wikis(tmp_path: Path, name: str) -> None:
+    """Catches a dump that is read as a film."""
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.rpartition(".")[2], bytes)
+    (tmp_path / name).write_bytes(pack(WIKI.encode()))
+    assert len(read(tmp_path / name)) == 1
+
+
 CHINESE_WIKI = """<mediawiki xml:lang="zh"><siteinfo><namespaces><namespace key="4">Wikipedia</namespace>
 <namespace key="6">Tập tin</namespace><namespace key="14" /></namespaces></siteinfo>
 <page><title>A</title><ns>0</ns><revision><text>%s</text></revision></page>
@@ -303,6 +311,18 @@ def test_subtitles_of_films(tmp_path: Path) -> None:
     (tmp_path / "bad.xml").write_text(FILM[:-4])
     with pytest.raises(UserError, match=r"bad.xml: invalid XML: "):
         read(tmp_path / "bad.xml")
+
+
+def test_xml_of_another_format_is_not_read_into_memory(tmp_path: Path) -> None:
+    """Catches a file of 100 GB that ends a cleaning when the memory is full."""
+    (tmp_path / "news.xml").write_text(f"<rss>{'<item>News</item>' * 200_000}</rss>")
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"news.xml: expected the XML of OpenSubtitles, .*, found <rss>"):
+            read(tmp_path / "news.xml")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
