@@ -82,7 +82,15 @@ class Step(FilterStep[Config]):
             raise unexpected_cell(document.id, "url", url)
         if self.domains and self._is_listed(url):
             return Verdict("domain")
-        return super().apply(document)
+        return super().apply(document) or self._verdict_of_words(url)
+
+    def _verdict_of_words(self, url: str) -> Verdict | None:
+        """Apply the rules for words, of which datatrove finds those in lower case."""
+        words = set(re.findall("[a-z0-9]+", url.lower()))
+        if words & self.filter.banned_words:
+            return Verdict("hard_blacklisted")
+        is_soft = len(words & self.filter.soft_banned_words) >= self.config.soft_word_threshold
+        return Verdict("soft_blacklisted") if is_soft else None
 
     def _is_listed(self, url: str) -> bool:
         """Return whether the host or a domain that it belongs to is in `domains`: datatrove tests the host and its

@@ -233,9 +233,12 @@ def test_urls_are_dropped_by_lists_without_a_network(tmp_path: Path, monkeypatch
         "http://good.org/bad": "url",
         "http://good.org/bad/1": "",
         "http://good.org/casino/1": "hard_blacklisted",
+        "http://good.org/Casino/1": "hard_blacklisted",
+        "http://good.org/BAD": "",
         "http://good.org/porn": "",
         "http://good.org/win/bonus": "",
         "http://good.org/win/bonus-prize": "soft_blacklisted",
+        "http://good.org/WIN/Bonus-prize": "soft_blacklisted",
         "": "no_url",
     }
     step = prepared("url_filter", **keys)
