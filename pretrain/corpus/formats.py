@@ -153,7 +153,7 @@ def _suffixes(name: str) -> tuple[str, str]:
 
 def check_supported_format(name: str, origin: str) -> None:
     """Raise UserError for a format that is not read, such as .pdf."""
-    suffix, _ = _suffixes(name)
+    suffix = "xml" if name.lower().endswith(".xml.bz2") else _suffixes(name)[0]  # a dump of Wikipedia
     if suffix in _CONVERSION_OF:
         raise UserError(f"{origin}: .{suffix} files are not read; {_CONVERSION_OF[suffix]}")
 

@@ -428,6 +428,11 @@ TEXT = {
         r"--source a.txt.bz2: .bz2 files are not read; decompress it",
         {"a.txt.bz2": b"BZh9"},
     ),
+    "dump of Wikipedia": Mistake(
+        "corpus --source enwiki-pages.xml.bz2 --tokenizer tokenizer --output new",
+        r"--source enwiki-pages.xml.bz2: .xml files are not read; read it with `deepcloze clean`",
+        {"enwiki-pages.xml.bz2": b"BZh9"},
+    ),
     "truncated gzip": Mistake(
         "corpus --source a.txt.gz --tokenizer tokenizer --output new",
         r"a.txt.gz is damaged or truncated",
