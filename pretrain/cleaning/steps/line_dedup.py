@@ -1,7 +1,7 @@
 """Deduplication of lines and paragraphs, as in CCNet (Wenzek et al. 2020)."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -38,10 +38,6 @@ class Config(Section):
 
 class Step(CollectionStep[Config]):
     config_type = Config
-
-    def facts(self) -> Mapping[str, Any]:
-        """Return how texts are split: a cleaning that has split them in another way is refused."""
-        return {"separator": _SEPARATORS[self.config.unit]}
 
     def observe(self, documents: Sequence[Document]) -> Arrays:
         units = [self._split(document.text)[::2] for document in documents]

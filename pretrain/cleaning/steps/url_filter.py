@@ -57,7 +57,7 @@ class Step(FilterStep[Config]):
 
     def facts(self) -> Mapping[str, Any]:
         """Return a digest of the lists: a cleaning by others is refused."""
-        return {"lists": json_digest(self.lists)} if self.lists else {}
+        return {"lists": json_digest(self.lists)}
 
     def make_filter(self) -> "BaseFilter":
         from datatrove.pipeline.filters import URLFilter

@@ -207,11 +207,6 @@ def test_another_list_is_another_cleaning(name: str, key: str, clean: Any, tmp_p
         clean(["a line"], step, metadata=["url"])
 
 
-def test_a_url_filter_without_lists_adds_nothing_to_the_recipe() -> None:
-    """Catches a cleaning by an earlier version that is refused, although its steps are the same."""
-    assert prepared("url_filter").facts() == {}
-
-
 def test_urls_are_dropped_by_lists_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a download of the list of public suffixes, and a list or a threshold that has no effect."""
 
