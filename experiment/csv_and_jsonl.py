@@ -229,5 +229,5 @@ def is_unicode(value: Any) -> bool:
             value.encode()
         except UnicodeEncodeError:
             return False
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    parts = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
     return all(map(is_unicode, parts))

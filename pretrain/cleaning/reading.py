@@ -1,6 +1,5 @@
 """The documents of all sources, in order, each with an id that no other one has."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Docu
             if raw.text and not raw.text.isspace():
                 raw.utf8()
                 metadata = {key: raw.metadata[key] for key in config.metadata if key in raw.metadata}
-                if not is_unicode(json.dumps(metadata, ensure_ascii=False, default=str)):
+                if not is_unicode(metadata):
                     raise UserError(f"{raw.place}: expected Unicode text in 'metadata', found half of a surrogate pair")
                 yield Document(raw.place, raw.origin, raw.text, metadata, raw.markup)
     check_read(sources, config, stats.start_matches, stats.archives)

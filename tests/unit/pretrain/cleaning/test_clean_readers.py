@@ -431,11 +431,12 @@ def test_metadata_of_tables(tmp_path: Path) -> None:
         assert read(tmp_path, metadata=metadata) == {"a.jsonl:1": "one"}
     with pytest.raises(UserError, match="metadata: 'text' is the column of the text"):
         read(tmp_path, metadata=["text"])
-    (tmp_path / "a.jsonl").write_text('{"text": "one", "url": ["\\ud800"]}\n')
-    with pytest.raises(
-        UserError, match=r"a.jsonl:1: expected Unicode text in 'metadata', found half of a surrogate pair"
-    ):
-        read(tmp_path, metadata=["url"])
+    for url in ('["\\ud800"]', '{"\\ud800": 1}'):
+        (tmp_path / "a.jsonl").write_text(f'{{"text": "one", "url": {url}}}\n')
+        with pytest.raises(
+            UserError, match=r"a.jsonl:1: expected Unicode text in 'metadata', found half of a surrogate pair"
+        ):
+            read(tmp_path, metadata=["url"])
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.zip"])
