@@ -2,9 +2,10 @@
 the deepcloze.json of models."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from posixpath import basename, dirname
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import xxhash
 
@@ -17,6 +18,7 @@ CLEAN_SUMMARY = "clean.json"
 """The file beside cleaned documents that says how they were cleaned."""
 CLEAN_PAGE = "report.html"
 """The same as a page."""
+_LINE_BYTES = 1 << 20  # no line of clean.json is as long
 
 
 class EvaluationText(NamedTuple):
@@ -49,22 +51,28 @@ def read_clean_summary(folder: str) -> Mapping[str, Any] | None:
     path = join(folder, CLEAN_SUMMARY)
     try:
         with open_file(path) as file:
-            text = file.read()
+            summary = _parse_summary(file)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, MissingError, DeniedError):
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
-    try:
-        summary = parse_json(text)
+    except UserError:  # which is a ValueError
+        raise
     except ValueError as error:
-        try:
-            summary = parse_json(text.partition(b"\n")[0])
-        except ValueError:
-            raise UserError(
-                f"{path} is damaged: {error}. It says what the documents were decontaminated against: delete the "
-                "folder and clean them again"
-            ) from None
+        raise UserError(
+            f"{path} is damaged: {error}. It says what the documents were decontaminated against: delete the folder "
+            "and clean them again"
+        ) from None
     return summary if is_summary(summary) else None
+
+
+def _parse_summary(file: IO[bytes]) -> object:
+    """Return the value of a JSON file, or of the first line of JSON Lines, which may be larger than memory; None if
+    that line is too long for a clean.json. Raises ValueError."""
+    line = file.readline(_LINE_BYTES)
+    with suppress(ValueError):
+        return parse_json(line)
+    return parse_json(line + file.read()) if len(line) < _LINE_BYTES else None
 
 
 def common_decontamination(summaries: Collection[Mapping[str, Any] | None]) -> dict[str, str] | None:

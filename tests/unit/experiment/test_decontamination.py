@@ -1,6 +1,7 @@
 """Records of decontamination, in clean.json."""
 
 import errno
+import io
 import json
 from pathlib import Path
 from unittest.mock import Mock
@@ -40,6 +41,21 @@ def test_a_users_file_of_the_same_name_is_text(tmp_path: Path) -> None:
     (tmp_path / "clean.json").write_text('{"read": 1, "kept": 1, "steps": [], "recipe": ""}')
     assert is_clean_summary(str(tmp_path / "clean.json"))
     assert not is_clean_summary(str(tmp_path / "other.json"))
+
+
+@pytest.mark.parametrize("first", ['{"text": "one"}\n', f'{{"text": "{"one " * 999}"}}\n'], ids=["short", "long"])
+def test_a_users_file_of_the_same_name_is_not_read_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, first: str
+) -> None:
+    """Catches JSON Lines of 50 GB that are loaded into memory."""
+
+    class File(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            pytest.fail("reads the whole file")
+
+    monkeypatch.setattr(decontamination, "_LINE_BYTES", 1000)
+    monkeypatch.setattr(decontamination, "open_file", lambda _: File(f'{first}{{"text": "two"}}\n'.encode()))
+    assert read_clean_summary(str(tmp_path)) is None
 
 
 @pytest.mark.parametrize("size", [0, 1, 20, 99])
