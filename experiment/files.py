@@ -162,11 +162,11 @@ def _open_for_lock(path: Path) -> int:
         return os.open(path, os.O_RDONLY)
 
 
-def try_lock(descriptor: int) -> bool | None:
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
     """Lock an open file or folder. Returns False if another process has locked it, None if the disk cannot tell, as
     Lustre without `-o flock`."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # the latter on some disks
         return False
     except OSError:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from xxhash import xxh3_128_hexdigest
 
 from experiment.errors import UserError, describe_disk_error
-from experiment.files import atomic_write, cache_folder, json_digest, paths_below
+from experiment.files import atomic_write, cache_folder, json_digest, paths_below, try_lock
 from experiment.storage import Download, download_files, is_url, join, list_files, read_bytes
 from pretrain.config import CorpusConfig
 from pretrain.corpus.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
@@ -106,9 +106,11 @@ class CorpusCache:
             if (corpus := _locked_copy(lock, folder)) and is_verified(corpus):
                 return
             # A lock that is not granted is lost, so two processes cannot wait for each other.
-            if _granted(lock, fcntl.LOCK_EX):
+            locked = try_lock(lock)
+            if locked or (locked is None and not _complete(folder)):  # None: a complete copy may be in use
                 self._copy(source, description, folder)
-                fcntl.flock(lock, fcntl.LOCK_SH)
+                with suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_SH)
                 return
             if _locked_copy(lock, folder):  # in use, perhaps on a host with another name
                 return
@@ -232,26 +234,18 @@ def _locked_copy(lock: int, folder: Path) -> Corpus | None:
 
     Processes that find none take no lock, because they would refuse each other the right to copy.
     """
-    if _complete(folder) and _granted(lock, fcntl.LOCK_SH):
+    if _complete(folder) and try_lock(lock, fcntl.LOCK_SH) is not False:
         if corpus := _complete(folder):
             return corpus
-        fcntl.flock(lock, fcntl.LOCK_UN)  # deleted in the meantime
+        try_lock(lock, fcntl.LOCK_UN)  # deleted in the meantime
     return None
-
-
-def _granted(lock: int, kind: int) -> bool:
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _evict(lock: Path, delete: bool) -> int:
     """Delete a copy, or only measure it, unless it is in use. Returns the bytes that deleting it frees."""
     descriptor = os.open(lock, os.O_RDWR)
     try:
-        if not _granted(descriptor, fcntl.LOCK_EX):
+        if not try_lock(descriptor):  # None: the copy may be in use
             return 0
         freed = _bytes_below(lock.parent)
         for copy in (path for path in lock.parent.iterdir() if delete and path.is_dir()):

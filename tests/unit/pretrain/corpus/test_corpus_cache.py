@@ -1,5 +1,6 @@
 """Copies of corpora on a local disk."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -8,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from unittest.mock import Mock
 
 import pytest
 
@@ -183,6 +185,23 @@ def test_a_process_that_waits_holds_no_lock(wordpiece_corpus: Path, tmp_path: Pa
         found = CorpusCache(tmp_path, on_progress=take_turns).locate(source)
     assert waited.is_set()
     assert open_corpus(found).manifest == manifest
+
+
+def test_a_disk_without_locks(
+    wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback on Lustre without `-o flock`, and a copy that is deleted or made again although it may be in
+    use."""
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
+    text, heldout = str(wordpiece_corpus), str(heldout_corpus)
+    size = sum(files_below(CorpusCache(tmp_path / "sizes").locate(heldout)).values())
+    copy = CorpusCache(tmp_path / "cache").locate(text)
+    assert copy.is_relative_to(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(CorpusCache, "_copy", lambda *_: pytest.fail("copies again"))
+        assert CorpusCache(tmp_path / "cache").locate(text) == copy
+    assert CorpusCache(tmp_path / "cache", size + 1000).locate(heldout) == heldout_corpus
+    assert open_corpus(copy).manifest == open_corpus(wordpiece_corpus).manifest
 
 
 @pytest.mark.parametrize("full", ["cache", "disk"])
