@@ -169,27 +169,20 @@ class _Member(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: _Archive) -> Self:  # type: ignore[override]
+        header = archive.fileobj.read(tarfile.BLOCKSIZE)
         try:
-            member = super().fromtarfile(archive)
+            member = cls.frombuf(header, archive.encoding, archive.errors)
+            archive.has_ended = False
+            member.offset = archive.fileobj.tell() - tarfile.BLOCKSIZE
+            return member._proc_member(archive)  # type: ignore[attr-defined, no-any-return]
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             archive.has_ended = True
             raise
         except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
-            if not archive.has_ended:
+            if not archive.has_ended or header[257:262] == b"ustar":  # a header, even after the end of an archive
                 raise tarfile.ReadError(str(error)) from None
             archive.has_trailer = True
             raise tarfile.EmptyHeaderError from None  # type: ignore[attr-defined]  # ends the reading
-        archive.has_ended = False
-        return member
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
-            if buf[257:262] == b"ustar":  # a header, even after the end of an archive
-                raise tarfile.ReadError(str(error)) from None
-            raise
 
 
 def tar_compression(name: str) -> str:

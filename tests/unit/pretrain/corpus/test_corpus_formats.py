@@ -379,6 +379,25 @@ def test_tars_that_follow_one_another_are_one(tmp_path: Path, suffix: str) -> No
         texts(path)
 
 
+def test_a_damaged_header_after_the_end_of_a_tar_in_newer_pythons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches documents that are lost in silence, because TarInfo.fromtarfile no longer calls frombuf (gh-141707)."""
+    frombuf = tarfile.TarInfo.frombuf.__func__  # type: ignore[attr-defined]
+
+    def fromtarfile(kind: type[tarfile.TarInfo], archive: tarfile.TarFile) -> Any:
+        member = frombuf(kind, archive.fileobj.read(tarfile.BLOCKSIZE), archive.encoding, archive.errors)
+        member.offset = archive.fileobj.tell() - tarfile.BLOCKSIZE
+        return member._proc_member(archive)
+
+    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(fromtarfile))
+    two = bytearray(b"".join(gzip.decompress(tar_of({name: b"text"})) for name in ("a.txt", "b.txt")))
+    two[len(two) // 2 + 100] ^= 0xFF
+    (tmp_path / "a.tar").write_bytes(two)
+    with pytest.raises(UserError, match="damaged or truncated"):
+        texts(tmp_path / "a.tar")
+
+
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
 @pytest.mark.parametrize("trailer", [b"\n", b"0cc175b9c0f1b6a831c399e269772661  a.tar\n" * 20, bytes(100)])
 def test_what_follows_the_end_of_a_tar_is_ignored(
