@@ -22,6 +22,7 @@ from pretrain.corpus.formats import (
     ReadStats,
     check_supported_format,
     count_line_breaks,
+    detect_format,
     explain_read_errors,
     parse_documents,
     row_document,
@@ -98,9 +99,10 @@ def _read_span(span: Span, options: TextOptions, stats: ReadStats) -> Iterator[D
 
 
 def locate_lines(span: Span) -> Span:
-    """Count the lines before the part, so that reading it again tells the lines of errors. Raises UserError."""
+    """Count the lines before the part, so that reading it again tells the lines of errors. The rows of tables are known
+    without. Raises UserError."""
     source, part = span
-    if source.kind != "file" or part.start == 0:
+    if source.kind != "file" or part.start == 0 or detect_format(source.name)[0] in ("csv", "tsv", "parquet"):
         return span
     with explain_read_errors(source.name), open_file(source.name) as file:
         return Span(source, replace(part, line_breaks=count_line_breaks(file, source.name, part)))

@@ -235,6 +235,18 @@ def test_the_task_reports_a_damaged_table(tmp_path: Path, monkeypatch: pytest.Mo
         list(read_documents(split.spans, TextOptions(), ReadStats()))
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_lines_of_tables_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Catches a row group's number that is taken for bytes, and a damaged split that is read twice for the same
+    message."""
+    written = FILES[name]
+    (tmp_path / name).write_bytes(written) if isinstance(written, bytes) else written(tmp_path / name)
+    small_splits(monkeypatch, 64)
+    spans = [span for split in plan_splits(find_sources(tmp_path / name), TextOptions()) for span in split.spans]
+    assert len(spans) > 2
+    assert list(map(locate_lines, spans)) == spans
+
+
 @pytest.mark.parametrize("error", [StorageError("a.zip: no success"), OSError(errno.EIO, "Input/output error")])
 @pytest.mark.parametrize("name", ["one.txt.gz", "frames.txt.zst", "a.parquet", "a.zip", "a.tar.gz"])
 def test_a_file_that_cannot_be_read_for_a_moment(
