@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiment.errors import UserError, notify, readable_disk_errors
-from experiment.files import fsync
+from experiment.files import fsync, names_in
 from experiment.formatting import counted
 from experiment.output_folder import holds_result, lock_output
 from pretrain.corpus import shards, tasks
@@ -28,7 +28,7 @@ from pretrain.corpus.engines import TaskRunner, open_engine
 from pretrain.corpus.formats import Members
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, percentiles, read_manifest, write_manifest
 from pretrain.corpus.options import CorpusOptions
-from pretrain.corpus.origins import read_cleanings, source_shares, write_cleanings
+from pretrain.corpus.origins import Cleaning, read_cleanings, source_shares, write_cleanings
 from pretrain.corpus.passes import count_documents, join_digests, scan_source, split_tasks, tokenize
 from pretrain.corpus.records import (
     ShardRecord,
@@ -137,8 +137,7 @@ def _write_parts(
     for part in parts:
         finished = [found for found in written if found.part == part]
         manifests[part] = replace(_manifest(plan, part, records, finished), decontaminated=decontaminated)
-        write_cleanings(plan.partial / part, cleanings)
-        _write_metadata(plan, plan.partial / part, manifests[part])
+        _write_metadata(plan, plan.partial / part, manifests[part], cleanings)
     return manifests
 
 
@@ -211,13 +210,13 @@ def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finis
     )
 
 
-def _write_metadata(plan: BuildPlan, folder: Path, manifest: Manifest) -> None:
-    """Write all files but the shards, and delete shards of an earlier version of the source."""
-    kept = {shard.file for shard in manifest.shards}
-    for path in folder.glob("data-*"):
-        if path.name not in kept:
-            path.unlink()
+def _write_metadata(plan: BuildPlan, folder: Path, manifest: Manifest, cleanings: Sequence[Cleaning]) -> None:
+    """Write all files but the shards, and delete others: shards of an earlier version of the source, and temporary
+    files of writers that were killed."""
+    for name in {*names_in(folder)} - {TOKENIZER, *(shard.file for shard in manifest.shards)}:
+        (folder / name).unlink()
     plan.tokenizer.save(folder / TOKENIZER)
+    write_cleanings(folder, cleanings)
     write_datasets_metadata(folder, manifest)
     write_manifest(folder, manifest)
     fsync(folder)

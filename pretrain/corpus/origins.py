@@ -51,8 +51,6 @@ def write_cleanings(folder: Path, cleanings: Sequence[Cleaning]) -> None:
     """Write `clean.json` of a corpus, unless none of its sources was cleaned."""
     if cleanings:
         write_json(folder / CLEAN_SUMMARY, cleanings, indent=1)
-    else:
-        (folder / CLEAN_SUMMARY).unlink(missing_ok=True)
 
 
 def cleanings_of(corpus: Path) -> list[Cleaning]:

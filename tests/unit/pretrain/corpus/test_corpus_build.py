@@ -423,6 +423,21 @@ def test_pieces_of_an_earlier_version_of_a_source_are_deleted(corpus: Build, tmp
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
+def test_temporary_files_of_killed_writers_are_not_published(corpus: Build, tmp_path: Path) -> None:
+    """Catches a corpus with gigabytes that no manifest lists: a machine died while it joined a shard."""
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, tasks, "join_pieces", 2, before=False)
+        with pytest.raises(Killed):
+            corpus("c", holdout=40)
+    for part in ("main", "heldout"):
+        (tmp_path / "c.partial" / part).mkdir(exist_ok=True)
+        (tmp_path / "c.partial" / part / ".data-00000-of-00009.arrow.node-7.99").touch()
+    corpus("c", holdout=40)
+    corpus("whole", holdout=40)
+    for part in ("", "-heldout"):
+        assert contents(tmp_path / f"c{part}") == contents(tmp_path / f"whole{part}")
+
+
 @pytest.mark.parametrize("problem", ["changed", "outage"])
 def test_source_that_changes_while_it_is_read(
     corpus: Build, source: Path, monkeypatch: pytest.MonkeyPatch, problem: str
