@@ -99,7 +99,7 @@ def _build(plan: BuildPlan, run_tasks: TaskRunner) -> dict[Part, Manifest]:
     announce_sources(plan.sources, plan.options)
     manifests = _published_heldout(plan)
     try:
-        open_partial(plan.partial, plan.arguments)
+        open_partial(plan.partial, plan.arguments, plan.splits)
         forget_other_splits(plan.partial, plan.splits)
         counts = count_documents(plan, run_tasks, plan.splits) if plan.sampling.enabled else {}
         if manifests:

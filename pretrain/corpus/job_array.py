@@ -47,7 +47,7 @@ def build_share(options: CorpusOptions) -> None:
         return
     advice = "; submit the same array again to resume from what is finished"
     with readable_disk_errors(f"--output {plan.folder}: ", advice), created_parents(plan.folder):
-        open_partial(plan.partial, plan.arguments)
+        open_partial(plan.partial, plan.arguments, plan.splits)
         with open_engine(plan.options.workers, build_job(plan)) as run_tasks:
             is_last = _build_share(plan, run_tasks, slice(index, None, tasks))
     if is_last:

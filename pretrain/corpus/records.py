@@ -12,7 +12,7 @@ DIR.partial/main/                       becomes the corpus
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import xxhash
 from filelock import FileLock
 
-from experiment.errors import UserError
+from experiment.errors import UserError, notify
 from experiment.files import create_json, names_in, parse_record, write_json
 from pretrain.corpus.build_plan import Part
 from pretrain.corpus.formats import Members
@@ -34,7 +34,7 @@ T = TypeVar("T")
 _ARGUMENTS = "build.json"
 _LOCK = ".lock"
 _KEY = re.compile(r"[0-9a-f]{32}")  # of a split; its files begin with it
-_OF_SAMPLING = {"limit", "holdout", "seed"}  # arguments that counts do not depend on
+_NOT_OF_COUNTS = {"limit", "holdout", "seed", "source"}  # arguments that the count of a split does not depend on
 
 
 class SplitTask(NamedTuple):
@@ -91,9 +91,9 @@ class ShardRecord:
     lengths: list[tuple[int, int]]
 
 
-def open_partial(folder: Path, arguments: Mapping[str, str | int | None]) -> None:
+def open_partial(folder: Path, arguments: Mapping[str, str | int | None], splits: Sequence[Split]) -> None:
     """Create the folder of an unfinished build, or resume one. Raises UserError if it had other arguments and has
-    tokenized something."""
+    tokenized something: another source is one of which no split is finished."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "journal.json").exists():
         raise UserError(f"{folder} holds an unfinished build of an earlier version; delete it to start over")
@@ -107,18 +107,23 @@ def open_partial(folder: Path, arguments: Mapping[str, str | int | None]) -> Non
             if found != arguments and not holds_work(folder, counts=False):
                 _start_over(folder, found, arguments)
                 return
+    names = set(names_in(folder))
+    finished = sum(f"{split.key}.json" in names for split in splits)
     for name, value in arguments.items():
-        if found.get(name) != value:
+        if found.get(name) != value and not (name == "source" and finished):
             difference = "" if name == "source" else f" (found {found.get(name)}, expected {value})"
             raise UserError(
                 f"{folder} holds an unfinished build with another {name}{difference}; "
                 f"use the same arguments to resume it, or delete {folder} to start over"
             )
+    if found != arguments:
+        notify(f"--source names other files than before: {finished:,} of {len(splits):,} splits are finished")
+        write_json(folder / _ARGUMENTS, arguments)
 
 
 def _start_over(folder: Path, found: Mapping[str, str | int | None], arguments: Mapping[str, str | int | None]) -> None:
     """Replace the arguments of a build that has tokenized nothing. Counts are kept unless they depend on these."""
-    if any(found.get(name) != arguments.get(name) for name in {*found, *arguments} - _OF_SAMPLING):
+    if any(found.get(name) != arguments.get(name) for name in {*found, *arguments} - _NOT_OF_COUNTS):
         for path in folder.glob("[!.]*"):  # hidden ones are of other tasks that begin
             if path.is_dir():
                 shutil.rmtree(path)

@@ -363,6 +363,30 @@ def test_counts_outlive_a_mistake(
         assert contents(tmp_path / f"c{part}") == contents(tmp_path / f"whole{part}")
 
 
+@pytest.mark.parametrize("flags", [{}, {"limit": 100}], ids=["all", "sample"])
+def test_a_damaged_file_may_be_removed(
+    corpus: Build, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, int]
+) -> None:
+    """Catches hours of work that are lost because of a file that cannot be repaired."""
+    (tmp_path / "bad.txt").write_bytes(b"bad \xff")
+    (tmp_path / "last.txt").write_text("the river\n")
+    with pytest.raises(UserError, match=r"bad\.txt:1: not UTF-8"):
+        corpus("c", source=f"{source},{tmp_path}/bad.txt,{tmp_path}/last.txt", **flags)
+    read = list[str]()
+    function = "count_split" if flags else "tokenize_split"
+    real = getattr(passes, function)
+
+    def note(job: tasks.BuildJob, task: Any) -> Any:
+        read.append((task if flags else task.split).spans[0].source.name)
+        return real(job, task)
+
+    monkeypatch.setattr(passes, function, note)
+    for name in ("c", "whole"):
+        corpus(name, source=f"{source},{tmp_path}/last.txt", **flags)
+        assert (read == [f"{tmp_path}/last.txt"]) == (name == "c")
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("mistake", ["document_start", "archive"])
 def test_a_build_with_a_pattern_that_matches_nothing_starts_over(
     corpus: Build, tmp_path: Path, source: Path, mistake: str

@@ -168,13 +168,13 @@ def test_tasks_of_a_job_array_that_start_over(tmp_path: Path, changed: str) -> N
     folder = tmp_path / "c.partial"
     arguments = {"tokenizer": "a", "holdout": 1, "limit": None}
     for attempt in range(5):
-        records.open_partial(folder, arguments)
+        records.open_partial(folder, arguments, [])
         for number in range(200):
             (folder / f"{number:032x}.count.json").touch()
         arguments = {**arguments, changed: f"{attempt}"}
         with ThreadPoolExecutor(8) as array:
-            list(array.map(lambda _: records.open_partial(folder, arguments), range(8)))  # noqa: B023
-        records.open_partial(folder, arguments)
+            list(array.map(lambda _: records.open_partial(folder, arguments, []), range(8)))  # noqa: B023
+        records.open_partial(folder, arguments, [])
         assert len(list(folder.glob("*.count.json"))) == (200 if changed == "holdout" else 0)
 
 
