@@ -151,8 +151,9 @@ def _write_shards(
         records = tokenize(plan, run_tasks, splits, counts)
         try:
             check_records(plan, records)
-        except UserError:  # the right arguments are others, which cannot resume this build
-            shutil.rmtree(plan.partial, ignore_errors=True)
+        except UserError:
+            if plan.options.document_start is not None and not any(record.start_matches for record in records):
+                shutil.rmtree(plan.partial, ignore_errors=True)  # the right pattern cannot resume this build
             raise
         joins = shard_tasks(plan, records)
         if forget_other_shards(plan.partial, joins):

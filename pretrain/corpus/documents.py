@@ -46,16 +46,20 @@ def read_documents(spans: Iterable[Span], options: TextOptions, stats: ReadStats
 
 
 def check_read(sources: Sequence[Source], options: TextOptions, start_matches: int, archives: Archives) -> None:
-    """Report members that were skipped when all sources have been read.
+    """Report members that were skipped when all sources have been read, and archives without members to read.
 
-    Raises UserError for an archive without members to read, and a pattern that matched no line.
+    Raises UserError if an item of `--source` has only such archives, and for a pattern that matched no line.
     """
+    matched = {source.item for source in sources if archives.get(_archive_name(source), Members()).read}
     for source in sources:
         if source.kind == "archive":
             members = archives.get(_archive_name(source), Members())
             report_skipped(source.name, members.skipped, members.example)
             if members.read == 0:
-                raise UserError(f"{source.name}: no member matches '{source.selection}'")
+                problem = f"{source.name}: no member matches '{source.selection}'"
+                if source.item not in matched:
+                    raise UserError(problem)
+                warn_once(problem)
     if options.document_start is not None and start_matches == 0:
         raise UserError(f"{options.name('document_start')} '{options.document_start}' matches no line of the text")
 
