@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from experiment.errors import UserError
-from experiment.files import fsync_tree, json_digest
+from experiment.errors import UserError, inform
+from experiment.files import fsync_tree, json_digest, read_json
 from experiment.formatting import counted
+from experiment.hub_data import HubData
 from experiment.models.model_names import local_tokenizer
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
+from pretrain.corpus.documents import hub_data
 from pretrain.corpus.manifest import Recipe
 from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.sources import Source, find_sources
@@ -26,6 +28,8 @@ from pretrain.corpus.workers import worker_pool
 Part = Literal["main", "heldout"]
 MAIN: Part = "main"
 HELDOUT: Part = "heldout"
+ARGUMENTS = "build.json"
+"""The file of `BuildPlan.arguments` in the folder of an unfinished build."""
 PART_CODES: tuple[Part | None, ...] = (None, MAIN, HELDOUT)
 """Meanings of the bytes of `Sampling.parts_of`."""
 
@@ -142,13 +146,14 @@ class BuildPlan:
     @property
     def partial(self) -> Path:
         """The folder of an unfinished build."""
-        return self.folder.with_name(f"{self.folder.name}.partial")
+        return _partial_of(self.folder)
 
     @property
-    def arguments(self) -> dict[str, str | int | None]:
+    def arguments(self) -> dict[str, Any]:
         """The arguments that an unfinished build must have in common to be resumed."""
         text = {name: getattr(self.options, name) for name in TextOptions.model_fields}
         names = [(source.kind, source.name, source.selection) for source in self.sources]
+        data = [hub_data(source) for source in self.sources if source.kind == "hub"]
         return {
             "tokenizer": self.tokenizer.fingerprint,
             "segmenter": self.segmenter,
@@ -157,6 +162,7 @@ class BuildPlan:
             "seed": self.seed,
             **text,
             "source": json_digest(names),
+            "hub": [str(found) for found in data if found.revision],
         }
 
     @property
@@ -180,13 +186,30 @@ class BuildPlan:
         )
 
 
+def _partial_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def _recorded_data(folder: Path) -> list[HubData]:
+    """Return the data sets of the unfinished build of a corpus, with their commits."""
+    try:
+        partial = _partial_of(folder)
+        found = [HubData.parse(data) for data in read_json(partial / ARGUMENTS)["hub"]]
+    except (OSError, ValueError, LookupError):
+        return []
+    for data in found:
+        inform(f"{partial} was begun with {data}; delete it to read a newer commit")
+    return found
+
+
 def plan_build(options: CorpusOptions) -> BuildPlan:
     """Find the sources and open the tokenizer. Raises UserError if either cannot be used; reads no
     text."""
     assert options.source is not None
     assert options.tokenizer is not None
     assert options.output is not None
-    sources = find_sources(options.source, output=options.output)
+    pinned = _recorded_data(options.output)
+    sources = find_sources(options.source, output=options.output, pinned=pinned)
     segmenter = None if options.segmenter is None else read_segmenter(options.segmenter, options.user_dictionary)
     tokenizer = load_build_tokenizer(options.tokenizer, segmenter)
     if segmenter is not None and word_boundaries(tokenizer.spec.tokenizer_json) is None:

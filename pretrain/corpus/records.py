@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from experiment.errors import UserError, notify
 from experiment.files import create_json, names_in, parse_record, write_json
-from pretrain.corpus.build_plan import Part
+from pretrain.corpus.build_plan import ARGUMENTS, Part
 from pretrain.corpus.formats import Members
 from pretrain.corpus.manifest import Shard
 from pretrain.corpus.shards import Piece
@@ -31,10 +31,10 @@ from pretrain.corpus.splits import Split
 
 T = TypeVar("T")
 
-_ARGUMENTS = "build.json"
 _LOCK = ".lock"
 _KEY = re.compile(r"[0-9a-f]{32}")  # of a split; its files begin with it
-_NOT_OF_COUNTS = {"limit", "holdout", "seed", "source"}  # arguments that the count of a split does not depend on
+_OF_SOURCE = {"source", "hub"}  # arguments that are in the keys of splits
+_NOT_OF_COUNTS = {"limit", "holdout", "seed", *_OF_SOURCE}  # arguments that the count of a split does not depend on
 
 
 class SplitTask(NamedTuple):
@@ -91,26 +91,26 @@ class ShardRecord:
     lengths: list[tuple[int, int]]
 
 
-def open_partial(folder: Path, arguments: Mapping[str, str | int | None], splits: Sequence[Split]) -> None:
+def open_partial(folder: Path, arguments: Mapping[str, Any], splits: Sequence[Split]) -> None:
     """Create the folder of an unfinished build, or resume one. Raises UserError if it had other arguments and has
     tokenized something: another source is one of which no split is finished."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "journal.json").exists():
         raise UserError(f"{folder} holds an unfinished build of an earlier version; delete it to start over")
-    create_json(folder / _ARGUMENTS, arguments)
+    create_json(folder / ARGUMENTS, arguments)
     # Before the arguments are read: a task that replaces them may tokenize something right after.
     has_tokenized = holds_work(folder, counts=False)
-    found = read_record(folder / _ARGUMENTS, dict[str, Any]) or {}
+    found = read_record(folder / ARGUMENTS, dict[str, Any]) or {}
     if found != arguments and not has_tokenized:
         with FileLock(folder / _LOCK):  # the tasks of an array begin at the same time: one of them starts over
-            found = read_record(folder / _ARGUMENTS, dict[str, Any]) or {}
+            found = read_record(folder / ARGUMENTS, dict[str, Any]) or {}
             if found != arguments and not holds_work(folder, counts=False):
                 _start_over(folder, found, arguments)
                 return
     names = set(names_in(folder))
     finished = sum(f"{split.key}.json" in names for split in splits)
     for name, value in arguments.items():
-        if found.get(name) != value and not (name == "source" and finished):
+        if found.get(name) != value and not (name in _OF_SOURCE and finished):
             difference = "" if name == "source" else f" (found {found.get(name)}, expected {value})"
             raise UserError(
                 f"{folder} holds an unfinished build with another {name}{difference}; "
@@ -118,18 +118,18 @@ def open_partial(folder: Path, arguments: Mapping[str, str | int | None], splits
             )
     if found != arguments:
         notify(f"--source names other files than before: {finished:,} of {len(splits):,} splits are finished")
-        write_json(folder / _ARGUMENTS, arguments)
+        write_json(folder / ARGUMENTS, arguments)
 
 
-def _start_over(folder: Path, found: Mapping[str, str | int | None], arguments: Mapping[str, str | int | None]) -> None:
+def _start_over(folder: Path, found: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     """Replace the arguments of a build that has tokenized nothing. Counts are kept unless they depend on these."""
     if any(found.get(name) != arguments.get(name) for name in {*found, *arguments} - _NOT_OF_COUNTS):
         for path in folder.glob("[!.]*"):  # hidden ones are of other tasks that begin
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != _ARGUMENTS:
+            elif path.name != ARGUMENTS:
                 path.unlink()
-    write_json(folder / _ARGUMENTS, arguments)
+    write_json(folder / ARGUMENTS, arguments)
 
 
 def holds_work(folder: Path, counts: bool = True) -> bool:

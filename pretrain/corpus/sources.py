@@ -66,6 +66,7 @@ class _Finder:
     key: str  # for messages
     is_read_by_caller: Callable[[str], bool]
     output: Path | None
+    pinned: Sequence[HubData]
 
     def expand(self, item: str) -> list[Source]:
         if item == PYTHON_DOCS:
@@ -75,7 +76,7 @@ class _Finder:
             return [Source(PYTHON_DOCS, PYTHON_DOCS, version=json_digest([sys.version, installed]))]
         if item.startswith(PREFIX):
             try:
-                data = HubData.parse(item).pinned()
+                data = HubData.parse(item).pinned(self.pinned)
             except UserError as error:
                 raise UserError(f"{self.key} {error}") from None
             version = self._folder_version(Path(data.name)) if data.is_folder else data.revision or ""
@@ -193,6 +194,7 @@ def find_sources(
     key: str = "--source",
     is_read_by_caller: Callable[[str], bool] = lambda _: False,
     output: Path | None = None,
+    pinned: Sequence[HubData] = (),
 ) -> tuple[Source, ...]:
     """Expand the names in `--source`. Reads nothing.
 
@@ -202,10 +204,11 @@ def find_sources(
         is_read_by_caller: whether a file, by its name, has a further format; it is not opened as text or an archive.
         output: folder that will be written. Unfinished output in a source would be read when the command is run again:
             a glob leaves it out, a folder is refused.
+        pinned: data sets whose commits are read if `named` does not say which.
 
     Raises UserError for a missing path, a folder or glob without text files, and a file that is named twice.
     """
-    finder = _Finder(key, is_read_by_caller, output)
+    finder = _Finder(key, is_read_by_caller, output, pinned)
     items = _split_names(named, key)
     are_counted = 1 < len(items) <= MAX_ITEMS
     sources = [

@@ -19,8 +19,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import StoppedError, UserError
+from experiment.hub_data import load_rows
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from experiment.storage import StorageError
+from hub_server import HubServer, use_hub_for_data
 from launcher.cli import main
 from pretrain.corpus import build, build_plan, passes, shards, splits, tasks
 from pretrain.corpus.announcement import announce_sources, is_hard_wrapped
@@ -385,6 +387,29 @@ def test_a_damaged_file_may_be_removed(
         corpus(name, source=f"{source},{tmp_path}/last.txt", **flags)
         assert (read == [f"{tmp_path}/last.txt"]) == (name == "c")
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+def test_a_commit_between_a_kill_and_the_restart(
+    corpus: Build, tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches finished splits that are deleted in silence, and tasks of an array that read two commits."""
+    use_hub_for_data(monkeypatch, hub.url, tmp_path / "data-cache")
+    monkeypatch.setattr(splits, "_HUB_ROWS", 7)
+    repository = hub.repository("org/rivers", "dataset")
+    rows = "".join(f'{{"text": "the river {number}"}}\n' for number in range(50))
+    commit = repository.push({"README.md": b"Rivers\n", "train.jsonl": rows.encode()})
+    interrupted(corpus, "c", source="hub:org/rivers")
+    repository.push({"README.md": b"Rivers\n", "train.jsonl": b'{"text": "the town"}\n'})
+    load_rows.cache_clear()
+    tokenized: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = tasks._tokenize
+        patch.setattr(tasks, "_tokenize", lambda *args: tokenized.append(1) or real(*args))
+        assert corpus("c", source="hub:org/rivers").documents == 50
+    assert len(tokenized) == 8 - 3
+    message = f"c.partial was begun with hub:org/rivers@{commit}:train; delete it to read a newer commit"
+    assert message in capsys.readouterr().err
+    assert corpus("d", source="hub:org/rivers").documents == 1
 
 
 def test_a_build_with_a_pattern_that_matches_nothing_starts_over(corpus: Build, tmp_path: Path) -> None:
