@@ -241,9 +241,14 @@ def read_items(path: Path | str, key: str) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def text_lines(lines: Iterable[bytes], origin: str, first: int = 1) -> Iterator[str]:
-    """Decode the lines of a UTF-8 file. They keep their line ends, but not a byte order mark. `first`: number of the
-    first line."""
+def text_lines(
+    lines: Iterable[bytes], origin: str, first: int = 1, on_invalid: Callable[[int, UserError], None] | None = None
+) -> Iterator[str]:
+    """Decode the lines of a UTF-8 file. They keep their line ends, but not a byte order mark.
+
+    first: number of the first line. on_invalid: called for a line with bytes that are not UTF-8, with its number and
+    the error to raise; if it returns, they become U+FFFD.
+    """
     for number, raw in enumerate(lines, first):
         try:
             line = raw.decode("utf-8")
@@ -256,10 +261,13 @@ def text_lines(lines: Iterable[bytes], origin: str, first: int = 1) -> Iterator[
                 raise UserError(
                     f"{origin}: UTF-16 text; convert the file first, for instance with iconv -f UTF-16 -t UTF-8"
                 ) from None
-            raise UserError(
-                f"{origin}:{number}: not UTF-8 text (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
-                "convert the file first, for instance with iconv -f ENCODING -t UTF-8; Chinese may be GB18030 or BIG5"
-            ) from None
+            problem = f"{origin}:{number}: not UTF-8 text (byte 0x{raw[error.start]:02x} at column {error.start + 1})"
+            advice = "for instance with iconv -f ENCODING -t UTF-8; Chinese may be GB18030 or BIG5"
+            refusal = UserError(f"{problem}; convert the file first, {advice}")
+            if on_invalid is None:
+                raise refusal from None
+            on_invalid(number, refusal)
+            line = raw.decode("utf-8", "replace")
         yield line.removeprefix("\ufeff") if number == 1 else line
 
 

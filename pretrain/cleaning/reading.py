@@ -1,12 +1,15 @@
 """The documents of all sources, in order, each with an id that no other one has."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiment.csv_and_jsonl import is_unicode
-from experiment.errors import UserError
+from experiment.errors import UserError, warn_once
 from experiment.files import json_digest
+from experiment.formatting import counted
 from pretrain.cleaning.config import CleanConfig
+from pretrain.cleaning.markup import join_surrogates
 from pretrain.cleaning.readers import Reader, find_reader, reader_of
 from pretrain.cleaning.step import Document, check_installed
 from pretrain.corpus.documents import check_read, read_documents
@@ -32,7 +35,8 @@ def identity_of(sources: Sequence[Source]) -> str:
 def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Document]:
     """Yield all documents with text. Raises UserError for bad input, with file and place."""
     seen, last, number = set[str](), "", 0
-    stats = ReadStats()
+    invalid, halves = Counter[str](), Counter[str]()  # lines by file
+    stats = ReadStats(invalid_lines=invalid)
     for source in sources:
         for raw in _read(source, config, stats):
             if raw.origin in seen if raw.origin != last else raw.line <= number:
@@ -40,12 +44,20 @@ def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Docu
             seen.add(raw.origin)
             last, number = raw.origin, raw.line
             if raw.text and not raw.text.isspace():
-                raw.utf8()
+                text = raw.text
+                if not is_unicode(text):
+                    text = join_surrogates(text)
+                    halves[raw.origin] += 1
                 metadata = {key: raw.metadata[key] for key in config.metadata if key in raw.metadata}
                 if not is_unicode(metadata):
                     raise UserError(f"{raw.place}: expected Unicode text in 'metadata', found half of a surrogate pair")
-                yield Document(raw.place, raw.origin, raw.text, metadata, raw.markup)
+                yield Document(raw.place, raw.origin, text, metadata, raw.markup)
     check_read(sources, config, stats.start_matches, stats.archives)
+    if replaced := invalid + halves:
+        warn_once(
+            f"{min(replaced)}{f' and {len(replaced) - 1:,} more' if len(replaced) > 1 else ''}: U+FFFD replaces bytes "
+            f"that are not UTF-8, or halves of surrogate pairs, in {counted(replaced.total(), 'line')}"
+        )
 
 
 def _reader(name: str, config: CleanConfig) -> Reader | None:

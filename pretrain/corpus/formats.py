@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ _SUFFIXES = {
     "parquet": "parquet",
 }
 _MAX_DOCUMENT = 1 << 30  # characters; a text without the expected blank lines may be larger than memory
+_FEW_INVALID, _SHARE_INVALID = 10, 0.05  # lines that are not UTF-8; a file with more has another encoding
 _MATCH_SECONDS = 10.0  # for a line; a pattern that tries all ways to split a line may take years
 _CONVERSIONS = {
     "convert it to text, for instance with pandoc": "docx epub odt rtf",
@@ -84,7 +86,9 @@ class Document(NamedTuple):
         try:
             return self.text.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{self.place}: expected Unicode text, found half of a surrogate pair") from None
+            raise UserError(
+                f"{self.place}: expected Unicode text, found half of a surrogate pair; `deepcloze clean` replaces it"
+            ) from None
 
 
 Unit = Literal["bytes", "compressed", "row groups", "members", "rows"]
@@ -132,6 +136,7 @@ class ReadStats:
     finished_bytes: int = 0  # sizes on disk of the files read so far
     start_matches: int = 0  # lines that matched `document_start`
     archives: dict[str, Members] = field(default_factory=dict)  # by name::selection
+    invalid_lines: Counter[str] | None = None  # lines that are not UTF-8, by file; None: they are rejected
     file_position: Callable[[], int] = lambda: 0  # bytes read of the current file
 
     @property
@@ -172,10 +177,10 @@ def parse_documents(
         elif file_format in ("csv", "tsv"):
             separator = options.sep or ("," if file_format == "csv" else "\t")
             csv_format = CsvFormat(separator, options.quoting, options.header != "none", options.are_flags, section="")
-            lines = Lines(decompress(stream, compression), lambda: None, origin)
+            lines = Lines(decompress(stream, compression), lambda: None, origin, WHOLE, stats.invalid_lines)
             yield from _parse_csv(lines, csv_format, options, part)
         else:
-            lines = Lines(*_open_range(stream, compression, part), origin, part)
+            lines = Lines(*_open_range(stream, compression, part), origin, part, stats.invalid_lines)
             if file_format == "jsonl":
                 yield from _parse_json_lines(lines, options)
             else:
@@ -225,17 +230,35 @@ def count_line_breaks(file: IO[bytes], name: str, part: Range) -> int:
 class Lines:
     """The lines of a range, decoded, and those after it for as long as they are read."""
 
-    def __init__(self, content: IO[bytes], end: Callable[[], int | None], origin: str, part: Range = WHOLE) -> None:
+    def __init__(
+        self,
+        content: IO[bytes],
+        end: Callable[[], int | None],
+        origin: str,
+        part: Range,
+        invalid_lines: Counter[str] | None,
+    ) -> None:
         """`content`: at the start of the range; `end`: returns the position in it where the range ends, None if it has
-        not been reached or is the end of the file."""
+        not been reached or is the end of the file; `invalid_lines`: counts those that are not UTF-8, or None to reject
+        them."""
         self.origin = origin
         self.first = 1 if part.start == 0 else 2 + (part.line_breaks or 0)
         self.position = 0  # in the content, after the line that was read last
         self.ended = False  # whether that line belongs to a later range
         self._content, self._end, self._in_line = content, end, part.start > 0
+        self._invalid_lines = invalid_lines
 
     def __iter__(self) -> Iterator[str]:
-        return text_lines(self._read(), self.origin, self.first)
+        return text_lines(self._read(), self.origin, self.first, self._take_invalid)
+
+    def _take_invalid(self, line: int, error: UserError) -> None:
+        """Count a line that is not UTF-8. Raises UserError if it is rejected, or if there are so many that the file has
+        another encoding."""
+        if self._invalid_lines is None:
+            raise UserError(f"{error}; `deepcloze clean` replaces single bytes") from None
+        self._invalid_lines[self.origin] += 1
+        if self._invalid_lines[self.origin] > max(_FEW_INVALID, line * _SHARE_INVALID):
+            raise error from None
 
     def in_range(self) -> Iterator[str]:
         """Yield the lines of the range only."""

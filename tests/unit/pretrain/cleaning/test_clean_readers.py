@@ -439,6 +439,25 @@ def test_metadata_of_tables(tmp_path: Path) -> None:
             read(tmp_path, metadata=["url"])
 
 
+def test_single_bytes_that_are_not_utf8_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a cleaning of terabytes that ends at half of an emoji, or text that changes in silence."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "half \\ud83d"}\n{"text": "caf\xe9"}\n{"text": "\xf0\x9f\x98\x80"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xffone\ntwo\n")
+    assert list(read(tmp_path).values()) == ["half \ufffd", "caf\ufffd", "\U0001f600", "\ufffdone", "two"]
+    assert "a.jsonl and 1 more: U+FFFD replaces bytes that are not UTF-8, or halves of surrogate pairs, in 3 lines" in (
+        caplog.text
+    )
+
+
+def test_a_file_in_another_encoding_is_rejected(tmp_path: Path) -> None:
+    """Catches Chinese that becomes U+FFFD, where the user should name the encoding."""
+    (tmp_path / "a.txt").write_text("龙虾生活在海里\n" * 50, encoding="gb18030")
+    with pytest.raises(UserError, match=r"a\.txt:11: not UTF-8 text .*iconv.*GB18030 or BIG5$"):
+        read(tmp_path)
+    (tmp_path / "a.txt").write_bytes((b"text\n" * 30 + b"caf\xe9\n") * 50)
+    assert len(read(tmp_path)) == 31 * 50
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.zip"])
 def test_metadata_of_other_tables(tmp_path: Path, name: str) -> None:
     """Catches columns that are mixed up, and formats whose metadata is lost."""

@@ -666,7 +666,9 @@ def test_bad_input_late_in_the_source(tmp_path: Path, corpus: Build, source: Pat
 def test_half_a_surrogate_pair_is_rejected(tmp_path: Path, corpus: Build) -> None:
     """Catches a traceback from the tokenizer for JSON with an escape that is not a character."""
     (tmp_path / "a.jsonl").write_text('{"text": "the \\ud800 river"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:1: expected Unicode text, found half of a surrogate pair"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:1: expected Unicode text, found half of a surrogate pair; `deepcloze clean`"
+    ):
         corpus("c", source=tmp_path / "a.jsonl")
 
 
