@@ -1,17 +1,7 @@
 """Divide sources into splits, each of which one task reads, tokenizes and writes.
 
 The plan depends on the files alone: their names, sizes, times of modification and, for a large file that is compressed,
-an archive or Parquet, on its first or last bytes.
-
-| source | ranges |
-|---|---|
-| plain text, JSON lines | of bytes |
-| .gz and .zst of many small members | of bytes of the file |
-| Parquet | of row groups |
-| .zip | of members |
-| hub data set | of rows |
-| .gz and .zst of one member, CSV, tar | of bytes of the content, at most 16: tasks also read all bytes before theirs |
-| plain text with `--document file` | none |
+an archive or Parquet, on its first or last bytes. docs/corpora_at_scale.md says how each format is divided.
 """
 
 import itertools
