@@ -174,16 +174,16 @@ def _separator_hint(csv_format: CsvFormat) -> str:
 
 def read_json_lines(lines: Iterable[str], origin: str, first: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line, object) of a file with one object per line, without empty lines. first: number of its first line."""
-    for number, line in enumerate(lines, first):
-        if not line.strip():
+    for number, line in enumerate(map(str.strip, lines), first):
+        if not line:
             continue
         try:
-            row = parse_json(line.strip())
+            row = parse_json(line)
         except ValueError as error:
             problem = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise UserError(f"{origin}:{number}: expected one JSON object per line: {problem}") from None
         if not isinstance(row, dict):
-            raise UserError(f"{origin}:{number}: expected one JSON object per line, found {line.strip()[:60]}")
+            raise UserError(f"{origin}:{number}: expected one JSON object per line, found {line[:60]}")
         yield number, row
 
 
