@@ -87,6 +87,7 @@ def _run_in_worker(function: Callable[[Any, T], R], task: T) -> R:
 @contextmanager
 def _ray(address: str | None, job: object) -> Iterator[TaskRunner]:
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # by default Ray tries 20 times, of 40 s each, to connect
+    os.environ.setdefault("RAY_task_oom_retries", str(_RETRIES))  # otherwise without end, whatever max_retries
     try:
         import ray
     except ImportError:

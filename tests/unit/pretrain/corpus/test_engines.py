@@ -3,12 +3,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -281,6 +284,69 @@ def test_a_folder_that_machines_do_not_share(tmp_path: Path, source: Path, vocab
         UserError, match=rf"{plan.partial} does not exist on .*; expected a disk that all machines share"
     ):
         tasks.tokenize_split(build.build_job(plan), records.SplitTask(plan.splits[0], b""))
+
+
+class _Cluster:
+    """Stands for Ray. Each task has a worker of its own, in another working directory; with `error`, it dies."""
+
+    exceptions = SimpleNamespace(
+        **{name: type(name, (Exception,), {}) for name in ("NodeDiedError", "OutOfMemoryError", "WorkerCrashedError")}
+    )
+
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path, error: str | None = None) -> None:
+        self.folder, self.error, self.retries = folder, error, -1
+        patch.setitem(sys.modules, "ray", self)
+        patch.setitem(sys.modules, "ray.exceptions", self.exceptions)
+
+    def init(self, **_: object) -> None: ...
+
+    def shutdown(self) -> None: ...
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2}
+
+    def put(self, value: object) -> Callable[[], object]:
+        return lambda: value
+
+    def get(self, reference: Callable[[], object]) -> object:
+        return reference()
+
+    def wait(self, running: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return running[:num_returns], running[num_returns:]
+
+    def remote(self, max_retries: int) -> Any:
+        self.retries = max_retries
+        return lambda function: SimpleNamespace(remote=partial(self._run, function))
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        if self.error:
+            return Mock(side_effect=getattr(self.exceptions, self.error))
+        engines._fetched.cache_clear()
+        with chdir(self.folder):
+            return self.put(function(*arguments))
+
+
+def test_ray_workers_in_another_folder(
+    tmp_path: Path, vocabulary_folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a relative --source that workers look for in the working directory of `ray start`."""
+    (tmp_path / "elsewhere").mkdir()
+    _Cluster(monkeypatch, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    build_corpus(CorpusOptions(source="source", tokenizer=str(vocabulary_folder), output=Path("c"), engine="ray"))
+    assert contents(tmp_path / "c") == contents(whole)
+
+
+@pytest.mark.parametrize("error", vars(_Cluster.exceptions))
+def test_a_task_that_dies_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
+    """Catches a task that Ray repeats forever, without a message, because it needs more memory than there is."""
+    cluster = _Cluster(monkeypatch, tmp_path, error)
+    with (
+        pytest.raises(StoppedError, match=r"died 6 times, .* run the same command again to resume"),
+        engines.open_engine(None, None, "ray") as run,
+    ):
+        list(run(max, [1]))
+    assert cluster.retries == int(os.environ["RAY_task_oom_retries"]) == 5  # noqa: SIM112
 
 
 class _NoCluster:
