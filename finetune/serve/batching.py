@@ -63,6 +63,7 @@ class _Job(Generic[ItemT, ResultT]):
 
     items: Sequence[ItemT]
     sizes: Sequence[Size]
+    arrived: float  # by the clock of the event loop
     done: asyncio.Future[None]
     waiting: deque[int] = field(default_factory=deque)  # items that are in no batch yet, by index
     results: dict[int, ResultT] = field(default_factory=dict)
@@ -106,7 +107,8 @@ class Batcher(Generic[ItemT, ResultT]):
         """
         if not items:
             return []
-        job = _Job[ItemT, ResultT](items, sizes, asyncio.get_running_loop().create_future(), deque(range(len(items))))
+        loop = asyncio.get_running_loop()
+        job = _Job[ItemT, ResultT](items, sizes, loop.time(), loop.create_future(), deque(range(len(items))))
         self._jobs.append(job)
         self._tokens += sum(size.tokens for size in sizes)
         self._arrived.set()
@@ -127,7 +129,7 @@ class Batcher(Generic[ItemT, ResultT]):
         while True:
             await self._arrived.wait()
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._limits.delay):
+                async with asyncio.timeout_at(min(job.arrived for job in self._jobs) + self._limits.delay):
                     await self._full.wait()
             parts = list(self._draw())
             sizes = [job.sizes[index] for job, index in parts]

@@ -277,6 +277,28 @@ def test_a_full_batch_does_not_wait(tokens: int) -> None:
     run(test)
 
 
+def test_texts_that_have_waited_are_not_delayed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a device that is idle before each batch, although texts have waited during the last one."""
+
+    async def test() -> None:
+        loop, skipped = asyncio.get_running_loop(), 0.0
+        clock = loop.time
+        monkeypatch.setattr(loop, "time", lambda: clock() + skipped)
+        squares = Squares(open_from_start=False)
+        batcher = Batcher(squares, BatchLimits(tokens=20, delay=50.0, padding=0))
+        first = asyncio.create_task(batcher.submit([1, 2], ones(2)))
+        while not squares.batches:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(batcher.submit([3], ones(1)))
+        await asyncio.sleep(0)
+        skipped = 50.0
+        squares.permitted.set()
+        assert await asyncio.gather(first, second) == [[1, 4], [9]]
+        await batcher.close()
+
+    run(test)
+
+
 def test_a_server_without_requests_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a loop that looks for items as fast as it can, and takes a core."""
     planned = []
