@@ -24,6 +24,7 @@ ABOUT = (
 
 _QUIET = ("-q", "--quiet")
 RESUMABLE = ("clean", "corpus", "pretrain", "finetune", "sweep", "compare", "watch")
+_WRITING = ("predict", "export")  # stopped by a signal, they remove what they have written
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     is_resumable = bool(argv) and argv[0] in RESUMABLE
     try:
-        with handle_stop_signals(interrupt, HANDLED_SIGNALS if is_resumable else _interrupts()):
+        with handle_stop_signals(interrupt, HANDLED_SIGNALS if is_resumable else _interrupts(argv)):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)  # which the start of the process has blocked
             _run_command(argv)
     except UserError as error:
@@ -67,9 +68,11 @@ def _run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _interrupts() -> tuple[signal.Signals, ...]:
-    """SIGINT, unless it is ignored, as by shells in a script for commands in the background."""
-    return () if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else (signal.SIGINT,)
+def _interrupts(argv: Sequence[str]) -> list[signal.Signals]:
+    """Return SIGINT, and other signals that end the command in the same way; none that is ignored, as SIGINT is by
+    shells in a script for commands in the background."""
+    more = (signal.SIGTERM, signal.SIGHUP) if argv and argv[0] in _WRITING else ()
+    return [number for number in (signal.SIGINT, *more) if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _run_command(argv: Sequence[str]) -> None:

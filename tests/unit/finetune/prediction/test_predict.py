@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,22 @@ def test_memory_does_not_grow_with_the_file(
     assert predict(trained_run / "seed-1", texts, tmp_path / "out.csv", "--batch_size=4") == 0
     assert at_once == [8, 8, 4]
     assert [row["row"] for row in read_csv(tmp_path / "out.csv")] == [str(number) for number in range(1, 21)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_signal_leaves_no_file(
+    number: signal.Signals, trained_run: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a hidden file with the rows so far after a job ends at its time limit, or its terminal is closed."""
+
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        raise AssertionError("the command continues")
+
+    signal.signal(number, lambda *_: None)
+    monkeypatch.setattr(Predictor, "predict_records", stop)
+    assert predict(trained_run / "seed-1", texts, tmp_path / "out" / "out.csv") == 130
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_stands_for_its_best_seed(
