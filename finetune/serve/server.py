@@ -46,7 +46,8 @@ def serve_command(options: ServeOptions) -> None:
     if options.max_queue < options.max_texts:
         raise UserError(f"--max_queue: {options.max_queue} is less than the texts of one request, {options.max_texts}")
     wanted: list[int] = []  # signals that came before the server could reload; the default is to end the process
-    signal.signal(signal.SIGHUP, lambda number, _: wanted.append(number))
+    if not _ignores_sighup():
+        signal.signal(signal.SIGHUP, lambda number, _: wanted.append(number))
 
     def load() -> ServedModel:
         return load_served_model(local_model(options.model, onnx=True), options.precision)
@@ -75,6 +76,11 @@ def serve_command(options: ServeOptions) -> None:
 
         with quiet():  # a reload that downloads a model would say so, not in JSON
             run_server(make_app(serving, token, hosts), listener, options.timeout, announce, serving.reload)
+
+
+def _ignores_sighup() -> bool:
+    """Return whether SIGHUP is ignored, as under nohup: it then comes from a terminal that closes."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def read_token(path: str | None, environment: Mapping[str, str]) -> str | None:
@@ -154,7 +160,9 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Stop on SIGTERM and Ctrl-C, reload the model on SIGHUP. uvicorn's own would end with the signal."""
         loop = asyncio.get_running_loop()
-        handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGHUP: self._on_reload}
+        handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop}
+        if not _ignores_sighup():
+            handlers[signal.SIGHUP] = self._on_reload
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         try:

@@ -236,6 +236,37 @@ def test_clients_that_read_slowly_get_their_answer(unread: list[int], aborted: l
     assert (calls, list(sizes)) == (aborted, [])
 
 
+def test_a_closed_terminal_reloads_no_server_under_nohup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches SIGHUP of a terminal that reloads the model, though nohup says that it means nothing."""
+    reloads: list[None] = []
+
+    def hang_up(*_: object) -> Served:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return Served()
+
+    def run(app: object, listener: object, timeout: object, announce: Callable[[], None], reload: object) -> None:
+        announce()
+
+        async def serve() -> None:
+            with server._Server(uvicorn.Config(Response()), announce, lambda: reloads.append(None)).capture_signals():
+                hang_up()
+                for _ in range(3):
+                    await asyncio.sleep(0)
+
+        asyncio.run(serve())
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(server, "load_served_model", hang_up)
+    monkeypatch.setattr(
+        server, "Serving", lambda served, *_: SimpleNamespace(served=served, reload=lambda: reloads.append(None))
+    )
+    monkeypatch.setattr(server, "make_app", lambda *_: None)
+    monkeypatch.setattr(server, "log_as_json", lambda: None)
+    monkeypatch.setattr(server, "run_server", run)
+    server.serve_command(ServeOptions(model=str(tmp_path), port=0))
+    assert reloads == []
+
+
 def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Catches SIGHUP, such as from `systemctl reload`, ending a server that is still loading its model; and a replaced
     model whose memory is not freed."""
