@@ -90,7 +90,8 @@ def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None =
     handle_errors(app)
     permitted = require_host(require_token(read_as_json(app, _JSON_PATHS), token), hosts, only_own_pages=token is None)
     limited = limit_time(limit_size(permitted, serving.limits), serving.limits)
-    observed = observe(limited, serving.metrics)
+    paths = {getattr(route, "path", "unknown") for route in (*app.routes, *api.routes, *site.routes)}
+    observed = observe(limited, serving.metrics, paths)
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
         # The start and the end of the server are no requests.

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import traceback
+from collections.abc import Collection
 from datetime import UTC, datetime
 
 from prometheus_client import (
@@ -98,8 +99,8 @@ def log_event(message: str, level: int = logging.INFO, **fields: object) -> None
     log.log(level, message, extra={_FIELDS: fields})
 
 
-def observe(app: ASGIApp, metrics: Metrics) -> ASGIApp:
-    """Log and count each request, and log the errors of the application."""
+def observe(app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> ASGIApp:
+    """Log and count each request, and log the errors of the application. paths: those of its routes."""
 
     async def observed(scope: Scope, receive: Receive, send: Send) -> None:
         start, status = time.perf_counter(), _GONE
@@ -115,7 +116,7 @@ def observe(app: ASGIApp, metrics: Metrics) -> ASGIApp:
             log.exception("an error in the server")
         finally:
             seconds = time.perf_counter() - start
-            path = getattr(scope.get("route"), "path", "unknown")
+            path = scope["path"] if scope["path"] in paths else "unknown"
             texts = scope.get("state", {}).get("texts", 0)
             metrics.observe_request(path, status, seconds, texts)
             figures = {"status": status, "ms": round(1000 * seconds, 1), "texts": texts}

@@ -201,6 +201,17 @@ def test_the_token(folders: dict[str, Path], connect: Connect) -> None:
     assert client.post("/v1/predict", json={"texts": ["a"]}, headers=sent).status_code == 200
 
 
+def test_rejected_requests_are_counted_by_path(folders: dict[str, Path], connect: Connect) -> None:
+    """Catches clients without the token that no metric of a route shows, and paths of clients as labels of metrics."""
+    client = connect(folders["sequence"], token="secret")
+    for path in ("/v1/predict", "/v1/model_prediction", "/made-up"):
+        assert client.post(path, json={"texts": ["a"]}).status_code == 401
+    metrics = client.get("/metrics", headers={"Authorization": "Bearer secret"}).text
+    for path in ("/v1/predict", "/v1/model_prediction", "unknown"):
+        assert f'deepcloze_requests_total{{path="{path}",status="401"}} 1.0' in metrics
+    assert "made-up" not in metrics
+
+
 def test_a_body_without_a_length_is_counted(client: TestClient) -> None:
     """Catches a limit on size that a chunked request avoids."""
 
