@@ -91,7 +91,7 @@ def log_as_json() -> None:
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for name in ("uvicorn.error", "asyncio", "httpx"):
+    for name in ("uvicorn.error", "asyncio", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

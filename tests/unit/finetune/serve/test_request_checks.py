@@ -24,7 +24,7 @@ from finetune.prediction.inference import Inference
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.serve.app import make_app
-from finetune.serve.monitoring import JsonFormatter
+from finetune.serve.monitoring import JsonFormatter, log_as_json
 from finetune.serve.request_checks import limit_size
 from finetune.serve.schemas import FillMaskRequest, PredictRequest
 
@@ -210,6 +210,16 @@ def test_rejected_requests_are_counted_by_path(folders: dict[str, Path], connect
     for path in ("/v1/predict", "/v1/model_prediction", "unknown"):
         assert f'deepcloze_requests_total{{path="{path}",status="401"}} 1.0' in metrics
     assert "made-up" not in metrics
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])  # of huggingface_hub 1 and 2
+def test_requests_to_the_hub_are_not_logged(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a line in the log for each request of a reload to the Hub."""
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)  # pytest captures the log
+    monkeypatch.setattr(logging, "captureWarnings", lambda _: None)
+    logging.getLogger(library).setLevel(logging.NOTSET)
+    log_as_json()
+    assert logging.getLogger(library).level == logging.WARNING
 
 
 def test_a_body_without_a_length_is_counted(client: TestClient) -> None:
