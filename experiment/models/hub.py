@@ -155,7 +155,7 @@ def call_hub(name: HubName, kind: Kind, function: Callable[[], T]) -> T:
             raise _unreachable(name, kind, error) from None
         except (LocalEntryNotFoundError, RevisionResolutionError) as error:  # nothing is cached either
             cause = error.__cause__
-            if isinstance(cause, OfflineModeIsEnabled) or type(cause).__name__ == "ConnectError":
+            if isinstance(cause, OfflineModeIsEnabled) or type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
                 raise _unreachable(name, kind, cause or error) from None
             raise cause or error from None
 

@@ -3,11 +3,13 @@
 import time
 from pathlib import Path
 
+import httpx2
 import pytest
 from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from experiment.errors import UserError
-from experiment.models.hub import download_model, resolve_commit
+from experiment.models.hub import call_hub, download_model, resolve_commit
 from experiment.models.hub_names import HubName, meant_name
 from experiment.models.model_names import local_model, local_tokenizer, record_model
 from hub_server import HubServer, cut, status
@@ -242,6 +244,16 @@ def test_without_a_network(hub: HubServer, commit: str, monkeypatch: pytest.Monk
 def test_a_part_of_a_model_in_the_cache(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a model without its weights, of which another program has cached the tokenizer."""
     local_tokenizer(str(NAME))
+def test_a_firewall_that_drops_packets(hub: HubServer) -> None:
+    """Catches attempts that last for minutes, and a message without the command that downloads the model elsewhere."""
+
+    def fail() -> None:
+        raise LocalEntryNotFoundError("cannot find the files") from httpx2.ConnectTimeout("timed out")
+
+    with pytest.raises(UserError, match=rf"cannot reach http.* \(timed out\): .*, with `hf download {NAME}`$"):
+        call_hub(NAME, "model", fail)
+
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "; HF_HUB_OFFLINE is set: " in refusal(str(NAME))
 
