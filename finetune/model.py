@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from experiment.errors import UserError
 from experiment.formatting import format_parameters
+from experiment.models.hub import TOKENIZER_FILES
 from experiment.models.model_folder import WEIGHT_FILES, build_from_config, load_config, load_weights
 from experiment.models.tensor_files import share_tensors
 from experiment.models.tokenizer import save_tokenizer, vocabulary_size
@@ -30,10 +31,6 @@ from experiment.models.transformers_models import (
 )
 
 _POOLING_HEADS = ("AutoModelForSequenceClassification", "AutoModelForMultipleChoice")
-_TOKENIZER_FILES = (
-    *("*tokens*.json", "*tokenizer*.json", "vocab*", "merges.txt", "*.model"),
-    *("bpe.codes", "dict.txt", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def pooling_of_head(folder: Path, auto_model: str, pooling: Literal["default", "
 
 def model_files(folder: Path, weights: bool) -> list[Path]:
     """Return the config and the tokenizer in a Hugging Face folder, and perhaps its weights."""
-    patterns = ("config.json", *_TOKENIZER_FILES, *(WEIGHT_FILES if weights else ()))
+    patterns = ("config.json", *TOKENIZER_FILES, *(WEIGHT_FILES if weights else ()))
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 

@@ -22,7 +22,14 @@ T = TypeVar("T")
 
 Kind = Literal["model", "dataset"]
 
-_CONFIG_AND_TOKENIZER = ("*.json", "*.txt", "*.model")
+TOKENIZER_FILES = (
+    *("*tokens*.json", "*tokenizer*.json", "vocab*.json", "vocab*.txt", "merges.txt", "*.model"),
+    *("bpe.codes", "dict.txt", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"),
+)
+"""Patterns of the files of all tokenizers in transformers."""
+
+_CONFIG_AND_TOKENIZER = ("*.json", "*.txt", *TOKENIZER_FILES)
+_CARD = ("README.md", "LICENSE*")
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 _ONNX = ("model.onnx", "model.onnx.data")  # as `deepcloze export` names them
 _MODULE_WEIGHTS = "[0-9]*_*/model.safetensors"  # of sentence-transformers, such as 2_Dense

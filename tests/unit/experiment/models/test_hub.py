@@ -20,6 +20,9 @@ FILES = {
     "config.json": b"{}",
     "tokenizer.json": b"{}",
     "vocab.txt": b"[PAD]\n",
+    "bpe.codes": b"a b\n",
+    "README.md": b"a card",
+    "LICENSE": b"a license",
     "model.safetensors": WEIGHTS,
     "pytorch_model.bin": b"a pickle",
     "model.fp16.safetensors": b"other weights",
@@ -30,7 +33,7 @@ FILES = {
     "2_Dense/pytorch_model.bin": b"a pickle",
     "openvino/config.json": b"{}",
 }
-ROOT = {"config.json", "tokenizer.json", "vocab.txt"}
+ROOT = {"config.json", "tokenizer.json", "vocab.txt", "bpe.codes"}
 
 
 @pytest.fixture
@@ -91,8 +94,8 @@ def test_the_address_of_a_page_is_no_name(text: str, name: str | None) -> None:
 
 
 def test_downloads_what_is_needed_and_once(hub: HubServer, commit: str) -> None:
-    """Catches pickles, code and other formats on the disk, modules of sentence-transformers that are missing, and a
-    second download of what is there."""
+    """Catches pickles, code and other formats on the disk, the merges of PhoBERT's tokenizer or modules of
+    sentence-transformers that are missing, and a second download of what is there."""
     assert resolve_commit(NAME) == HubName(NAME.repository, commit)
     folder = download_model(NAME)
     assert folder.name == commit
