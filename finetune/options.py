@@ -111,8 +111,8 @@ class ExportOptions(Section):
     """Folder to write, which must not exist or be empty."""
 
     format: Literal["hf", "onnx"] = "hf"
-    """hf: a Hugging Face folder with weights in fp32. onnx: model.onnx in place of the weights, for ONNX Runtime on
-    CPUs; `deepcloze predict` and `serve` take such a folder too."""
+    """hf: a Hugging Face folder with the weights as they are. onnx: model.onnx in place of the weights, in fp32, for
+    ONNX Runtime on CPUs; `deepcloze predict` and `serve` take such a folder too."""
 
     int8: bool = False
     """With --format onnx: weights in int8, which is a quarter of the size and often faster; predictions change a

@@ -28,7 +28,7 @@ _MORE_FILES = (
 def export_command(options: ExportOptions) -> None:
     """Run the command. The output is complete or does not exist. Raises UserError."""
     if options.int8 and options.format != "onnx":
-        raise UserError("--int8 needs --format onnx: a Hugging Face folder has fp32 weights")
+        raise UserError("--int8 needs --format onnx")
     if options.push is None and (options.private or options.overwrite):
         raise UserError("--private and --overwrite need --push OWNER/NAME")
     repository = None if options.push is None else parse_target(options.push)
