@@ -61,6 +61,7 @@ def download_model(
     on_progress: Callable[[], None] = lambda: None,
     modules: bool = False,
     onnx: bool = False,
+    card: bool = False,
 ) -> Path:
     """Return the folder with a model's config and tokenizer, and its weights in safetensors.
 
@@ -72,6 +73,7 @@ def download_model(
         on_progress: called when something has been received.
         modules: whether to download those of sentence-transformers, such as 1_Pooling, too.
         onnx: whether a model without safetensors may be one that `deepcloze export` wrote as ONNX.
+        card: whether to download its card and license too.
     """
     from huggingface_hub import constants
 
@@ -91,7 +93,7 @@ def download_model(
             )
         return folder
 
-    folder = download(_WEIGHTS if weights else ())
+    folder = download((*(_WEIGHTS if weights else ()), *(_CARD if card else ())))
     if onnx and not _has_any(folder, _WEIGHTS):
         folder = download(_ONNX)
     if not any(folder.glob("*.json")) and not (folder / "vocab.txt").is_file():

@@ -32,7 +32,7 @@ def export_command(options: ExportOptions) -> None:
     if options.push is None and (options.private or options.overwrite):
         raise UserError("--private and --overwrite need --push OWNER/NAME")
     repository = None if options.push is None else parse_target(options.push)
-    path = local_model(options.checkpoint, modules=options.format == "hf")
+    path = local_model(options.checkpoint, modules=options.format == "hf", card=True)
     source, _ = find_model(path)
     target = Path(options.output).absolute()
     if not is_free(target):

@@ -67,6 +67,7 @@ def _read_card(path: Path) -> str:
 def _make_card(source: Path, title: str) -> str:
     state, origin, config = state_around(source), read_origin(source), _read_config(source)
     ancestors, averaged = origin["ancestors"] if origin else None, source.name == _AVERAGED
+    bases = [{"folder": str(source)}] if ancestors is None else ancestors  # it may be in the cache of the Hub
     is_pretrained, usage = has_masked_lm_head(config.get("architectures")), _usage(source, config)
     task, tags = "fill-mask" if usage else None, [str(config["model_type"])] if "model_type" in config else []
     held_out = _held_out_metrics(state)
@@ -78,7 +79,7 @@ def _make_card(source: Path, title: str) -> str:
         title,
         usage,
         ancestors,
-        data=front_matter(task, tags, ancestors or [], title, [] if averaged else scores),
+        data=front_matter(task, tags, bases, title, [] if averaged else scores),
         model_type=str(config.get("model_type", UNKNOWN)),
         step=origin["step"] if origin is not None and is_pretrained else None,
         averaged=averaged,

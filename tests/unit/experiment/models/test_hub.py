@@ -244,9 +244,6 @@ def test_without_a_network(hub: HubServer, commit: str, monkeypatch: pytest.Monk
     assert "; HF_HUB_OFFLINE is set: " in refusal(f"{NAME}@{commit}")
 
 
-def test_a_part_of_a_model_in_the_cache(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a model without its weights, of which another program has cached the tokenizer."""
-    local_tokenizer(str(NAME))
 def test_a_firewall_that_drops_packets(hub: HubServer) -> None:
     """Catches attempts that last for minutes, and a message without the command that downloads the model elsewhere."""
 
@@ -257,6 +254,9 @@ def test_a_firewall_that_drops_packets(hub: HubServer) -> None:
         call_hub(NAME, "model", fail)
 
 
+def test_a_part_of_a_model_in_the_cache(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a model without its weights, of which another program has cached the tokenizer."""
+    local_tokenizer(str(NAME))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "; HF_HUB_OFFLINE is set: " in refusal(str(NAME))
 

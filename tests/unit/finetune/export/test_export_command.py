@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from experiment.errors import UserError
@@ -126,6 +127,19 @@ def test_modules_of_a_model_of_the_hub(hub: HubServer, run: Path, tmp_path: Path
     hub.repository("org/tiny").push_folder(checkpoint_path(run / "checkpoints", 2) / "hf", **modules)
     export("org/tiny", output := tmp_path / "exported")
     assert (output / "1_Pooling" / "config.json").read_text() == "{}"
+
+
+def test_the_card_and_the_license_of_a_model_of_the_hub(hub: HubServer, run: Path, tmp_path: Path) -> None:
+    """Catches a copy without the license that its author has chosen, and one that does not name the original."""
+    folder = checkpoint_path(run / "checkpoints", 2) / "hf"
+    hub.repository("org/tiny").push_folder(folder, README__md=b"Theirs.", LICENSE=b"Be kind.")
+    export("org/tiny", output := tmp_path / "exported")
+    assert (output / "README.md").read_text() == "Theirs."
+    assert (output / "LICENSE").read_text() == "Be kind."
+    hub.repository("org/bare").push_folder(folder)
+    export("org/bare", output := tmp_path / "bare")
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/bare"
 
 
 def test_export_does_not_overwrite(run: Path, tmp_path: Path) -> None:
