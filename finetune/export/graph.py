@@ -27,6 +27,7 @@ _HEADS = ("logits", "start_logits", "end_logits")
 _BATCH, _CHOICES, _TOKENS = 2, 3, 5
 
 _LARGEST = 127  # int8
+_MOST_BYTES = 1536 * 2**20  # of weights in one file: torch.onnx writes more to a second one
 
 
 class ModelGraph(nn.Module):
@@ -59,7 +60,7 @@ def takes_choices(model: PreTrainedModel) -> bool:
 
 
 def write_graph(loaded: LoadedModel, path: Path) -> None:
-    """Write a model, on the CPU in fp32, with its weights, which go to a file beside it above 2 GB.
+    """Write a model, on the CPU in fp32, with its weights, which go to a file beside it above 1.5 GiB.
 
     Raises UserError for a model that torch.onnx cannot export.
     """
@@ -117,10 +118,21 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
+def check_quantizable(model: nn.Module) -> None:
+    """Raise UserError for a model with more weights than `quantize` takes."""
+    if (size := sum(parameter.nbytes for parameter in model.parameters())) > _MOST_BYTES:
+        raise _too_large(size)
+
+
+def _too_large(size: int) -> UserError:
+    most = f"at most {_MOST_BYTES / 2**30:g} GiB can be quantized"
+    return UserError(f"--int8: the model has {size / 2**30:.2f} GiB of weights in fp32; {most}")
+
+
 def quantize(path: Path) -> None:
-    """Replace a model in fp32. Raises UserError for one of more than 2 GB."""
-    if path.stat().st_size < sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")):
-        raise UserError("--int8: the model has more than 2 GB of weights, which onnxruntime cannot quantize")
+    """Replace a model in fp32. Raises UserError if its weights are in a second file."""
+    if path.stat().st_size < (size := sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))):
+        raise _too_large(size)
     model = onnx.load(path)
     del model.graph.value_info[:]  # it has the shapes of weights before quantize_dynamic transposes them
     _transpose_weights(model.graph)

@@ -10,7 +10,7 @@ from experiment.results.model_card import MODEL, snippet, usage_section
 from experiment.run_files.checkpoints import unlisted_files
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.export.exported_card import write_card
-from finetune.export.graph import quantize, takes_choices, write_graph
+from finetune.export.graph import check_quantizable, quantize, takes_choices, write_graph
 from finetune.export.parity import Difference, compare, sample_batches
 from finetune.model import model_files
 from finetune.prediction.loaded_model import LoadedModel, load_on_cpu
@@ -43,6 +43,8 @@ def write_onnx_folder(source: Path, folder: Path, title: str, int8: bool) -> lis
     differ.
     """
     original = _load(source)
+    if int8:
+        check_quantizable(original.model)
     folder.mkdir()
     more = (path for pattern in ("deepcloze*.json", "LICENSE*") for path in source.glob(pattern) if path.is_file())
     for path in {*model_files(source, weights=False), *more} - unlisted_files(source):

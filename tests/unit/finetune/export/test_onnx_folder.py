@@ -357,6 +357,18 @@ def test_a_model_that_cannot_be_exported(
     assert list(tmp_path.glob("*out*")) == []
 
 
+def test_a_model_that_is_too_large_for_int8(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a refusal after minutes of tracing, and a limit that is not the one that counts."""
+    monkeypatch.setattr("finetune.export.graph._MOST_BYTES", 2**10)
+    monkeypatch.delattr("finetune.export.onnx_folder.write_graph")
+    message = r"^--int8: the model has 0\.00 GiB of weights in fp32; at most .* GiB can be quantized$"
+    with pytest.raises(UserError, match=message):
+        export_command(
+            ExportOptions(checkpoint=str(trained_run), output=str(tmp_path / "out"), format="onnx", int8=True)
+        )
+    assert list(tmp_path.glob("*out*")) == []
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_another_precision_is_rejected(precision: str, exported: Path, int8: Path) -> None:
     """Catches a precision that is ignored."""
