@@ -182,9 +182,11 @@ async def model(serving: State) -> schemas.ModelInfo:
 
 
 @site.head("/healthz", include_in_schema=False)
-@site.get("/healthz", response_model=schemas.Status, tags=["operation"])
-async def healthz() -> Response:
-    """Return whether the process answers."""
+@site.get("/healthz", response_model=schemas.Status, responses={503: {"model": schemas.Error}}, tags=["operation"])
+async def healthz(serving: State) -> Response:
+    """Return whether the process answers, and its device has not failed."""
+    if serving.device_failed:
+        raise HTTPException(503, "the device has failed; restart the server")
     return JSONResponse({"status": "ok"})
 
 

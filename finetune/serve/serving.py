@@ -51,6 +51,7 @@ class Services:
         self._unused = asyncio.Event()
         self._padded = served.loaded.padding.length
         self._warned = False
+        self.device_failed = False  # nothing can be computed in this process any more
 
         def batcher(compute: Callable[[list[Example]], Sequence[ResultT]]) -> Batcher[Example, ResultT]:
             async def in_thread(items: list[Example]) -> Sequence[ResultT]:
@@ -58,6 +59,7 @@ class Services:
                     return await asyncio.get_running_loop().run_in_executor(thread, compute, items)
                 except Exception as error:
                     if not is_out_of_memory(error):
+                        self.device_failed |= isinstance(error, torch.AcceleratorError)
                         raise
                     if len(items) == 1:
                         log.exception("out of memory")
@@ -190,6 +192,10 @@ class Serving:
     @property
     def served(self) -> ServedModel:
         return self._services.served
+
+    @property
+    def device_failed(self) -> bool:
+        return self._services.device_failed
 
     @contextmanager
     def answering(self, texts: int, options: int = 0) -> Iterator[Services]:

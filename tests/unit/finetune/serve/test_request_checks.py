@@ -488,6 +488,19 @@ def test_running_out_of_memory_is_the_servers_error(
     assert computed == [8]
 
 
+def test_a_device_that_fails_is_not_healthy(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a server that nothing restarts, though it answers all requests with 500 after an error of its GPU."""
+
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    assert client.get("/healthz").status_code == 200
+    monkeypatch.setattr(Inference, "compute_batch", fail)
+    assert client.post("/v1/predict", json={"texts": ["a"]}).status_code == 500
+    for method in ("GET", "HEAD"):
+        assert client.request(method, "/healthz").status_code == 503
+
+
 def test_a_bug_is_a_500_without_texts_in_the_log(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
