@@ -87,7 +87,7 @@ class MaskFiller:
         return str(self.tokenizer.mask_token)
 
     def fill(self, texts: Sequence[str], top_k: int = 5) -> list[list[list[dict[str, Any]]]]:
-        """Return the `top_k` most probable tokens of each mask in each text, as {token, probability}.
+        """Return the `top_k` most probable tokens of each mask in each text, see `describe`.
 
         Raises UserError for a text without a mask, and for one whose masks do not fit into a sequence.
         """
@@ -120,10 +120,19 @@ class MaskFiller:
         return [[list(zip(*next(candidates), strict=True))[: each.top_k] for _ in each.positions] for each in masks]
 
     def describe(self, candidates: Candidates) -> list[list[dict[str, Any]]]:
-        """Do the last step: return the candidates as {token, probability}. A token is text, without the marks of its
-        vocabulary."""
+        """Do the last step: return the candidates as {token, piece, probability}.
+
+        token: its text, without spaces around it; piece: as it is in the vocabulary, which tells ` the` from `the`.
+        """
         return [
-            [{"token": decode_token(self.tokenizer, token).strip(), "probability": found} for token, found in mask]
+            [
+                {
+                    "token": decode_token(self.tokenizer, token).strip(),
+                    "piece": self.tokenizer.convert_ids_to_tokens(token),
+                    "probability": found,
+                }
+                for token, found in mask
+            ]
             for mask in candidates
         ]
 

@@ -98,7 +98,10 @@ class FillMaskRequest(_Request):
 
 
 class Candidate(BaseModel):
-    token: str
+    token: str = Field(description="Its text, without spaces around it; or an option.")
+    piece: str | None = Field(
+        default=None, description="The token as it is in the vocabulary, such as `Ġthe`; options have none."
+    )
     probability: float
 
 

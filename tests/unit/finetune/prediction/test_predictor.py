@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
     ConvBertConfig,
     ConvBertForMaskedLM,
     ConvBertForSequenceClassification,
@@ -15,6 +17,7 @@ from transformers import (
 from transformers.models.bert.modeling_bert import BertPooler
 
 from experiment.errors import UserError
+from experiment.models.tokenizer import load_tokenizer
 from finetune.prediction.mask_filler import MaskFiller
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import FILE, override_task, read_saved_task
@@ -231,13 +234,25 @@ def test_the_other_texts_do_not_change_the_answer_of_a_foreign_model(
     filler = MaskFiller.load(convolutions, "fp32")
     candidates = [filler.fill([text])[0][0][0] for text in texts]
     assert [found[0][0] for found in filler.fill(texts)] == [
-        {"token": found["token"], "probability": pytest.approx(found["probability"], abs=1e-6)} for found in candidates
+        found | {"probability": pytest.approx(found["probability"], abs=1e-6)} for found in candidates
     ]
     ConvBertForSequenceClassification.from_pretrained(convolutions).save_pretrained(convolutions)
     predictor = Predictor.load(convolutions, "fp32")
     alone = [predictor.predict([{"text": text}])[0]["probabilities"] for text in texts]
     together = predictor.predict([{"text": text} for text in texts])
     assert [found["probabilities"] for found in together] == [pytest.approx(each, abs=1e-6) for each in alone]
+
+
+def test_candidates_that_differ_by_a_space(byte_level: Path, tmp_path: Path) -> None:
+    """Catches a token at the beginning of a word and one within it that cannot be told apart in an answer."""
+    vocabulary = load_tokenizer(byte_level).get_vocab()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    folder = Path(shutil.copytree(byte_level, tmp_path / "model"))
+    BertForMaskedLM(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder)
+    filler = MaskFiller.load(folder, "fp32")
+    ((found,),) = filler.fill([filler.mask], top_k=1000)
+    assert {each["piece"] for each in found} == vocabulary.keys()
+    assert {each["token"] for each in found if each["piece"] in ("e", "Ġe")} == {"e"}
 
 
 def test_a_foreign_model_that_ignores_padding_is_not_padded(classifier: Path) -> None:
