@@ -18,6 +18,8 @@ from experiment.files import parse_json
 
 _LARGEST = 1e18  # of the numbers to predict
 _FLAGS = {"1": "1", "1.0": "1", "true": "1", "0": "0", "0.0": "0", "false": "0"}
+_HAN = re.compile("[\u4e00-\u9fff]")
+_HAN_IN_WORDS = 4  # in a word, at most, on average
 _CHINESE_SENTENCE = re.compile("[\u4e00-\u9fff][，。！？；：、…]")
 
 
@@ -181,9 +183,16 @@ def _read_sentence(cell: object) -> list[str]:
     if isinstance(cell, str) and found and numbers:
         return cell.split()  # such as [ 3 ], a reference
     words = _read_words(cell) or []  # an empty cell is a sentence without words
-    if isinstance(cell, str) and words == [cell.strip()] and _CHINESE_SENTENCE.search(cell):
+    if isinstance(found, str) and _lacks_spaces(words):
         raise ValueError("; in Chinese, put spaces between the words, or between the characters as in training")
     return words
+
+
+def _lacks_spaces(words: list[str]) -> bool:
+    """Return whether the words of a text are rather clauses or sentences in Chinese."""
+    is_sentence = len(words) == 1 and _CHINESE_SENTENCE.search(words[0]) is not None
+    counts = [count for word in words if (count := len(_HAN.findall(word)))]
+    return is_sentence or sum(counts) > _HAN_IN_WORDS * len(counts)
 
 
 def _read_answers(cell: object) -> list[dict[str, Any]] | None:
