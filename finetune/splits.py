@@ -16,7 +16,7 @@ from finetune.config import TrainingConfig
 from finetune.data.columns import CONTEXT, LABEL, Columns
 from finetune.data.records import Record, Table, has_minus_one, read_table
 from finetune.data.task_config import TaskConfig
-from finetune.encoding.encoder import Encoder, TextOrPair, load_task_tokenizer, turn_joiner
+from finetune.encoding.encoder import Encoder, load_task_tokenizer, turn_joiner
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.model import ModelInputs, ModelSpec, read_model_inputs
 from finetune.task_kind import LossOptions, TaskKind, find_kind
@@ -154,8 +154,8 @@ def encode_split(
 ) -> Split:
     """Encode all records. records: the table's own, with a progress bar. Raises UserError for an invalid target."""
     expanded: list[list[Example]] = []
-    for chunk, rows in _chunks(kind, records or table.records):
-        encoded = encoder.knowing(rows)
+    for chunk in chunks(records or table.records, _RECORDS, _CHARACTERS):
+        encoded = encoder.knowing([row for record in chunk for row in kind.encoded_texts(record)])
         expanded += [kind.expand(record, encoded, training) for record in chunk]
     return Split(
         table,
@@ -164,21 +164,26 @@ def encode_split(
     )
 
 
-def _chunks(kind: TaskKind[Any], records: Iterable[Record]) -> Iterator[tuple[list[Record], list[TextOrPair]]]:
-    """Yield the records whose texts are encoded together, and these texts."""
+def chunks(records: Iterable[Record], most: int, characters: int) -> Iterator[list[Record]]:
+    """Yield consecutive records, at most `most`: fewer if they have this many characters."""
     chunk: list[Record] = []
-    rows: list[TextOrPair] = []
-    characters = 0
+    count = 0
     for record in records:
         chunk.append(record)
-        texts = kind.encoded_texts(record)
-        rows += texts
-        characters += sum(len(text) + len(pair or "") for text, pair in texts)
-        if len(chunk) == _RECORDS or characters >= _CHARACTERS:
-            yield chunk, rows
-            chunk, rows, characters = [], [], 0
+        count += _count_characters(record.values)
+        if len(chunk) == most or count >= characters:
+            yield chunk
+            chunk, count = [], 0
     if chunk:
-        yield chunk, rows
+        yield chunk
+
+
+def _count_characters(value: object) -> int:
+    """Count those of all texts in the values of a record."""
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return sum(map(_count_characters, parts))
 
 
 def describe_task(task: Task) -> list[str]:

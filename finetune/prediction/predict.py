@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from errno import EISDIR
-from itertools import islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -31,10 +30,14 @@ from finetune.results.predictions import check_row_file, open_row_file, optional
 from finetune.results.tables import print_label_scores, print_scores
 from finetune.scores.calibration import calibration_error
 from finetune.scores.metrics import top_confusions
+from finetune.splits import chunks
 from finetune.task_kind import Prediction, TaskKind
 
 _COLUMN_NUMBERS = re.compile(r"""[\d\[\], '"]+|null|None""")  # one, a list, or none
-_CHUNK = 64  # batches that are read, sorted by length, computed and written together
+# Rows that are read, sorted by length, computed and written together: 64 batches, or fewer if their texts are long, as
+# all windows of a long text are in memory.
+_CHUNK = 64
+_CHARACTERS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -173,9 +176,9 @@ def _write(
     records: list[Record] = []
     predictions: list[Prediction] = []
     optional = optional_inputs(predictor.kind, rows if options.score else ())
-    unread, done = iter(rows), 0
+    done = 0
     with open_row_file(output) as write, progress("predicting", count, "rows") as advance:
-        while chunk := list(islice(unread, options.batch_size * _CHUNK)):
+        for chunk in chunks(rows, options.batch_size * _CHUNK, _CHARACTERS):
             found = predictor.predict_records(chunk, options.calibrated)
             write(prediction_rows(predictor.kind, chunk, found, done + 1, optional))
             done += len(chunk)

@@ -102,6 +102,25 @@ def test_memory_does_not_grow_with_the_file(
     assert [row["row"] for row in read_csv(tmp_path / "out.csv")] == [str(number) for number in range(1, 21)]
 
 
+def test_memory_does_not_grow_with_the_texts(
+    trained_run: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches gigabytes of windows and outputs for thousands of long texts, of which few would do."""
+    sizes: list[list[int]] = []
+    compute = Predictor.predict_records
+
+    def count(self: Predictor, chunk: list[Any], calibrated: bool) -> list[Prediction]:
+        sizes.append([len(record.values["text"]) for record in chunk])
+        return compute(self, chunk)
+
+    monkeypatch.setattr(predict_module, "_CHARACTERS", 100)
+    monkeypatch.setattr(Predictor, "predict_records", count)
+    assert predict(trained_run / "seed-1", texts, tmp_path / "out.csv") == 0
+    assert sum(map(len, sizes)) == 20
+    assert len(sizes) > 4
+    assert all(sum(lengths[:-1]) < 100 for lengths in sizes)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_leaves_no_file(
     number: signal.Signals, trained_run: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
