@@ -221,10 +221,10 @@ def _close_up(text: str) -> str:
 
 def _fill(model: Path, sentences: Sequence[MaskedSentence]) -> Iterator[FilledSentence]:
     from finetune.prediction.loaded_model import load_on_cpu
-    from finetune.prediction.mask_filler import MaskFiller, load_filling_tokenizer, ranking_task
+    from finetune.prediction.mask_filler import MaskFiller, ranking_task
 
     with _one_thread():
-        filler = MaskFiller(load_on_cpu(model, load_filling_tokenizer(model), ranking_task()))
+        filler = MaskFiller(load_on_cpu(model, ranking_task()))
         masks = [filler.mask * _count_masks(sentence, filler.tokenizer) for sentence in sentences]
         texts = [f"{sentence.before}{mask}{sentence.after}" for sentence, mask in zip(sentences, masks, strict=True)]
         for sentence, candidates in zip(sentences, filler.fill(texts, _TOP), strict=True):

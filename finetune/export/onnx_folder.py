@@ -8,13 +8,12 @@ from experiment.errors import UserError
 from experiment.models.fast_linear import use_fast_linear
 from experiment.results.model_card import MODEL, snippet, usage_section
 from experiment.run_files.checkpoints import unlisted_files
-from finetune.encoding.encoder import load_task_tokenizer
 from finetune.export.exported_card import write_card
 from finetune.export.graph import check_quantizable, quantize, takes_choices, write_graph
 from finetune.export.parity import Difference, compare, sample_batches
 from finetune.model import model_files
 from finetune.prediction.loaded_model import LoadedModel, load_on_cpu
-from finetune.prediction.mask_filler import load_filling_tokenizer, ranking_task
+from finetune.prediction.mask_filler import ranking_task
 from finetune.prediction.onnx_model import FILE
 from finetune.prediction.saved_task import is_masked_lm, read_saved_task
 from finetune.results.model_card import COMMANDS
@@ -75,10 +74,7 @@ def write_onnx_folder(source: Path, folder: Path, title: str, int8: bool) -> lis
 
 def _load(folder: Path) -> LoadedModel:
     """Load a model. Raises UserError for one that `deepcloze serve` rejects."""
-    if is_masked_lm(folder):
-        return load_on_cpu(folder, load_filling_tokenizer(folder), ranking_task())
-    task = read_saved_task(folder)
-    return load_on_cpu(folder, load_task_tokenizer(folder, task.kind.config), task)
+    return load_on_cpu(folder, ranking_task() if is_masked_lm(folder) else read_saved_task(folder))
 
 
 def _describe(found: Mapping[str, Difference]) -> str:

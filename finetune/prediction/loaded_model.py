@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from experiment.errors import UserError
 from experiment.models.fast_linear import use_fast_linear
 from experiment.models.model_folder import first_use
 from finetune.device import Device, choose_device
-from finetune.encoding.encoder import Encoder
+from finetune.encoding.encoder import Encoder, load_task_tokenizer
 from finetune.encoding.examples import Batch, Example, Padding, pad_sequences
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.pooling import Pooling, hidden_states, pool
@@ -48,19 +48,19 @@ class LoadedModel:
         return self.model.precision if isinstance(self.model, OnnxModel) else self.device.precision
 
 
-def load_model(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTask, precision: str) -> LoadedModel:
+def load_model(folder: Path, task: SavedTask, precision: str) -> LoadedModel:
     """Load the model in a folder, with the head of a task, to compute with it as fast as possible.
 
     precision: as in the training config. Raises UserError for a folder that is not usable, or whose weights lack the
     head, and for a precision that an ONNX model does not have.
     """
     if holds_onnx_model(folder):
-        loaded = load_on_cpu(folder, tokenizer, task)
+        loaded = load_on_cpu(folder, task)
         if precision not in ("auto", loaded.precision):
             raise UserError(f"--precision: the ONNX model in {folder} computes in {loaded.precision} only; use auto")
         return loaded
     device = choose_device(precision, key="--precision")
-    loaded = load_on_cpu(folder, tokenizer, task)
+    loaded = load_on_cpu(folder, task)
     loaded.model.to(device.device)
     use_fast_linear(loaded.model)
     probe = _probe(replace(loaded, device=device), task.kind)
@@ -71,8 +71,9 @@ def load_model(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTask
     return replace(loaded, device=device)
 
 
-def load_on_cpu(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTask) -> LoadedModel:
+def load_on_cpu(folder: Path, task: SavedTask) -> LoadedModel:
     """Return the model as transformers computes it, in fp32; or the ONNX model in the folder. Raises UserError."""
+    tokenizer = load_task_tokenizer(folder, task.kind.config)
     spec = ModelSpec(folder, True, task.kind.auto_model, task.kind.head)
     inputs = read_model_inputs(spec, tokenizer)
     model = (OnnxModel(folder) if holds_onnx_model(folder) else _build(spec)).eval().requires_grad_(False)

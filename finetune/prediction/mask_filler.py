@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
-from experiment.models.tokenizer import decode_token, load_any_tokenizer, vocabulary_size
+from experiment.models.tokenizer import decode_token, vocabulary_size
 from finetune.data.records import Record
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, pad_sequences
@@ -51,11 +51,6 @@ def ranking_task() -> SavedTask:
     return SavedTask(_OptionRanking(config, ()), None, padded=None)
 
 
-def load_filling_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a masked language model. Raises UserError if it has no mask."""
-    return load_any_tokenizer(folder, ["pad_token", "mask_token"])
-
-
 @dataclass(frozen=True)
 class MaskFiller:
     """A masked language model, ready to fill masks. Threads may share it, but only one may compute."""
@@ -65,7 +60,7 @@ class MaskFiller:
     @classmethod
     def load(cls, folder: Path, precision: str) -> Self:
         """Load a folder with a masked-LM head. Raises UserError if it has none."""
-        return cls(load_model(folder, load_filling_tokenizer(folder), ranking_task(), precision))
+        return cls(load_model(folder, ranking_task(), precision))
 
     @cached_property
     def ranking(self) -> Predictor:

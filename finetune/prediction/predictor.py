@@ -11,7 +11,6 @@ from experiment.models.model_names import local_model
 from finetune.data.columns import TEXT
 from finetune.data.records import Record, Table, read_value
 from finetune.device import MicrobatchSize
-from finetune.encoding.encoder import load_task_tokenizer
 from finetune.encoding.examples import Example, Split
 from finetune.prediction.inference import Inference, Outputs, compute_together, decode
 from finetune.prediction.loaded_model import LoadedModel, load_model
@@ -48,9 +47,7 @@ class Predictor:
         model = expand_home(str(model))
         folder = Path(model) if task else find_model(local_model(model, onnx=True))[0]
         task = task or read_saved_task(folder)
-        return cls.of(
-            load_model(folder, load_task_tokenizer(folder, task.kind.config), task, precision), task, batch_size
-        )
+        return cls.of(load_model(folder, task, precision), task, batch_size)
 
     @classmethod
     def of(cls, loaded: LoadedModel, task: SavedTask, batch_size: int = 128) -> Self:
