@@ -25,7 +25,7 @@ from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DECIMALS = 8  # of the numbers of a vector: as precise as fp32
+_DECIMALS = 8  # of the numbers of a vector: as precise as fp32, in half the characters
 _SIMILAR = 0.8  # of the range of scores: pairs above it are similar (Gao et al. 2021, SimCSE, for STS-B)
 _COLLAPSED = 0.99  # mean potential; vectors have a cosine of 0.9975
 

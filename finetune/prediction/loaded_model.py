@@ -1,14 +1,12 @@
-"""A loaded model folder, for prediction, mask filling and embeddings; and embeddings."""
+"""A loaded model folder, for prediction, mask filling and embeddings."""
 
 import logging
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from experiment.errors import UserError
@@ -16,10 +14,9 @@ from experiment.models.fast_linear import use_fast_linear
 from experiment.models.model_folder import first_use
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder, load_task_tokenizer
-from finetune.encoding.examples import Batch, Example, Padding, pad_sequences
+from finetune.encoding.examples import Batch, Padding
 from finetune.model import ModelSpec, build_model, read_model_inputs
-from finetune.pooling import Pooling, hidden_states, pool
-from finetune.prediction.inference import collate, compute_together, computes, ignores_padding
+from finetune.prediction.inference import collate, computes, ignores_padding
 from finetune.prediction.onnx_model import OnnxModel, holds_onnx_model
 from finetune.prediction.saved_task import SavedTask
 from finetune.task_kind import TaskKind
@@ -27,7 +24,6 @@ from finetune.task_kind import TaskKind
 log = logging.getLogger(__name__)
 
 _UNLIMITED = 512  # tokens of a sequence, if neither the folder nor the model limits them
-_DECIMALS = 8  # of the numbers of a vector: as precise as fp32, in half the characters
 
 
 @dataclass(frozen=True)
@@ -103,37 +99,3 @@ def _build(spec: ModelSpec) -> PreTrainedModel:
 def _probe(loaded: LoadedModel, kind: TaskKind[Any]) -> Batch:
     """Make the smallest batch."""
     return collate(kind, [kind.probe(loaded.encoder)], loaded.padding, loaded.device.device)
-
-
-@dataclass(frozen=True)
-class Embedder:
-    """The encoder of a loaded model, without its head. Threads may share it."""
-
-    loaded: LoadedModel
-    pooling: Pooling = "mean"
-    normalize: bool = False  # to length 1
-
-    def encode(self, texts: Sequence[str], pooling: Pooling | None = None) -> list[Example]:
-        """Texts that are too long are cut. `details`: the pooling."""
-        with self.loaded.encoding:
-            encoded = self.loaded.encoder.encode_all([(text, None) for text in texts])
-        return [Example((tokens,), details=pooling or self.pooling) for tokens in encoded]
-
-    def compute(self, texts: Sequence[Example]) -> list[list[float]]:
-        """Return the vectors of encoded texts, D numbers each: hidden states of the last layer, pooled.
-
-        Raises UserError for a model that has none for each token.
-        """
-        return compute_together(texts, self.loaded.padding, self._compute_batch)
-
-    def _compute_batch(self, texts: Sequence[Example]) -> list[list[float]]:
-        inputs = pad_sequences([text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.device)
-        with torch.inference_mode(), self.loaded.device.autocast():
-            hidden_STD = hidden_states(self.loaded.model.base_model, inputs)
-        mask_ST = inputs["attention_mask"]
-        by_pooling = {pooling: pool(hidden_STD, mask_ST, pooling) for pooling in {text.details for text in texts}}
-        vectors_SD = torch.stack([by_pooling[text.details][number] for number, text in enumerate(texts)])
-        if self.normalize:
-            vectors_SD = F.normalize(vectors_SD, dim=-1)
-        vectors: list[list[float]] = vectors_SD.double().round(decimals=_DECIMALS).tolist()
-        return vectors

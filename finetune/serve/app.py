@@ -116,7 +116,8 @@ async def predict(asked: schemas.PredictRequest, serving: State, request: Reques
     records = _requested_records(asked, serving.served)
     options = sum(_predicting(serving.served).kind.count_options(record) for record in records)
     with serving.answering(texts, options) as services:
-        return await _render("predictions", await services.predict(records, asked.calibrated))
+        found = await services.predict(_predicting(services.served), records, asked.calibrated)
+        return await _render("predictions", found)
 
 
 @api.post("/fill-mask", response_model=schemas.FillMaskResponse)
@@ -141,7 +142,7 @@ async def embed(asked: schemas.EmbedRequest, serving: State, request: Request) -
     """Embed texts: the hidden states of the encoder's last layer, pooled."""
     request.state.texts = len(asked.texts)
     with serving.answering(len(asked.texts)) as services:
-        if services.served.embedder is None:
+        if not services.served.embedders:
             raise HTTPException(404, "the model embeds no texts: it has no hidden state for each token")
         return await _render("embeddings", await services.embed(asked.texts, asked.pooling))
 
@@ -169,7 +170,7 @@ async def model_prediction(serving: State, request: Request) -> Response:
     request.state.texts = 1
     with serving.answering(1) as services:
         texts = [asked.sentence1, *([asked.sentence2] if asked.sentence2 else [])]
-        (found,) = await services.predict(_text_records([texts], services.served), False)
+        (found,) = await services.predict(_predicting(services.served), _text_records([texts], services.served))
         if "label" not in found:
             raise HTTPException(404, f"a model of kind {services.served.info.kind} predicts no label; use /v1/predict")
         return JSONResponse([found["label"], found["probabilities"][found["label"]]])

@@ -1,10 +1,11 @@
 """The model of a server: loaded, described, tried once, and made fast on a CPU."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 
 from experiment.errors import UserError
 from experiment.models.fast_linear import ONEDNN_DTYPES, FastLinear
+from finetune.data.records import Record
 from finetune.device import Device
-from finetune.prediction.loaded_model import Embedder, LoadedModel
+from finetune.kinds import embedding
+from finetune.pooling import Pooling
+from finetune.prediction.loaded_model import LoadedModel
 from finetune.prediction.mask_filler import MaskFiller
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import SavedTask, find_model, is_masked_lm, read_saved_task
@@ -25,11 +29,12 @@ _MULTIPLE = 32  # of rows
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The parts that answer requests: a predictor or a mask filler, and an embedder of the same model."""
+    """The parts that answer requests: a predictor or a mask filler, and embedders of the same model."""
 
     info: ModelInfo
     loaded: LoadedModel
-    embedder: Embedder | None  # None if the model has no hidden state for each token
+    pooling: Pooling  # of embeddings, if a request names none
+    embedders: Mapping[Pooling, Predictor] = field(default_factory=dict)  # none without hidden states of tokens
     predictor: Predictor | None = None
     filler: MaskFiller | None = None
 
@@ -40,21 +45,29 @@ def load_served_model(path: Path, precision: str) -> ServedModel:
     if is_masked_lm(folder):
         filler = MaskFiller.load(folder, precision)
         info = _describe(filler.loaded, kind="masked_lm", mask=filler.mask)
-        embedder = Embedder(filler.loaded)
-        served = ServedModel(info, filler.loaded, embedder, filler=filler)
+        pooling, normalize = filler.ranking.kind.embedding
+        served = ServedModel(info, filler.loaded, pooling, filler=filler)
         filler.fill([filler.mask])
     else:
         task = read_saved_task(folder)
         predictor = Predictor.load(folder, precision, task=task)
-        embedder = Embedder(predictor.loaded, *task.kind.embedding)
-        served = ServedModel(_describe_predictor(predictor, task), predictor.loaded, embedder, predictor)
+        pooling, normalize = task.kind.embedding
+        served = ServedModel(_describe_predictor(predictor, task), predictor.loaded, pooling, predictor=predictor)
     _own_weights(served.loaded.model)
     pack_linear_layers(served.loaded.model, served.loaded.device)
+    return replace(served, embedders=_make_embedders(served.loaded, normalize))
+
+
+def _make_embedders(loaded: LoadedModel, normalize: bool) -> dict[Pooling, Predictor]:
+    """Return an embedder for each pooling; none if the model has no hidden state for each token."""
+    kinds = [embedding.Kind(embedding.Config(pooling=each, normalize=normalize), ()) for each in get_args(Pooling)]
+    embedders = {kind.embedding[0]: Predictor.of(loaded, SavedTask(kind, None)) for kind in kinds}
     try:
-        embedder.compute(embedder.encode(["a"]))  # the first batch takes longer
+        for embedder in embedders.values():
+            embedder.compute(embedder.encode([Record("", {"text": "a"})]).examples)  # the first batch takes longer
     except UserError:
-        served = replace(served, embedder=None)
-    return served
+        return {}
+    return embedders
 
 
 def _own_weights(model: nn.Module) -> None:

@@ -74,7 +74,7 @@ class Services:
         predictor = served.predictor if served.filler is None else served.filler.ranking
         assert predictor is not None, "a model predicts or fills masks"
         self._examples: Batcher[Example, Any] = batcher(predictor.compute)
-        self._embedded = None if served.embedder is None else batcher(served.embedder.compute)
+        self._embedded = {pooling: batcher(embedder.compute) for pooling, embedder in served.embedders.items()}
         self._masked = None if served.filler is None else batcher(served.filler.compute)
 
     @contextmanager
@@ -92,15 +92,8 @@ class Services:
         while self._users:
             self._unused.clear()
             await self._unused.wait()
-        batchers = (self._examples, self._embedded, self._masked)
+        batchers = (self._examples, self._masked, *self._embedded.values())
         await asyncio.gather(*(batcher.close() for batcher in batchers if batcher is not None))
-
-    async def predict(self, records: Sequence[Record], calibrated: bool) -> list[Any]:
-        """See `Predictor.predict_records`. The model must predict."""
-        predictor = self.served.predictor
-        assert predictor is not None
-        predictor.check_calibrated(calibrated)
-        return await self._predict(predictor, records, calibrated)
 
     async def fill(self, texts: Sequence[str], top_k: int) -> list[Any]:
         """See `MaskFiller.fill`. The model must fill masks."""
@@ -122,20 +115,30 @@ class Services:
             filler.option_record(text, each, f"texts[{index}]")
             for index, (text, each) in enumerate(zip(texts, options, strict=True))
         ]
-        found = await self._predict(filler.ranking, records, False)
+        found = await self.predict(filler.ranking, records)
         return [
             filler.rank(record, prediction["probabilities"]) for record, prediction in zip(records, found, strict=True)
         ]
 
     async def embed(self, texts: Sequence[str], pooling: Pooling | None) -> list[list[float]]:
-        """See `Embedder`. The model must embed."""
-        embedder, batcher = self.served.embedder, self._embedded
-        assert embedder is not None and batcher is not None  # noqa: PT018
-        encoded = await asyncio.to_thread(embedder.encode, texts, pooling)
-        return await batcher.submit(encoded, self._sizes(encoded))
+        """Return a vector for each text. The model must embed."""
+        pooling = pooling or self.served.pooling
+        records = [Record(f"texts[{index}]", {"text": text}) for index, text in enumerate(texts)]
+        found = await self.predict(self.served.embedders[pooling], records, batcher=self._embedded[pooling])
+        return [prediction["embedding"] for prediction in found]
 
-    async def _predict(self, predictor: Predictor, records: Sequence[Record], calibrated: bool) -> list[Any]:
-        """Predict for records. Raises HTTPException for options that would take too much memory."""
+    async def predict(
+        self,
+        predictor: Predictor,
+        records: Sequence[Record],
+        calibrated: bool = False,
+        batcher: Batcher[Example, Any] | None = None,
+    ) -> list[Any]:
+        """See `Predictor.predict_records`. batcher: if the predictor is an embedder.
+
+        Raises HTTPException for options that would take too much memory.
+        """
+        predictor.check_calibrated(calibrated)
 
         def encode() -> Split:
             tokens = predictor.count_option_tokens(records)
@@ -145,7 +148,7 @@ class Services:
             return predictor.encode(records)
 
         split = await asyncio.to_thread(encode)
-        outputs = await self._examples.submit(split.examples, self._sizes(split.examples))
+        outputs = await (batcher or self._examples).submit(split.examples, self._sizes(split.examples))
         return await asyncio.to_thread(predictor.decode, split, outputs, calibrated)
 
     def _sizes(self, items: Sequence[Example]) -> list[Size]:

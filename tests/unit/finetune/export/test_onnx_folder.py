@@ -105,8 +105,8 @@ def predictions(folder: Path, records: Records) -> Any:
 
 def embeddings(folder: Path) -> list[list[float]]:
     """What the server answers for texts, mean and CLS."""
-    embedder = load_served_model(folder, "fp32").embedder
-    return embedder.compute([*embedder.encode(texts(3), "mean"), *embedder.encode(texts(3), "cls")])
+    embedders, records = load_served_model(folder, "fp32").embedders, [{"text": text} for text in texts(3)]
+    return [each["embedding"] for pooling in ("mean", "cls") for each in embedders[pooling].predict(records)]
 
 
 # `exported` is a classifier, and a masked language model has a test of its own. Choices have inputs of another shape.
