@@ -2,11 +2,14 @@
 
 import logging
 import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from experiment.errors import UserError
@@ -26,6 +29,10 @@ log = logging.getLogger(__name__)
 _UNLIMITED = 512  # tokens of a sequence, if neither the folder nor the model limits them
 
 
+class NotFiniteError(UserError):
+    """The outputs of a model are infinite or NaN."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model on its device, and the encoder of its texts. Threads may share it."""
@@ -42,6 +49,13 @@ class LoadedModel:
     def precision(self) -> str:
         """fp32, bf16, fp16, or int8 for some ONNX models."""
         return self.model.precision if isinstance(self.model, OnnxModel) else self.device.precision
+
+    def check_finite(self, outputs: Iterable[NDArray[np.float32] | Sequence[float]]) -> None:
+        """Raise NotFiniteError unless all outputs are finite."""
+        if not all(np.isfinite(each).all() for each in outputs):
+            advice = {"fp16": "use bf16 or fp32", "fp32": "its weights are damaged, or its training has diverged"}
+            found = f"{self.folder}: the model's outputs are not finite in {self.precision}"
+            raise NotFiniteError(f"{found}; {advice.get(self.precision, 'use fp32')}")
 
 
 def load_model(folder: Path, task: SavedTask, precision: str) -> LoadedModel:
@@ -84,7 +98,7 @@ def load_on_cpu(folder: Path, task: SavedTask) -> LoadedModel:
         padding = replace(padding, length=length)
     loaded = LoadedModel(folder, model, encoder, padding, Device(torch.device("cpu"), dtype=None))
     with first_use(model), torch.inference_mode():
-        task.kind.forward(model, _probe(loaded, task.kind))
+        loaded.check_finite([task.kind.forward(model, _probe(loaded, task.kind)).float().numpy()])
     return loaded
 
 

@@ -118,7 +118,9 @@ class MaskFiller:
         """Do the last step: return the candidates as {token, piece, probability}.
 
         token: its text, without spaces around it; piece: as it is in the vocabulary, which tells ` the` from `the`.
+        Raises NotFiniteError.
         """
+        self.loaded.check_finite([found for _, found in mask] for mask in candidates)
         return [
             [
                 {

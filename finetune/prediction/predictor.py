@@ -98,7 +98,12 @@ class Predictor:
         return compute_together(examples, self.loaded.padding, lambda batch: self._inference.compute_batch(batch)[0])
 
     def decode(self, split: Split, outputs: Outputs, calibrated: bool = False) -> list[Prediction]:
-        """Return the last step. outputs: of the examples of the split."""
+        """Return the last step. outputs: of the examples of the split. Raises NotFiniteError."""
+        self.loaded.check_finite(
+            row[: len(tokens)] if row.ndim > 1 else row  # padding comes last, and does not count
+            for example, rows in zip(split.examples, outputs, strict=True)
+            for tokens, row in zip(example.sequences, rows, strict=True)
+        )
         predictions = decode(self.kind, split, outputs)
         if not calibrated or self.temperature is None:
             return list(predictions)

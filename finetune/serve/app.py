@@ -23,9 +23,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from experiment.errors import UserError
 from finetune.data.records import Record
+from finetune.prediction.loaded_model import NotFiniteError
 from finetune.prediction.predictor import Predictor
 from finetune.serve import schemas
-from finetune.serve.monitoring import observe
+from finetune.serve.monitoring import log, observe
 from finetune.serve.request_checks import (
     FORM,
     busy,
@@ -52,6 +53,7 @@ _DESCRIPTIONS = {
     415: "The request is not JSON",
     421: "The server does not answer to this name",
     422: "The request is not as described here",
+    500: "The model's outputs are not finite, or another error in the server; its log says more",
     503: "Too many texts are waiting, or memory runs out; try again after Retry-After",
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -290,6 +292,11 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     async def answer_user_error(_: Request, error: UserError) -> Response:
         return error_response(422, str(error))
+
+    @app.exception_handler(NotFiniteError)
+    async def answer_not_finite(_: Request, error: NotFiniteError) -> Response:
+        log.error("%s", error)
+        return error_response(500, str(error))
 
     @app.exception_handler(StarletteHTTPException)
     async def answer_http_error(_: Request, error: StarletteHTTPException) -> Response:

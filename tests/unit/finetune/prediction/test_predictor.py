@@ -2,10 +2,12 @@ import csv
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -18,6 +20,8 @@ from transformers.models.bert.modeling_bert import BertPooler
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
+from finetune.device import Device
+from finetune.prediction.loaded_model import NotFiniteError
 from finetune.prediction.mask_filler import MaskFiller
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import FILE, override_task, read_saved_task
@@ -131,6 +135,25 @@ def test_damaged_weights_are_rejected(model: Path, tmp_path: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved.pop("checksums").keys()
     (folder / FILE).write_text(json.dumps(saved))
     Predictor.load(folder)
+
+
+def test_weights_that_are_not_finite_are_rejected(model: Path) -> None:
+    """Catches the first label for every text, with a probability of NaN."""
+    weights = load_file(model / "model.safetensors")
+    weights["bert.embeddings.position_embeddings.weight"][8] = torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    change(model / FILE, checksums={})
+    predictor, words = Predictor.load(model, "fp32"), "word1 word2 word3 word4 word5 word6"
+    assert predictor.predict([{"text": words}])
+    with pytest.raises(NotFiniteError, match=r"model: .* not finite in fp32; its weights are damaged, or its training"):
+        predictor.predict([{"text": words}, {"text": f"{words} word7"}])
+    fp16 = replace(predictor.loaded, device=Device(torch.device("cpu"), torch.float16))
+    with pytest.raises(NotFiniteError, match=r"not finite in fp16; use bf16 or fp32$"):
+        fp16.check_finite([[0.0], [torch.inf]])
+    weights["bert.embeddings.position_embeddings.weight"][0] = torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NotFiniteError, match="model: the model's outputs are not finite in fp32"):
+        Predictor.load(model, "fp32")
 
 
 def test_the_task_file_survives(model: Path) -> None:
