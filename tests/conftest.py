@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from empty_figures import leave_figures_empty
+from fork_server import look_up_versions_once
 from hub_server import HubServer, hub_server, use_hub
 from rank_pool import ForkServer, RankPool
 from s3_server import environment, moto_server, new_bucket
@@ -99,6 +100,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     times = psutil.cpu_times()
     idle = (times.idle - _CPU_TIMES.idle) / (sum(times) - sum(_CPU_TIMES))
     terminalreporter.write_line(f"the cores were idle for {idle:.0%} of the time")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _versions() -> None:
+    look_up_versions_once()
 
 
 @pytest.fixture(autouse=True)

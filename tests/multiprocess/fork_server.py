@@ -6,8 +6,9 @@ A command is `deepcloze`, `python -m launcher`, one of DeepSpeed's launchers or 
 environment, working directory and standard streams to the server, which forks a process that runs the command with
 them. The first process stays: it passes signals on, ends with the same exit code or signal, and if it is killed, the
 forked one is killed too. Both show the arguments and the environment of the command in /proc. What differs from a real
-start: the forked process is not in the process group of the first one, settings of glibc do not apply, and all
-processes hash strings alike. A test of such things has the mark `real_start`.
+start: the forked process is not in the process group of the first one, settings of glibc do not apply, all processes
+hash strings alike, and runs record the commit that the server has found. A test of such things has the mark
+`real_start`.
 
 The server is single-threaded. It can serve in the namespaces of another process, too. With several test processes, the
 first one, which runs no tests, has a server from which those of the others are forked, as a command is: the libraries
@@ -16,6 +17,7 @@ are imported once.
 
 import array
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -102,11 +104,24 @@ def _import_everything() -> None:
 
     _import_muon()  # as an engine does: without torch's compiler
     del deepspeed, pytest, sklearn, transformers, finetune, launcher, pretrain
+    look_up_versions_once()
     set_start_method("fork", force=True)  # for processes that ranks start: the default on Linux
     torch.set_num_threads(1)  # torch may have been imported before the variable was set
     torch.set_printoptions(threshold=0, edgeitems=1)  # at ZeRO 3, DeepSpeed formats all parameters, and prints none
     gc.freeze()
     gc.enable()
+
+
+def look_up_versions_once() -> None:
+    """Look up the commit and the versions of libraries now, and not in each run of this process and of forked ones."""
+    from experiment.files import REPOSITORY
+    from experiment.run_files import provenance
+
+    for name in ("git_state", "_version"):
+        setattr(provenance, name, functools.cache(getattr(provenance, name)))
+    provenance.git_state(REPOSITORY)
+    for library in ("deepcloze", *provenance.LIBRARIES):
+        provenance._version(library)
 
 
 def _fork(child: Callable[[], NoReturn]) -> int:
