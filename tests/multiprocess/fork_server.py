@@ -97,6 +97,7 @@ def _import_everything() -> None:
     import transformers.models.bert.tokenization_bert
 
     import finetune.run
+    import finetune.serve.server
     import launcher.cli
     import launcher.launch
     import pretrain.run
