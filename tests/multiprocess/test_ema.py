@@ -68,18 +68,20 @@ def test_ema_is_that_of_the_master_weights(
 
 
 def average_case(world: World, tree: Tree, folder: Path, source: Path | None, limits: list[float]) -> list[bool]:
-    """Load `source`, if any, take a step for each norm limit, save. Returns which updates were applied."""
+    """Load `source`, if any, and take a step for each norm limit. Saves step 1 before the first one, and one more after
+    each. Returns which updates were applied."""
     from pretrain.training.checkpoint_tensors import load_checkpoint
 
     engine, _ = build_engine(world, tree)
     if source is not None:
         load_checkpoint(engine, source)
+    save_engine(engine, folder, 1)
     applied = []
     for step, limit in enumerate(limits):
         engine.begin_step(step, 0.01)
         engine.accumulate(microbatch(), 6.0, 0, 0)
         applied.append(engine.step(limit).wait().applied)
-    save_engine(engine, folder, 1)
+        save_engine(engine, folder, step + 2)
     engine.close()
     return applied
 
@@ -98,16 +100,14 @@ def test_ema_starts_at_the_weights_and_skips_vetoed_updates(
 ) -> None:
     """Catches an average that starts at zero, and weights, moments or an average that change in a vetoed update."""
     tree = ema_config(tmp_path, wordpiece_corpus, ds_config, optimizer__name=optimizer)
-    saved = {}
-    for name, limits in {"start": [], "one": [9.0], "vetoed": [9.0, 1e-9]}.items():
-        assert pools[2].run(average_case, tree, tmp_path / name, None, limits)[0] == [limit > 1 for limit in limits]
-        saved[name] = saved_tensors(checkpoint_path(tmp_path / name, 1))
-    start = tensors_of_kind(saved["start"], "fp32")
-    for name, tensor in tensors_of_kind(saved["start"], "ema").items():
-        assert torch.equal(tensor, start[name])
-    for name, tensor in tensors_of_kind(saved["one"], "ema").items():
-        torch.testing.assert_close(tensor, DECAY * start[name] + (1 - DECAY) * saved["one"][f"{name}/fp32"])
-    assert all(torch.equal(saved["one"][key], saved["vetoed"][key]) for key in saved["one"])
+    assert pools[2].run(average_case, tree, tmp_path, None, [9.0, 1e-9])[0] == [True, False]
+    start, one, vetoed = (saved_tensors(checkpoint_path(tmp_path, step)) for step in (1, 2, 3))
+    before = tensors_of_kind(start, "fp32")
+    for name, tensor in tensors_of_kind(start, "ema").items():
+        assert torch.equal(tensor, before[name])
+    for name, tensor in tensors_of_kind(one, "ema").items():
+        torch.testing.assert_close(tensor, DECAY * before[name] + (1 - DECAY) * one[f"{name}/fp32"])
+    assert all(torch.equal(one[key], vetoed[key]) for key in one)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_ema_moves_between_layouts_bit_by_bit(
     made, moved = tmp_path / "made", tmp_path / "moved"
     pools[source[0]].run(average_case, ema_config(tmp_path, wordpiece_corpus, source[1]), made, None, [9.0, 9.0])
     pools[target[0]].run(
-        average_case, ema_config(tmp_path, wordpiece_corpus, target[1]), moved, checkpoint_path(made, 1), []
+        average_case, ema_config(tmp_path, wordpiece_corpus, target[1]), moved, checkpoint_path(made, 3), []
     )
-    one, other = saved_tensors(checkpoint_path(made, 1)), saved_tensors(checkpoint_path(moved, 1))
+    one, other = saved_tensors(checkpoint_path(made, 3)), saved_tensors(checkpoint_path(moved, 1))
     assert any(key.endswith("/ema") for key in one)
     assert_same_tensors(one, other)
 
