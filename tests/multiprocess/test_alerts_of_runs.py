@@ -21,7 +21,7 @@ def alerted_case(world: World, tree: Tree, url: str) -> str:
 
 def test_rank_0_tells_what_it_sees(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a bad batch, missing checkpoints or an end without an alert, and one alert from each rank."""
-    tree = run_config(tmp_path / "run", wordpiece_corpus, health__policy="skip")
+    tree = run_config(tmp_path / "run", wordpiece_corpus, schedule__steps=4, health__policy="skip")
     tree["tracking"] = {"alerts": {"webhook": True, "no_checkpoint_hours": 1e-9}}
     with webhook() as (url, received):
         assert pools[2].run(alerted_case, tree, url) == ["done", "done"]
@@ -30,4 +30,4 @@ def test_rank_0_tells_what_it_sees(pools: dict[int, RankPool], wordpiece_corpus:
     assert "step 3" in messages["bad_batch"]
     assert "policy: skip" in messages["bad_batch"]
     assert messages["no_checkpoint"].endswith("there is none")
-    assert messages["finish"].startswith("done at step 6, loss ")
+    assert messages["finish"].startswith("done at step 4, loss ")

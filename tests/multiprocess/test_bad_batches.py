@@ -61,6 +61,8 @@ def test_a_bad_batch_under_each_policy(
     assert "OVERFLOW" not in log  # DeepSpeed's message
     assert_same_run(tmp_path / "skip", tmp_path / "rewind", 5)
 
+    if (ds_config, poison) in SAMPLE[1:]:  # once is enough in `make test`
+        return
     messages = pools[2].run(poisoned_case, trees["stop"], bad)
     assert messages[0] == messages[1]
     assert messages[0].startswith("step 4: the ")
@@ -73,9 +75,12 @@ def test_a_bad_batch_under_each_policy(
     assert_same_run(tmp_path / "skip", tmp_path / "stop", 5)
 
 
-@pytest.mark.parametrize("ds_config", ["fp32_zero1", *soak("bf16_zero1", "bf16_zero2", "bf16_zero3")])
+@pytest.mark.parametrize(
+    ("ranks", "ds_config"),
+    [(1, "fp32_zero1"), *soak((2, "fp32_zero1"), (2, "bf16_zero1"), (2, "bf16_zero2"), (2, "bf16_zero3"))],
+)
 def test_a_rewind_to_step_0(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, ds_config: str
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, ranks: int, ds_config: str
 ) -> None:
     """Catches a run without a checkpoint to rewind to, optimizer state that survives a rewind to where there was none,
     and evaluations or log events that a rewind repeats."""
@@ -89,7 +94,7 @@ def test_a_rewind_to_step_0(
             corpus__eval={"held": str(heldout_corpus)},
             evaluation__every_steps=2,
         )
-        assert pools[2].run(poisoned_case, tree, {3: Poison(NAN)}) == ["done", "done"]
+        assert set(pools[ranks].run(poisoned_case, tree, {3: Poison(NAN)})) == {"done"}
     assert complete_checkpoints(tmp_path / "rewind" / "checkpoints")[0].name == "step-00000000"
     assert_same_run(tmp_path / "skip", tmp_path / "rewind", 4)
 
@@ -105,19 +110,36 @@ def test_bad_steps_survive_a_resume_before_them(
         for policy in ("skip", "rewind")
     ]
     bad = {4: Poison(NAN)}
-    assert set(pools[2].run(poisoned_case, trees[0], bad)) == {"done"}
+    assert pools[1].run(poisoned_case, trees[0], bad) == ["done"]
     # Steps 1 to 4, then 3 again, which is the fifth check for a stop request.
-    assert set(pools[2].run(poisoned_case, trees[1], bad, 5)) == {"stopped"}
+    assert pools[1].run(poisoned_case, trees[1], bad, 5) == ["stopped"]
     assert complete_checkpoints(tmp_path / "rewind" / "checkpoints")[-1].name == "step-00000003"
     assert saved_progress(tmp_path / "rewind", 3)["skipped"] == [4]
-    assert set(pools[2].run(poisoned_case, trees[1], {})) == {"done"}
+    assert pools[1].run(poisoned_case, trees[1], {}) == ["done"]
     assert_same_run(tmp_path / "skip", tmp_path / "rewind", 5)
 
 
-def test_the_bad_batch_is_dumped(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches a bad batch that cannot be inspected, or of which a rank's share is missing."""
-    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=3, health__policy="skip")
-    pools[2].run(poisoned_case, tree, {3: Poison(NAN)})
+def full_disk_case(world: World, tree: Mapping[str, Any]) -> str:
+    """A run that is poisoned in step 3 and cannot save."""
+    import pretrain.training.checkpointer
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.training.checkpointer, "write_hugging_face_folder", full)
+        return poisoned_case(world, tree, {3: Poison(NAN)})
+
+
+def test_a_bad_batch_is_logged_and_dumped_although_the_disk_is_full(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a run that reports only the full disk and not the bad batch that made it save, and a bad batch that
+    cannot be inspected, or of which a rank's share is missing."""
+    assert pools[2].run(full_disk_case, run_config(tmp_path, wordpiece_corpus)) == ["stopped", "stopped"]
+    log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
+    assert log.count("step 3: the loss is nan") == 1
+    assert "no checkpoint can be written" in log
     folder = tmp_path / "health" / "step-00000003"
     fault = json.loads((folder / "fault.json").read_text(encoding="utf-8"))
     assert fault["step"] == 3
@@ -135,29 +157,7 @@ def test_the_bad_batch_is_dumped(pools: dict[int, RankPool], wordpiece_corpus: P
     assert not any("[MASK]" in sequence["text"] for share in shares for sequence in share)
 
 
-def full_disk_case(world: World, tree: Mapping[str, Any]) -> str:
-    """A run that is poisoned in step 3 and cannot save."""
-    import pretrain.training.checkpointer
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain.training.checkpointer, "write_hugging_face_folder", full)
-        return poisoned_case(world, tree, {3: Poison(NAN)})
-
-
-def test_a_bad_batch_is_logged_although_the_disk_is_full(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
-) -> None:
-    """Catches a run that reports only the full disk and not the bad batch that made it save."""
-    assert pools[2].run(full_disk_case, run_config(tmp_path, wordpiece_corpus)) == ["stopped", "stopped"]
-    log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
-    assert log.count("step 3: the loss is nan") == 1
-    assert "no checkpoint can be written" in log
-
-
-@pytest.mark.parametrize("policy", ["skip", "rewind"])
+@pytest.mark.parametrize("policy", ["skip", *soak("rewind")])
 def test_consecutive_bad_batches_end_the_run(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, policy: str
 ) -> None:
