@@ -61,6 +61,8 @@ _SCALED = {
     "step-00050000": "step-00000003",
     "schedule.steps=55000": "schedule.steps=5",
     "schedule.decay_steps=5000": "schedule.decay_steps=2",
+    "--holdout 1000": "--holdout 100",
+    "--holdout 500": "--holdout 50",
 }
 
 
@@ -123,9 +125,10 @@ def replaced(text: str, replace: Mapping[str, str]) -> str:
 
 
 def _scaled(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with a few steps of a tiny model, and without bf16, which this machine may lack."""
+    """The config with a few steps of small batches and a tiny model, and without bf16, which this machine may lack."""
     if "corpus" in config:
         changes = {"schedule": {"steps": 3, "warmup_steps": 1}, "engine": {"ds_config": "fp32_zero1"}}
+        changes["batch"] = config.get("batch", {}) | {"sequences": 32}
         if "config" in config.get("model", {}):
             changes["model"] = {"config": SHALLOW | {"max_position_embeddings": 512}}
         return config | changes
