@@ -35,7 +35,7 @@ def steps_case(world: World, tree: Tree, fused: bool) -> tuple[list[float], list
 
 @pytest.mark.parametrize(
     ("precision", "stage"),
-    sampled(itertools.product(TOLERANCE, range(4)), [("fp32", 3), ("bf16", 1), ("fp16", 1)]),
+    sampled(itertools.product(TOLERANCE, range(4)), [("fp32", 3)]),  # 16 bit: tests/simulated_gpu
 )
 def test_the_fused_head_trains_like_one_that_keeps_logits(
     interpreting_pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, precision: str, stage: int
