@@ -111,7 +111,7 @@ def _reads(world: World, tree: Tree) -> tuple[list[str], list[list[str]]]:
     ("rule", "ds_config"),
     sampled(
         itertools.product(("adamw", "lamb"), DS_CONFIGS),
-        [*(("adamw", ds_config) for ds_config in DS_CONFIGS if "bf16" not in ds_config), ("lamb", "fp32_zero2")],
+        [("adamw", "fp32_zero1"), ("adamw", "fp32_zero3"), ("adamw", "fp16_zero3"), ("lamb", "fp32_zero2")],
     ),
 )
 def test_at_most_one_read_per_step_and_none_in_a_microbatch(
