@@ -38,7 +38,11 @@ def runs_by_policy(folder: Path, corpus: Path, ds_config: str, steps: int) -> di
 
 
 def poisoned_case(
-    world: World, tree: Mapping[str, Any], poisons: Mapping[int, Poison], stop_after: int | None = None
+    world: World,
+    tree: Mapping[str, Any],
+    poisons: Mapping[int, Poison],
+    stop_after: int | None = None,
+    data_worker: bool = False,
 ) -> str:
     """A run whose last rank is poisoned in certain steps. Returns the outcome, or the message of AgreedFailureError.
 
@@ -72,6 +76,6 @@ def poisoned_case(
         for name, limit in (("MIN_NORMS", 3), ("MAX_CONSECUTIVE", 4), ("MAX_REWINDS", 3)):
             patch.setattr(health, name, limit)
         try:
-            return pretrain_case(world, tree, stop_after)
+            return pretrain_case(world, tree, stop_after, data_worker=data_worker)
         except AgreedFailureError as error:
             return str(error)

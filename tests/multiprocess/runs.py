@@ -1,10 +1,11 @@
 """Pretraining runs of a tiny model, as cases for a pool of ranks, and what they wrote."""
 
 import functools
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from experiment.run_files.checkpoints import checkpoint_path, read_state
 from experiment.run_files.goodput import EVALUATING, ActivityTimer
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder
-from pretrain.batching.batch import Microbatch
+from pretrain.batching.batch import Microbatch, RankBatch, flatten_batch, unflatten_batch
+from pretrain.batching.loader import Batches, load_batches
 from pretrain.config import PretrainConfig
 from pretrain.training.checkpoint_tensors import FragmentReader
 from pretrain.training.stop_request import StopRequest
@@ -74,22 +76,41 @@ def run_config(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **chan
 
 
 def pretrain_case(
-    world: World, tree: Mapping[str, Any], stop_after: int | None = None, times: ActivityTimer | None = None
+    world: World,
+    tree: Mapping[str, Any],
+    stop_after: int | None = None,
+    times: ActivityTimer | None = None,
+    data_worker: bool = False,
 ) -> str:
     """Run on this rank and return the outcome. `stop_after`: steps after which the last rank is asked to stop. `times`:
-    of this attempt; default: it starts now."""
+    of this attempt; default: it starts now. `data_worker`: make batches in another process, as runs of users do."""
     from pretrain.rank_process import RankRecorder
     from pretrain.run import pretrain
+    from pretrain.training import batch_feed
 
     is_asked = stop_after is not None and world.rank == world.size - 1
     times = times or ActivityTimer(time.time())
     stop_request = functools.partial(_StopAfter, stop_after, times) if is_asked else StopRequest
     config, recorder = build_config(PretrainConfig, tree), RankRecorder(RunFolder(Path(tree["run"]["dir"])), world.rank)
-    outcome = pretrain(config, world, stop_request, recorder, times).outcome.value
+    with pytest.MonkeyPatch.context() as patch:
+        if not data_worker:
+            patch.setattr(batch_feed, "load_batches", _load_in_this_process)
+        outcome = pretrain(config, world, stop_request, recorder, times).outcome.value
     only_layer = (tree["model"].get("config") or {}).get("num_hidden_layers") == 1  # is not compiled, being the last
     if COMPILED and not only_layer:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     return outcome
+
+
+def _load_in_this_process(
+    batches: Batches, first: int, last: int | None, workers: int, *, timeout: float, pin_memory: bool
+) -> Iterator[RankBatch]:
+    """`load_batches`, without workers unless they serve a GPU: they take longer to start than to make a few batches."""
+    if pin_memory:
+        return load_batches(batches, first, last, workers, timeout=timeout, pin_memory=True)
+    steps = itertools.count(first) if last is None else range(first, last)
+    flat = (flatten_batch(batches[step]) for step in steps)
+    return (unflatten_batch(each, torch.from_numpy(each.data)) for each in flat)
 
 
 class _StopAfter(StopRequest):

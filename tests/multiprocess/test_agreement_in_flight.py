@@ -92,7 +92,7 @@ def failing_case(world: World, tree: Mapping[str, Any], failing_step: int) -> st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BatchMaker, "__getitem__", make)
         try:
-            return pretrain_case(world, tree)
+            return pretrain_case(world, tree, data_worker=True)
         except DataWorkerError as error:
             return str(error)
 

@@ -94,7 +94,8 @@ def test_a_rewind_to_step_0(
             corpus__eval={"held": str(heldout_corpus)},
             evaluation__every_steps=2,
         )
-        assert set(pools[ranks].run(poisoned_case, tree, {3: Poison(NAN)})) == {"done"}
+        # With data workers, which start again after a rewind.
+        assert set(pools[ranks].run(poisoned_case, tree, {3: Poison(NAN)}, None, True)) == {"done"}
     assert complete_checkpoints(tmp_path / "rewind" / "checkpoints")[0].name == "step-00000000"
     assert_same_run(tmp_path / "skip", tmp_path / "rewind", 4)
 
