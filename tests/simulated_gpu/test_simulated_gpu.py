@@ -40,6 +40,7 @@ MODERNBERT = BERT | {
 }
 # Relative errors of losses and of gradient norms.
 TOLERANCE = {"fp32": (1e-5, 1e-4), "fp16": (2e-3, 1e-2), "bf16": (1e-2, 5e-2)}
+EARLY_READ = r"stream \d+ reads in cat .* writes in copy_"  # of weights that are gathered at ZeRO 3
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +124,10 @@ def assert_same_losses(found: Path, expected: Path, precision: str) -> None:
         (1, "fp32_zero2"),
         (2, "fp16_zero2"),
         (2, "fp32_zero0"),
-        (2, "bf16_zero3_cpu_offload"),
+        (1, "bf16_zero3_cpu_offload"),
         *soak((1, "bf16_zero3"), (1, "fp16_zero2"), (1, "bf16_zero1"), (2, "bf16_zero3"), (2, "fp16_zero3")),
         *soak((2, "bf16_zero2_cpu_offload"), (2, "fp16_zero1"), (2, "bf16_zero2"), (2, "fp32_zero1")),
-        *soak((2, "fp32_zero3")),
+        *soak((2, "fp32_zero3"), (2, "bf16_zero3_cpu_offload")),
     ],  # (2, "fp16_zero1") and (2, "fp16_zero3") are in the next test, (2, "bf16_zero3") in `test_a_whole_run`
 )
 def test_losses_are_those_of_a_cpu(
@@ -238,10 +239,12 @@ def test_an_evaluation_may_be_the_first_to_use_our_own_attention(ranks: dict[int
         (faults.loss_read_in_a_microbatch, 1, "bf16_zero1", "waits_in_microbatches", "_local_scalar_dense"),
         (faults.copies_that_are_not_awaited, 1, "bf16_zero1", "races", r"stream \d+ reads in .* writes in _to_copy"),
         (faults.pinned_memory_used_again, 1, "bf16_zero1", "races", "the host writes in copy_ .* reads in _to_copy"),
-        (faults.gathers_that_do_not_wait, 2, "bf16_zero3", "races", r"stream \d+ reads in cat .* writes in copy_"),
-        (faults.gathered_on_another_stream, 2, "bf16_zero3", "races", r"stream \d+ reads in cat .* writes in copy_"),
+        (faults.gathers_that_do_not_wait, 2, "bf16_zero3", "races", EARLY_READ),
         (faults.checkpoint_that_is_not_awaited, 1, "bf16_zero1", "races", "the host reads in .* writes in copy_"),
-        *soak((faults.reduced_gradients_not_awaited, 2, "bf16_zero3", "races", r"stream \d+ (reads|writes)")),
+        *soak(
+            (faults.gathered_on_another_stream, 2, "bf16_zero3", "races", EARLY_READ),
+            (faults.reduced_gradients_not_awaited, 2, "bf16_zero3", "races", r"stream \d+ (reads|writes)"),
+        ),
     ],
 )
 def test_faults_are_found(
