@@ -24,10 +24,12 @@ ROOT = Path(__file__).resolve().parents[3]
 CASE = parse_case("bert-base-8-bf16-zero1-eager", tiny=True)
 
 
-COMPILED = soak(*[(f"modernbert-base-32-bf16-zero{stage}-compiled", False) for stage in (1, 3)])
+EAGER = "bert-base-32-bf16-zero2-eager"
+COMPILED = [(f"modernbert-base-32-bf16-zero{stage}-compiled", False) for stage in (1, 3)]
+PROFILE = {"profile.txt", "profile.json", "trace.json.gz"}
 
 
-@pytest.mark.parametrize(("name", "profiled"), [("bert-base-32-bf16-zero2-eager", True), *COMPILED])
+@pytest.mark.parametrize(("name", "profiled"), [(EAGER, False), *soak((EAGER, True), *COMPILED)])
 def test_a_case(name: str, profiled: bool, tmp_path: Path, handed_over: Mapping[str, str]) -> None:
     """Catches a benchmark that no longer fits the engine, and layers that cannot be compiled before it is built."""
     command = [sys.executable, "-m", "benchmarks.gpu_training", name, "--tiny"]
@@ -41,7 +43,21 @@ def test_a_case(name: str, profiled: bool, tmp_path: Path, handed_over: Mapping[
     assert 0.7 < result["fill"] <= 1.0
     assert result["tokens_per_second"] > 0
     if profiled:
-        assert {path.name for path in tmp_path.iterdir()} == {"profile.txt", "profile.json", "trace.json.gz"}
+        assert {path.name for path in tmp_path.iterdir()} == PROFILE
+
+
+def test_a_profile_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches a profile of too few steps, of which nothing is written, and a trace that is not compressed."""
+
+    def train(_engine: object, _batches: object, _first: int, steps: int, after_step: Callable[[], object]) -> None:
+        for _ in range(steps):
+            torch.ones(2).sum()
+            after_step()
+
+    monkeypatch.setattr(gpu_training, "_train", train)
+    engine: Any = None
+    gpu_training._profile(engine, [], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == PROFILE
 
 
 @pytest.mark.soak
