@@ -142,6 +142,7 @@ def test_training_continues_without_a_host_and_takes_it_back(
     assert [event["loss"] for event in seen] == pytest.approx([event["loss"] for event in undisturbed], abs=1e-2)
 
 
+@pytest.mark.soak  # outside soak, `test_a_stop_before_training_ends_the_ranks_at_once` has stand-ins for the hosts
 def test_a_stop_while_ranks_wait_for_each_other_ends_all_hosts(
     cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path
 ) -> None:
