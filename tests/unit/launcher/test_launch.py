@@ -585,6 +585,7 @@ def test_hosts_that_fail_preflight_are_left_out_on_request(
     with pytest.raises(UserError, match=r"1 of 3 hosts failed: 192.0.2.2; --allow_missing leaves them out"):
         launch_pretraining(options)
     assert launches == []
+    assert not Path("my-run").exists()
     launch_pretraining(options.model_copy(update={"allow_missing": True}))
     (started,) = launches
     assert started.slots == {"192.0.2.1": (0, 1), "192.0.2.3": (0,)}
