@@ -12,9 +12,9 @@ from experiment.files import REPOSITORY
 from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints
 from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder
-from launches import LONG, Start, config_file, partly_forked, wait_for_exit, wait_for_steps
+from launches import LONG, SLOW_STEPS, Start, config_file, partly_forked, patched, wait_for_exit, wait_for_steps
 from rank_pool import ForkServer, RankPool, free_port
-from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, sampled
+from runs import NO_DROPOUT, SHALLOW, logged, pretrain_case, run_config, sampled
 
 
 @pytest.mark.real_start
@@ -28,23 +28,23 @@ def test_deepspeeds_own_launcher_gives_the_same_run(
     ranks: int,
 ) -> None:
     """Catches a run.py that only deepcloze can start: its imports, --local_rank, the environment of ranks."""
-    model = TINY | NO_DROPOUT
-    config = config_file(tmp_path, wordpiece_corpus, model__config=model)
+    changes = {"model__config": SHALLOW | NO_DROPOUT, "schedule__steps": 2}
+    config = config_file(tmp_path, wordpiece_corpus, **changes)
     deepspeed = (sys.executable, "-m", "deepspeed.launcher.runner")  # as the program `deepspeed`
     flags = (f"--num_gpus={ranks}", f"--master_port={free_port()}", str(REPOSITORY / "pretrain" / "run.py"))
     ranks_start = partly_forked(tmp_path, fork_server, "'RANK' not in os.environ")
     code, output = wait_for_exit(start(*deepspeed, *flags, "--config", str(config), **ranks_start))
     assert code == 0, output
-    pools[ranks].run(pretrain_case, run_config(tmp_path / "pooled", wordpiece_corpus, model__config=model))
-    assert logged(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6]
+    pools[ranks].run(pretrain_case, run_config(tmp_path / "pooled", wordpiece_corpus, **changes))
+    assert logged(tmp_path / "run", "step") == [1, 2]
     assert logged(tmp_path / "run") == logged(tmp_path / "pooled")
 
 
 def test_sigterm_saves_and_the_same_command_resumes(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a signal that loses steps, a wrong exit code, and a restart from step 0."""
     config = config_file(tmp_path, wordpiece_corpus, ds_config="bf16_zero2", schedule__steps=LONG)
-    command = (str(Path(sys.executable).with_name("deepcloze")), "pretrain", "--config", str(config), "--num_gpus", "2")
-    process = start(*command, "--oversubscribe")
+    command = (str(Path(sys.executable).with_name("deepcloze")), "pretrain", "--config", str(config), "--num_gpus", "1")
+    process = start(*command, **patched(tmp_path, SLOW_STEPS))
     wait_for_steps(tmp_path / "run", 3, process)
     process.send_signal(signal.SIGTERM)
     code, output = wait_for_exit(process)
@@ -58,7 +58,7 @@ def test_sigterm_saves_and_the_same_command_resumes(start: Start, wordpiece_corp
     assert complete_checkpoints(saved.parent) == [saved]
     assert not (tmp_path / "run" / "STOP").exists()
 
-    resumed = start(*command, "--oversubscribe", f"--schedule.steps={steps[-1] + 2}")
+    resumed = start(*command, f"--schedule.steps={steps[-1] + 2}")
     code, output = wait_for_exit(resumed)
     assert code == 0, output
     assert f"resuming from {saved}" in output
