@@ -14,7 +14,17 @@ import yaml
 
 from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder
-from launches import LONG, Start, config_file, patched, rank_environment, wait_for_exit, wait_for_file, wait_for_steps
+from launches import (
+    LONG,
+    SLOW_STEPS,
+    Start,
+    config_file,
+    patched,
+    rank_environment,
+    wait_for_exit,
+    wait_for_file,
+    wait_for_steps,
+)
 from rank_pool import RankPool, free_port
 from runs import pretrain_case, soak
 
@@ -24,9 +34,8 @@ HOST = platform.node()
 def start_training(start: Start, corpus: Path, tmp_path: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
     """A launch of two ranks that has trained, and the process of rank 1."""
     config = config_file(tmp_path, corpus, schedule__steps=LONG)
-    launch = start(
-        sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe"
-    )
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
+    launch = start(*command, **patched(tmp_path, SLOW_STEPS))
     wait_for_steps(tmp_path / "run", 2, launch)
     record = json.loads(RunFolder(tmp_path / "run").rank_record(1).read_text(encoding="utf-8"))
     assert (record["rank"], record["host"], record["exit"]) == (1, HOST, None)

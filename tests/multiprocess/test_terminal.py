@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
-from launches import LONG, config_file, wait_for_steps
+from launches import LONG, SLOW_STEPS, config_file, patched, wait_for_steps
 from waiting import LIMIT
 
 SETTINGS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200"}
@@ -82,7 +82,8 @@ def visible(shown: str) -> list[str]:
 def terminal(tmp_path: Path, wordpiece_corpus: Path, handed_over: Mapping[str, str]) -> Iterator[Terminal]:
     """One with a long pretraining."""
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG)
-    opened = Terminal([sys.executable, "-m", "launcher", "pretrain", "--config", str(config)], tmp_path, handed_over)
+    command = [sys.executable, "-m", "launcher", "pretrain", "--config", str(config)]
+    opened = Terminal(command, tmp_path, {**handed_over, **patched(tmp_path, SLOW_STEPS)})
     yield opened
     opened.close()
 
