@@ -194,7 +194,7 @@ def test_a_reload_drops_no_request(model: Path, tmp_path: Path, serve: Serve) ->
 
     def ask() -> int:
         connection, count = server.connect(), 0
-        while not stop.is_set():
+        while not stop.wait(0.01):
             status, found = post(connection)
             assert status == 200, found
             (labels,) = {frozenset(each["probabilities"]) for each in found["predictions"]}
