@@ -87,7 +87,8 @@ def test_a_deberta_release_is_continued_in_zero_3(
     for ds_config in ("fp32_zero3", "fp32_zero1"):
         tree = run_config(tmp_path / ds_config, wordpiece_corpus, ds_config, schedule__steps=2)
         tree |= {"model": {"init_from": str(tmp_path / "release")}}
-        assert set(pools[2].run(pretrain_case, tree, 1)) == {"stopped"}
+        if ds_config == "fp32_zero3":
+            assert set(pools[2].run(pretrain_case, tree, 1)) == {"stopped"}
         assert set(pools[2].run(pretrain_case, tree)) == {"done"}
         losses[ds_config] = logged(tmp_path / ds_config)
         hf = checkpoint_path(tmp_path / ds_config / "checkpoints", 2) / "hf"
@@ -108,7 +109,7 @@ INIT_FROM_OPTIONS: dict[str, Tree] = {
     "longer context": {"max_positions": 120},
     "overrides": {"config": {"model_type": "bert", "hidden_dropout_prob": 0.3, "num_hidden_layers": 1}},
     "all": {
-        "config": {"attention_probs_dropout_prob": 0.3},
+        "config": {"model_type": "bert", "attention_probs_dropout_prob": 0.3, "num_hidden_layers": 1},
         "added_tokens": "GROWN",
         "max_positions": 120,
         "activation_checkpointing": True,
@@ -140,7 +141,7 @@ def test_a_new_model_resumes_with_every_option(
     assert_resumes(pools[1], tmp_path, wordpiece_corpus, NEW_MODEL_OPTIONS[option])
 
 
-@pytest.mark.parametrize("option", sampled(INIT_FROM_OPTIONS, ["overrides", "all"]))
+@pytest.mark.parametrize("option", sampled(INIT_FROM_OPTIONS, ["all"]))
 def test_a_continued_model_resumes_with_every_option(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,
