@@ -128,6 +128,17 @@ class _StopAfter(StopRequest):
         return "requested by the test" if self._left <= 0 else None
 
 
+def planned(tree: Tree, ranks: int) -> tuple[int | None, int | None]:
+    """The steps and the tokens that `deepcloze plan` states."""
+    from pretrain.plan.cost import Device, Rates
+    from pretrain.plan.plan import plan_run
+    from pretrain.resolve import resolve
+
+    run = resolve(build_config(PretrainConfig, tree), ranks)
+    plan = plan_run(run, [ranks], Device("cpu", None, None), Rates(None, 0.4, 25e9, None, None))
+    return plan.steps, plan.tokens
+
+
 def build_engine(world: World, tree: Tree, seed: int | None = None, compiled: bool = False) -> tuple[Any, Any]:
     """The engine that a run would build, and the transformers model in it. `compiled`: its layers. Collective."""
     from pretrain.engine.engine import Engine

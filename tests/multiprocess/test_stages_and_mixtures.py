@@ -14,6 +14,7 @@ from runs import (
     assert_same_tensors,
     events_without_timing,
     logged,
+    planned,
     pretrain_case,
     run_config,
     saved_tensors,
@@ -70,9 +71,15 @@ def test_a_run_resumes_exactly_in_any_stage(
     assert_same_tensors(last, expected)
 
 
-def test_tokens_are_counted_by_corpus(uninterrupted: Path) -> None:
-    """Catches tokens that are counted per rank, per interval, or under the other corpus's name."""
+@pytest.mark.usefixtures("memory_measured_once")
+def test_tokens_are_counted_by_corpus(
+    wordpiece_corpus: Path, heldout_corpus: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Catches tokens that are counted per rank, per interval, or under the other corpus's name, and a plan that counts
+    other batches than the run trains on."""
     last = step_events(uninterrupted)[-1]
+    steps_and_tokens = planned(changing_config(tmp_path, wordpiece_corpus, heldout_corpus), ranks=2)
+    assert (last["step"], last["tokens"]) == steps_and_tokens
     first, second = last["tokens/text"], last["tokens/text-heldout"]
     assert first + second == last["tokens"]
     assert first / last["tokens"] == pytest.approx(2 / 3, abs=0.1)

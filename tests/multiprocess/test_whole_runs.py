@@ -22,7 +22,17 @@ from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import evaluate_command
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import Tree, evaluation_events, events_without_timing, logged, pretrain_case, run_config, soak, step_events
+from runs import (
+    Tree,
+    evaluation_events,
+    events_without_timing,
+    logged,
+    planned,
+    pretrain_case,
+    run_config,
+    soak,
+    step_events,
+)
 
 MODERN = {
     "model_type": "modernbert",
@@ -53,18 +63,21 @@ def test_a_run_needs_only_the_packages_that_it_uses(start: Start, wordpiece_corp
     assert logged(tmp_path / "run", "step") == [1, 2]
 
 
+@pytest.mark.usefixtures("memory_measured_once")
 def test_one_epoch_trains_on_every_token_once(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches a short last batch that is dropped, filled up or miscounted."""
+    """Catches a short last batch that is dropped, filled up or miscounted, also in a plan."""
     tree = run_config(tmp_path, wordpiece_corpus, "fp32_zero2", batch__sequences=250, batch__microbatch_tokens=2000)
     tree["schedule"] = {"epochs": 1.0}
+    steps_and_tokens = planned(tree, ranks=2)
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     corpus = open_corpus(wordpiece_corpus)
     sequences = len(open_index(corpus, 38, tmp_path))
     assert sequences % 250 != 0
     assert logged(tmp_path, "step") == list(range(1, -(-sequences // 250) + 1))
     assert logged(tmp_path, "tokens")[-1] == corpus.tokens + 2 * sequences
+    assert (logged(tmp_path, "step")[-1], logged(tmp_path, "tokens")[-1]) == steps_and_tokens
 
 
 def test_init_from_and_evaluate_agree_with_the_run(
