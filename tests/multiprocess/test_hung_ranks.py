@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -137,18 +137,15 @@ def test_a_hung_rank_that_is_started_as_usual(
     assert_named(launch, RunFolder(tmp_path / "run"), found, frame)
 
 
-def beating_case(world: World, tree: Tree, hang_seconds: float) -> str:
-    """A run with heartbeats."""
+def slow_case(world: World, tree: Tree, hang_seconds: float) -> str:
+    """A run with heartbeats whose last rank writes a checkpoint in many parts and takes longer than the timeout, and
+    whose trackers wait longer than the timeout for a server when they are closed."""
     times = ActivityTimer(time.time())
     heartbeat = RankHeartbeat(RunFolder(Path(tree["run"]["dir"])), world.rank, hang_seconds)
     heartbeat.start()
     heartbeat.follow(times)
-    return pretrain_case(world, tree, times=times)
-
-
-def slow_disk_case(world: World, tree: Tree, hang_seconds: float) -> str:
-    """A run whose last rank writes a checkpoint in many parts and takes longer than the timeout."""
     began: list[float] = []
+    close = Trackers.close
 
     def fsync(_: int) -> None:
         if not threading.current_thread().name.startswith("checkpoint"):
@@ -159,38 +156,25 @@ def slow_disk_case(world: World, tree: Tree, hang_seconds: float) -> str:
             """Work, as a part of 64 MiB takes."""
         time.sleep(0.25 if began[-1] - began[0] < 1.2 * hang_seconds else 0.0)
 
-    with pytest.MonkeyPatch.context() as patch:
-        if world.rank == world.size - 1:
-            patch.setattr(checkpoint_tensors, "save_tensors", partial(save_tensors, part_bytes=1000))
-            patch.setattr(files.os, "fsync", fsync)
-        return beating_case(world, tree, hang_seconds)
-
-
-def slow_server_case(world: World, tree: Tree, hang_seconds: float) -> str:
-    """A run whose trackers wait longer than the timeout for a server when they are closed."""
-    close = Trackers.close
-
-    def slow(trackers: Trackers, outcome: Outcome, step: int) -> None:
+    def slow_close(trackers: Trackers, outcome: Outcome, step: int) -> None:
         time.sleep(1.2 * hang_seconds)
         close(trackers, outcome, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trackers, "close", slow)
-        return beating_case(world, tree, hang_seconds)
+        if world.rank == world.size - 1:
+            patch.setattr(checkpoint_tensors, "save_tensors", partial(save_tensors, part_bytes=1000))
+            patch.setattr(files.os, "fsync", fsync)
+        patch.setattr(Trackers, "close", slow_close)
+        return pretrain_case(world, tree, times=times)
 
 
-@pytest.mark.parametrize(("case", "activity"), [(slow_disk_case, CHECKPOINTING), (slow_server_case, STARTING)])
-def test_what_is_slow_has_not_hung(
-    pools: dict[int, RankPool],
-    wordpiece_corpus: Path,
-    tmp_path: Path,
-    case: Callable[..., str],
-    activity: str,
-) -> None:
+def test_what_is_slow_has_not_hung(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a run that ends because its last checkpoint takes longer than the timeout, or W&B and alerts do."""
     folder, hang_seconds = open_run_folder(tmp_path), 5.0  # before the heartbeats begin
-    assert pools[2].run(case, run_config(tmp_path, wordpiece_corpus), hang_seconds) == ["done", "done"]
+    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=2)
+    assert pools[2].run(slow_case, tree, hang_seconds) == ["done", "done"]
     pools[2].kill()  # ends the heartbeats
-    assert verify(checkpoint_path(folder.checkpoints, 6)) is None
-    assert add_up(read_attempt_times(folder)).seconds[activity] > hang_seconds
+    assert verify(checkpoint_path(folder.checkpoints, 2)) is None
+    seconds = add_up(read_attempt_times(folder)).seconds
+    assert min(seconds[CHECKPOINTING], seconds[STARTING]) > hang_seconds
     assert [main_stack(folder.rank_log(rank), 0) for rank in range(2)] == [[], []]
