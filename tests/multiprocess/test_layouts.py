@@ -27,7 +27,7 @@ from runs import (
 )
 
 LAYOUTS = list(itertools.product((1, 2, 3), (0, 1, 2, 3), (130, 700)))
-SAMPLE = [(2, 3, 130), (3, 1, 130), (3, 2, 700)]  # ZeRO 0: `test_gradient_parity.py`
+SAMPLE = [(2, 3, 130), (3, 1, 130)]  # ZeRO 0: `test_gradient_parity.py`; ZeRO 2: also `test_stages_and_mixtures.py`
 
 
 @pytest.fixture(scope="session")
