@@ -46,17 +46,23 @@ def test_recomputation_changes_no_bit(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
     """Catches recomputation with other dropout masks, hooks that run twice (the head's selection of masked positions,
-    ZeRO's gathering), and a config key that has no effect."""
+    ZeRO's gathering), a config key that has no effect, and a run that ran out of memory and is not allowed to resume
+    with less."""
+
+    def config(name: str, recompute: bool) -> Tree:
+        changes = {"model__config": MODELS["packed"], "model__activation_checkpointing": recompute}
+        return run_config(tmp_path / name, wordpiece_corpus, ds_config, schedule__steps=2, **changes)
+
     calls, kept = {}, {}
     for recompute in (False, True):
-        folder = tmp_path / str(recompute)
-        tree = run_config(folder, wordpiece_corpus, ds_config, model__config=MODELS["packed"], schedule__steps=2)
-        tree["model"]["activation_checkpointing"] = recompute
-        (calls[recompute], _) = pools[2].run(counting_case, tree)
-        kept[recompute] = saved_tensors(checkpoint_path(folder / "checkpoints", 2))
+        (calls[recompute], _) = pools[2].run(counting_case, config(str(recompute), recompute))
+        kept[recompute] = saved_tensors(checkpoint_path(tmp_path / str(recompute) / "checkpoints", 2))
     assert calls[True] == 2 * calls[False] > 0
     assert logged(tmp_path / "True") == logged(tmp_path / "False")
     assert_same_tensors(kept[True], kept[False])
+    assert set(pools[2].run(pretrain_case, config("resumed", recompute=False), 1)) == {"stopped"}
+    assert set(pools[2].run(pretrain_case, config("resumed", recompute=True))) == {"done"}
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "False")
 
 
 def test_recomputation_of_a_padded_model_changes_no_bit(
@@ -70,15 +76,3 @@ def test_recomputation_of_a_padded_model_changes_no_bit(
         pools[2].run(pretrain_case, tree)
     assert logged(tmp_path / "True") == logged(tmp_path / "False")
     assert logged(tmp_path / "True", "grad_norm") == logged(tmp_path / "False", "grad_norm")
-
-
-def test_a_resumed_run_can_turn_it_on(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches a run that ran out of memory and is not allowed to resume with less."""
-    trees = {}
-    for name in ("uninterrupted", "resumed"):
-        trees[name] = run_config(tmp_path / name, wordpiece_corpus, model__config=MODELS["packed"], schedule__steps=3)
-    pools[2].run(pretrain_case, trees["uninterrupted"])
-    assert set(pools[2].run(pretrain_case, trees["resumed"], 1)) == {"stopped"}
-    trees["resumed"]["model"]["activation_checkpointing"] = True
-    assert set(pools[2].run(pretrain_case, trees["resumed"])) == {"done"}
-    assert logged(tmp_path / "resumed") == logged(tmp_path / "uninterrupted")
