@@ -1,10 +1,10 @@
 """Tiny models of every kind that is served, and a client of a server in this process."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -42,9 +42,8 @@ def folders(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return made
 
 
-@pytest.fixture
-def connect() -> Iterator[Connect]:
-    """Starts a server in this process: connect(folder, token=None, batch_tokens=None, **limits)."""
+@contextmanager
+def _servers() -> Iterator[Connect]:
     with ExitStack() as stack:
 
         def start(
@@ -57,3 +56,17 @@ def connect() -> Iterator[Connect]:
             return stack.enter_context(client)
 
         yield start
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """Starts a server in this process: connect(folder, token=None, batch_tokens=None, **limits)."""
+    with _servers() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def clients(folders: dict[str, Path]) -> Iterator[Callable[[str], TestClient]]:
+    """A server for each head, which tests of a file share: clients(head). They leave its state as it is."""
+    with _servers() as start:
+        yield cache(lambda head: start(folders[head]))

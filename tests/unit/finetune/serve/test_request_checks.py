@@ -38,6 +38,11 @@ def client(folders: dict[str, Path], connect: Connect) -> TestClient:
     return connect(folders["sequence"])
 
 
+@pytest.fixture
+def shared_client(clients: Callable[[str], TestClient]) -> TestClient:
+    return clients("sequence")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -72,14 +77,14 @@ def client(folders: dict[str, Path], connect: Connect) -> TestClient:
         (json.dumps({"texts": ["a" * 100_000]}).encode(), 413, "the request is larger than 64 KiB"),
     ],
 )
-def test_a_mistake_is_one_message(client: TestClient, body: bytes, status: Any, message: str) -> None:
+def test_a_mistake_is_one_message(shared_client: TestClient, body: bytes, status: Any, message: str) -> None:
     """Catches a traceback, a 500, or a server that is unusable afterwards."""
-    answer = client.post("/v1/predict", content=body, headers=JSON)
+    answer = shared_client.post("/v1/predict", content=body, headers=JSON)
     assert answer.status_code in (status if isinstance(status, tuple) else (status,)), answer.text
     assert list(answer.json()) == ["error"]
     assert len(answer.json()["error"].splitlines()) == 1
     assert re.search(message, answer.json()["error"]), answer.text
-    assert client.post("/v1/predict", json={"texts": ["word1"]}).status_code == 200
+    assert shared_client.post("/v1/predict", json={"texts": ["word1"]}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -105,9 +110,9 @@ def test_one_of_many_mistakes_is_reported(request_type: type[BaseModel], values:
 @pytest.mark.parametrize(
     "text", ["", " ", "\0", "\u202e", "word1 " * 8000, "🙂" * 5000, "[SEP] [PAD] [CLS]", "a" * 60_000]
 )
-def test_strange_texts_are_answered(client: TestClient, text: str) -> None:
+def test_strange_texts_are_answered(shared_client: TestClient, text: str) -> None:
     """Catches an exception of the tokenizer or the model, and a batch without tokens."""
-    answer = client.post("/v1/predict", json={"texts": [text]})
+    answer = shared_client.post("/v1/predict", json={"texts": [text]})
     assert answer.status_code == 200, answer.text
     assert set(answer.json()["predictions"][0]["probabilities"]) == {"no", "yes"}
 
@@ -140,9 +145,9 @@ def test_no_texts_have_no_predictions(client: TestClient, folders: dict[str, Pat
         ({"texts": ["[MASK]"], "options": [[["a"]]]}, "options[0][0]: list should have at least 2 items"),
     ],
 )
-def test_masks_that_cannot_be_filled(body: Any, message: str, folders: dict[str, Path], connect: Connect) -> None:
+def test_masks_that_cannot_be_filled(body: Any, message: str, clients: Callable[[str], TestClient]) -> None:
     """Catches an answer without the masks that were asked for, and a traceback."""
-    answer = connect(folders["masked"]).post("/v1/fill-mask", json=body)
+    answer = clients("masked").post("/v1/fill-mask", json=body)
     assert answer.status_code == 422
     assert answer.json()["error"].startswith(message)
 
@@ -151,9 +156,9 @@ def test_masks_that_cannot_be_filled(body: Any, message: str, folders: dict[str,
     ("method", "path", "status"),
     [("GET", "/v1/labels", 404), ("POST", "/v1/predict/", 404), ("DELETE", "/v1/model", 405)],
 )
-def test_what_the_server_does_not_have(client: TestClient, method: str, path: str, status: int) -> None:
+def test_what_the_server_does_not_have(shared_client: TestClient, method: str, path: str, status: int) -> None:
     """Catches an answer that does not say what to do."""
-    answer = client.request(method, path, follow_redirects=False)
+    answer = shared_client.request(method, path, follow_redirects=False)
     assert answer.status_code == status
     assert answer.json()["error"].endswith("; /docs lists those of this server")
 
@@ -286,9 +291,9 @@ def test_a_body_that_is_never_read_is_not_awaited(client: TestClient) -> None:
         ("application/json", b'{"sentence1": ' + b"9" * 5000 + b"}", "the request is not JSON in UTF-8"),
     ],
 )
-def test_an_unreadable_form_or_body(client: TestClient, kind: str, body: bytes, message: str) -> None:
+def test_an_unreadable_form_or_body(shared_client: TestClient, kind: str, body: bytes, message: str) -> None:
     """Catches a form that is said to be no JSON, and a 500 for what no parser accepts."""
-    answer = client.post("/v1/model_prediction/", content=body, headers={"Content-Type": kind})
+    answer = shared_client.post("/v1/model_prediction/", content=body, headers={"Content-Type": kind})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"].startswith(message)
 
@@ -304,9 +309,9 @@ def test_another_content_type(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("path", "body"), [("predict", '{"texts": ["a"]}'), ("model_prediction/", ' {"sentence1": "a"}')]
 )
-def test_json_without_its_type(client: TestClient, headers: dict[str, str], path: str, body: str) -> None:
+def test_json_without_its_type(shared_client: TestClient, headers: dict[str, str], path: str, body: str) -> None:
     """Catches `curl -d '{…}'` that is rejected: curl calls it a form."""
-    answer = client.post(f"/v1/{path}", content=body, headers=headers)
+    answer = shared_client.post(f"/v1/{path}", content=body, headers=headers)
     assert answer.status_code == 200, answer.text
 
 
@@ -330,12 +335,12 @@ def test_json_without_its_type(client: TestClient, headers: dict[str, str], path
     ],
 )
 def test_other_hosts_and_pages_of_other_sites(
-    client: TestClient, names: tuple[str, ...], headers: dict[str, str], status: int
+    shared_client: TestClient, names: tuple[str, ...], headers: dict[str, str], status: int
 ) -> None:
     """Catches a page on the web that reads predictions, through a name that it has pointed at this machine, one that
     lets visitors compute, and requests that are rejected behind a proxy, which calls the server by its address."""
     hosts = allowed_hosts(names, "127.0.0.1")
-    app = make_app(client.serving, None, hosts)  # type: ignore[attr-defined]
+    app = make_app(shared_client.serving, None, hosts)  # type: ignore[attr-defined]
     answer = TestClient(app).get("/v1/model", headers=headers)
     assert answer.status_code == status, answer.text
     if status == 421:

@@ -36,8 +36,6 @@ CLOSE = 1e-5
 TEXTS = [" ".join(WORDS[start:stop]) for start, stop in ((0, 9), (3, 4), (7, 30), (0, 40))]
 MASKED = {"texts": ["word1 [MASK] word2", "[MASK] word3 word4 [MASK]"]}
 
-schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install '.[test]'")
-
 PATHS = ("/v1/predict", "/v1/fill-mask", "/v1/embed", "/v1/model_prediction/", "/v1/model", "/healthz", "/readyz")
 
 
@@ -66,10 +64,10 @@ def assert_same(predictions: Sequence[Any], expected: Sequence[dict[str, float]]
     assert [prediction["label"] for prediction in predictions] == [max(each, key=each.__getitem__) for each in expected]
 
 
-def test_classification_of_texts_and_pairs(folders: dict[str, Path], connect: Connect) -> None:
+def test_classification_of_texts_and_pairs(folders: dict[str, Path], clients: Callable[[str], TestClient]) -> None:
     """Catches labels that are not the model's, truncation or special tokens that differ, pairs as single texts, and
     records of one of them that are rejected."""
-    client, given = connect(folders["sequence"]), [*texts(20), "word1 " * 200, ""]
+    client, given = clients("sequence"), [*texts(20), "word1 " * 200, ""]
     pairs = [[text, f"{text} word3"] for text in given]
     found = post(client, "/v1/predict", {"texts": given})["predictions"]
     assert_same(found, probabilities(folders["sequence"], given))
@@ -101,9 +99,9 @@ def test_answers_under_load(folders: dict[str, Path], connect: Connect) -> None:
     assert 'deepcloze_texts_total{path="/v1/predict"} 120.0' in metrics
 
 
-def test_filled_masks(folders: dict[str, Path], connect: Connect) -> None:
+def test_filled_masks(folders: dict[str, Path], clients: Callable[[str], TestClient]) -> None:
     """Catches candidates of another position, without softmax, or in another order."""
-    client = connect(folders["masked"])
+    client = clients("masked")
     given = ["word1 [MASK] word2", "[MASK]", "word4 word5 [MASK] word6 [MASK] word7"]
     found = post(client, "/v1/fill-mask", {"texts": given, "top_k": 4})["predictions"]
     fill = pipeline("fill-mask", str(folders["masked"]), device="cpu", top_k=4)
@@ -128,12 +126,12 @@ def test_many_masks(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -
     assert counts == [2, 2, 1]
 
 
-def test_ranked_options(folders: dict[str, Path], connect: Connect) -> None:
+def test_ranked_options(folders: dict[str, Path], clients: Callable[[str], TestClient]) -> None:
     """Catches options of one token in another order than their probabilities, and options that belong to another mask.
 
     An underscore in the text is no blank.
     """
-    client, text = connect(folders["masked"]), "word1 _ [MASK] word2 [MASK]"
+    client, text = clients("masked"), "word1 _ [MASK] word2 [MASK]"
     options = [["word3", "word4", "word5"], ["word6", "word7 word8"]]
     (found,) = post(client, "/v1/fill-mask", {"texts": [text], "options": [options]})["predictions"]
     fill = pipeline("fill-mask", str(folders["masked"]), device="cpu", targets=options[0])
@@ -145,9 +143,9 @@ def test_ranked_options(folders: dict[str, Path], connect: Connect) -> None:
     assert {each["token"] for each in found[1]} == set(options[1])
 
 
-def test_more_options_than_letters(folders: dict[str, Path], connect: Connect) -> None:
+def test_more_options_than_letters(clients: Callable[[str], TestClient]) -> None:
     """Catches an error in the server for more options than the letters from A to Z."""
-    client, options = connect(folders["masked"]), [f"word{number}" for number in range(32)]
+    client, options = clients("masked"), [f"word{number}" for number in range(32)]
     request = {
         "texts": ["word1 [MASK]"] * 2,
         "options": [[options], [options[::-1]]],
@@ -157,9 +155,9 @@ def test_more_options_than_letters(folders: dict[str, Path], connect: Connect) -
 
 
 @pytest.mark.parametrize("head", ["sequence", "masked"])
-def test_embeddings(head: str, folders: dict[str, Path], connect: Connect) -> None:
+def test_embeddings(head: str, folders: dict[str, Path], clients: Callable[[str], TestClient]) -> None:
     """Catches vectors that depend on padding, or are not those of the last layer."""
-    client, given = connect(folders[head]), texts(12)
+    client, given = clients(head), texts(12)
     model, tokenizer = AutoModel.from_pretrained(folders[head]), AutoTokenizer.from_pretrained(folders[head])
     with torch.no_grad():
         hidden = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in given]
@@ -175,11 +173,11 @@ def test_embeddings(head: str, folders: dict[str, Path], connect: Connect) -> No
     ("path", "head"), [("/v1/predict", "sequence"), ("/v1/embed", "sequence"), ("/v1/fill-mask", "masked")]
 )
 def test_answers_are_rendered_beside_the_event_loop(
-    path: str, head: str, folders: dict[str, Path], connect: Connect, monkeypatch: pytest.MonkeyPatch
+    path: str, head: str, clients: Callable[[str], TestClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches probes and other clients that wait while a large answer is rendered: in the thread of the event loop, or
     at once, without letting other threads run."""
-    client, rendered, threads = connect(folders[head]), [], []
+    client, rendered, threads = clients(head), [], []
 
     def render(response: JSONResponse, content: Any) -> bytes:
         rendered.append(content)
@@ -194,9 +192,9 @@ def test_answers_are_rendered_beside_the_event_loop(
     assert client.portal.call(threading.current_thread) not in threads
 
 
-def test_tags(folders: dict[str, Path], connect: Connect) -> None:
+def test_tags(folders: dict[str, Path], clients: Callable[[str], TestClient]) -> None:
     """Catches tags of other words, for a token classifier of transformers."""
-    client, folder = connect(folders["token"]), folders["token"]
+    client, folder = clients("token"), folders["token"]
     words = [text.split() for text in texts(8)]
     found = post(client, "/v1/predict", {"records": [{"words": each} for each in words]})["predictions"]
     model, tokenizer = AutoModelForTokenClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -207,9 +205,9 @@ def test_tags(folders: dict[str, Path], connect: Connect) -> None:
         assert prediction["scores"] == pytest.approx(logits.softmax(-1).max(-1).values.tolist(), abs=CLOSE)
 
 
-def test_choices(folders: dict[str, Path], connect: Connect) -> None:
+def test_choices(folders: dict[str, Path], clients: Callable[[str], TestClient]) -> None:
     """Catches choices that are scored without their question, for a multiple-choice model of transformers."""
-    client, folder = connect(folders["choice"]), folders["choice"]
+    client, folder = clients("choice"), folders["choice"]
     question, choices = "word1 word2", ["word3", "word4 word5", "word6"]
     (found,) = post(client, "/v1/predict", {"records": [{"question": question, "choices": choices}]})["predictions"]
     model, tokenizer = AutoModelForMultipleChoice.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -247,10 +245,12 @@ def test_a_model_says_that_it_expects_dialogues(trained_run: Path, connect: Conn
 
 
 @pytest.mark.parametrize(("send", "slash"), [("json", "/"), ("json", ""), ("data", "/"), ("files", "/")])
-def test_label_and_score_for_older_clients(send: str, slash: str, folders: dict[str, Path], connect: Connect) -> None:
+def test_label_and_score_for_older_clients(
+    send: str, slash: str, folders: dict[str, Path], clients: Callable[[str], TestClient]
+) -> None:
     """Catches an answer that older clients cannot parse: a list, for JSON and both kinds of forms; and a path without
     its last slash that clients must follow a redirect for."""
-    client = connect(folders["sequence"])
+    client = clients("sequence")
     fields: Any = {"sentence1": "word1", "sentence2": "word2"}
     given = {name: (None, text) for name, text in fields.items()} if send == "files" else fields
     answer = client.post(f"/v1/model_prediction{slash}", follow_redirects=False, **{send: given})
@@ -262,9 +262,9 @@ def test_label_and_score_for_older_clients(send: str, slash: str, folders: dict[
 
 
 @pytest.mark.parametrize("quote", [str, urllib.parse.quote_plus])  # as curl -d and --data-urlencode send it
-def test_text_of_a_form_in_utf_8(quote: Callable[[str], str], folders: dict[str, Path], connect: Connect) -> None:
+def test_text_of_a_form_in_utf_8(quote: Callable[[str], str], clients: Callable[[str], TestClient]) -> None:
     """Catches text of `curl -d` that is read as Latin-1, and answered all the same."""
-    client = connect(folders["sequence"])
+    client = clients("sequence")
     text = "word1 花呗 wörd2"
     expected = client.post("/v1/model_prediction/", json={"sentence1": text, "sentence2": ""}).json()
     body = f"sentence1={quote(text)}&sentence2="
@@ -327,13 +327,14 @@ def test_answers_are_the_same(
     ],
 )
 def test_every_request_gets_a_documented_answer(
-    path: str, head: str, examples: int, folders: dict[str, Path], connect: Connect
+    path: str, head: str, examples: int, clients: Callable[[str], TestClient]
 ) -> None:
     """Catches a 500, an answer that the schema does not describe, and a mistake that is accepted.
 
     Requests that follow the schema may be rejected: which fields a record has depends on the model.
     """
-    client = connect(folders[head])
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install '.[test]'")
+    client = clients(head)
     schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
     ((method, operation),) = schema[path].items()
     modes = [mode for mode in schemathesis.GenerationMode if method == "post" or mode.is_positive]
