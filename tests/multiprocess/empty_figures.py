@@ -1,12 +1,15 @@
-"""Fine-tuning in tests leaves empty figures: to draw them takes a quarter of the time of a tiny run."""
+"""Fine-tuning in tests leaves empty figures: to draw them takes a quarter of the time of a tiny run. Reports of patched
+commands draw none."""
 
 import pytest
 
-# Code for `patched`. The module is replaced, not imported: it imports matplotlib, which takes longer than a command.
+# Code for `patched`. Modules are replaced, not imported: they import matplotlib, which takes longer than a command.
 EMPTY_FIGURES = """
 import sys, types
 figures = sys.modules["finetune.results.figures"] = types.ModuleType("figures")
 figures.draw_confusion = figures.draw_curves = lambda path, *_: path.touch()
+plots = sys.modules["experiment.results.plots"] = types.ModuleType("plots")
+plots.draw_charts = lambda *_: None
 """
 
 

@@ -31,6 +31,17 @@ def default_signals() -> Iterator[None]:
 
 
 @pytest.fixture
+def empty_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports, sweeps and comparisons in this process draw no PNG files, which takes most of their time."""
+    from experiment.results import plots
+    from launcher.run_sets import compare
+
+    monkeypatch.setattr(plots, "draw_charts", lambda *_: None)
+    for module in (plots, compare):
+        monkeypatch.setattr(module, "draw_dots", lambda path, _: path.touch())
+
+
+@pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     """A run that has started and not ended."""
     folder = open_run_folder(tmp_path / "run")

@@ -42,6 +42,7 @@ def save_checkpoint(folder: RunFolder, step: int, tokenizer: Path) -> None:
     mark_complete(folder.checkpoints / f"step-{step:08d}")
 
 
+@pytest.mark.usefixtures("empty_charts")
 def test_each_checkpoint_is_filled_once(run: RunFolder, tmp_path: Path) -> None:
     """Catches other sentences for each checkpoint, work that is done again, and fillings that go with a checkpoint."""
     threads = torch.get_num_threads()
@@ -87,6 +88,7 @@ def test_a_second_report_fills_nothing(run: RunFolder, monkeypatch: pytest.Monke
     assert read_fillings(run)[-1].step == 80
 
 
+@pytest.mark.usefixtures("empty_charts")
 def test_a_report_does_not_need_fillings(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a report that fails for a run without held-out text, or whose corpus or checkpoint is missing."""
     run.config.write_text("corpus: {eval: {}}\n")
@@ -98,6 +100,7 @@ def test_a_report_does_not_need_fillings(run: RunFolder, capsys: pytest.CaptureF
     assert not read_fillings(run)
 
 
+@pytest.mark.usefixtures("empty_charts")
 def test_a_checkpoint_that_is_being_copied(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a checkpoint without its model, or half of its checksums, that keeps the others from being filled."""
     save_checkpoint(run, 20, run.checkpoints / "step-00000010" / "hf")
@@ -213,6 +216,7 @@ def test_a_word_that_is_cut_off_is_not_masked(chinese: PreTrainedTokenizerFast) 
     assert choose_sentences(iter([(ids, starts)] * 10), chinese) == []
 
 
+@pytest.mark.usefixtures("empty_charts")
 def test_all_runs_of_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

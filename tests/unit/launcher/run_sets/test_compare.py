@@ -18,6 +18,7 @@ import yaml
 from transformers import BertConfig, BertForMaskedLM
 
 from experiment.errors import StoppedError
+from experiment.results.plots import draw_dots
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete
 from experiment.run_files.run_folder import RunFolder
 from finetune.data.records import Record
@@ -67,7 +68,9 @@ def finished() -> dict[str, Path]:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: dict[str, Path], no_figures: None) -> list[str]:
+def started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: dict[str, Path], no_figures: None, empty_charts: None
+) -> list[str]:
     """The names of the runs that were started, in order. They run in this process."""
     names: list[str] = []
 
@@ -119,6 +122,7 @@ def test_rows_and_tasks_and_seeds(
 ) -> None:
     """Catches scores of another row, split or metric, tables that differ, and cells that run twice."""
     monkeypatch.setattr(compare, "RESAMPLES", 15)
+    monkeypatch.setattr(compare, "draw_dots", draw_dots)
     file, folder = write_files(), tmp_path / "compare"
     assert main(["compare", str(file)]) == 0
     assert started == ["ours/toy", "random/toy"]

@@ -39,6 +39,7 @@ from pretrain.corpus.reader import open_corpus
 from waiting import wait_until
 
 ROOT = Path(__file__).parents[4]
+pytestmark = pytest.mark.usefixtures("empty_charts")
 
 Reject = Callable[..., str]
 
@@ -268,8 +269,11 @@ def plan_of(runs: Sequence[PlannedRun], output: Path, metric: str = "eval/held/l
     return SweepPlan(run_set, metric, lower_is_better=True)
 
 
-def test_a_sweep_with_a_failure_run_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_with_a_failure_run_twice(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a failed run that ends the sweep or is hidden, and finished ones that run again."""
+    monkeypatch.undo()  # of `empty_charts`
     sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "fail", "1e-2": "3.5"})
     with pytest.raises(SystemExit, match=r"1 of 3 runs failed: lr=1e-3"):
         run_sweep(sweep)
