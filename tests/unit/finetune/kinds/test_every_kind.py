@@ -242,7 +242,7 @@ def test_a_regression_starts_at_the_mean_of_its_targets(
     between seeds, and the head of an earlier task that is changed."""
     far = TinyTask(lambda draw: {**(row := regression(draw)), "label": 50 + 40 * row["label"]}, chance=0.0, lr=1e-9)
     monkeypatch.setitem(TASKS, "regression", far)
-    config = config_of("regression", encoder, tmp_path, steps=1, seeds=[1, 2])
+    config = config_of("regression", encoder, tmp_path, rows=8, steps=1, seeds=[1, 2])
     assert all(value < 20 for value in run(config)["splits"]["test"]["mae"]["values"])
     path = tmp_path / "train.jsonl"
     mean = np.mean([json.loads(line)["label"] for line in path.read_text().splitlines()])
@@ -286,7 +286,7 @@ def test_the_snippet_of_a_task_on_pairs_runs(
     """Catches a snippet that gives a model of pairs a single text, or joins the two in another way than training."""
     pairs = TinyTask(lambda draw: {**classification(draw), "other": "word1"}, chance=0, epochs=1)
     monkeypatch.setitem(TASKS, "classification", pairs)
-    config = config_of("classification", encoder, tmp_path)
+    config = config_of("classification", encoder, tmp_path, rows=8)
     columns = config.task.columns.model_copy(update={"text_pair": "other"})
     run(config.model_copy(update={"task": config.task.model_copy(update={"columns": columns})}))
     model = tmp_path / "run" / "seed-42" / "model"
@@ -324,7 +324,7 @@ def test_snippets_predict_as_scored(
         return {"article": "word1 word2", **row(draw), **unanswered}
 
     monkeypatch.setitem(TASKS, name, TinyTask(other, chance=0.0, epochs=1, task=options))
-    run(config_of(name, encoder, tmp_path))
+    run(config_of(name, encoder, tmp_path, rows=8))
     model = tmp_path / "run" / "seed-42" / "model"
     monkeypatch.chdir(model)
     (found,) = run_snippet(model, capsys)
@@ -359,8 +359,8 @@ def test_a_gpu_computes_what_a_cpu_does(encoder: Path, tmp_path: Path, name: str
         folder = tmp_path / device
         folder.mkdir()
         computed_in = precision if device == "gpu" else "fp32"
-        options = {"steps": 4, "evaluate_every": 2, "precision": computed_in, "score_train": True}
-        config = config_of(name, start, folder, rows=8, **options)
+        options = {"steps": 2, "evaluate_every": 1, "precision": computed_in, "score_train": True}
+        config = config_of(name, start, folder, rows=4, **options)
         run(config)
         predictor = Predictor.load(folder / "run", precision=computed_in)
         table = read_table(Path(str(config.task.test)), config.task.columns)
@@ -393,7 +393,7 @@ def test_records_are_encoded_together(
     encoder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches texts that are encoded one by one, which takes twice the time."""
-    config = config_of(name, encoder, tmp_path)
+    config = config_of(name, encoder, tmp_path, rows=12)
     tables = read_splits(config.task, encoder)
     calls, encode_all = [], Encoder.encode_all
     monkeypatch.setattr(Encoder, "encode_all", lambda *arguments: calls.append(1) or encode_all(*arguments))
