@@ -118,7 +118,7 @@ def test_gradients_that_stay_are_counted_once() -> None:
 def test_narrow_rows_take_no_more_memory_than_wide_ones(position_buckets: int, on_gpu: bool) -> None:
     """Catches microbatches of short sequences with so many rows that a run ends in the middle for lack of memory:
     DeBERTa repeats its relative positions for each row."""
-    config = bert(model_type="deberta-v2", dropout=0.0)
+    config = bert(1, "deberta-v2", dropout=0.0)
     config.relative_attention, config.pos_att_type = True, ["p2c", "c2p"]
     config.share_att_key, config.position_buckets = True, position_buckets
     layout = MicrobatchLayout(128, 4096, "padded")
