@@ -61,7 +61,7 @@ def open_files() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-@pytest.mark.parametrize(("count", "limit"), [(128, 256), *soak((512, 1024))])  # 1024: of most systems
+@pytest.mark.parametrize(("count", "limit"), [(64, 128), *soak((512, 1024))])  # 1024: of most systems
 def test_a_lost_host_of_many_is_left_out(
     open_files: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, limit: int
 ) -> None:
@@ -99,8 +99,8 @@ def test_the_command_line_of_many_hosts(tmp_path: Path) -> None:
 def test_the_failure_of_one_rank_of_many_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches logs of weeks that are read as a whole."""
     folder = open_run_folder(tmp_path / "run")
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # most of the time of 4096 records
-    for rank in range(4096):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # most of the time of 1024 records
+    for rank in range(1024):
         RankRecord(rank, HOSTS[rank // 8], rank, exit=None if rank == 77 else 1).write(folder)
         folder.rank_log(rank).write_text("step 1\n" * 1000)
     write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer", Cause.LOST_RANK)
