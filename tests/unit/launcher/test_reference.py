@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -233,10 +234,14 @@ def test_bash_completes_files_and_values(tmp_path: Path, words: list[str], expec
     assert bash_replies(words, tmp_path) == expected
 
 
+@cache
+def bash_script() -> str:
+    return completion_script("bash", COMMANDS)
+
+
 def bash_replies(words: list[str], folder: Path) -> list[str]:
-    script = completion_script("bash", COMMANDS)
     typed = " ".join(f"'{word}'" for word in ["deepcloze", *words])
-    code = f"compopt() {{ :; }}\n{script}\nCOMP_WORDS=({typed}); COMP_CWORD={len(words)}; _deepcloze\n"
+    code = f"compopt() {{ :; }}\n{bash_script()}\nCOMP_WORDS=({typed}); COMP_CWORD={len(words)}; _deepcloze\n"
     code += 'for reply in "${COMPREPLY[@]}"; do echo "$reply"; done'
     done = subprocess.run(["bash", "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()

@@ -157,10 +157,15 @@ def test_few_rows_are_empty_if_many_sequences_share_one(max_rows):
 
 
 @given(st.integers(0, 10**6), st.sampled_from([8, 32, 64]))
-def test_rounding_up_leaves_few_counts(count, parts):
-    """Catches counts rounded down, by more than a part, or to as many values as there are counts."""
+def test_counts_are_rounded_up_by_a_part_at_most(count, parts):
+    """Catches counts rounded down, or by more than a part."""
     rounded = round_up(count, parts)
     assert count <= rounded <= count * (1 + 1 / parts)
+
+
+@pytest.mark.parametrize("parts", [8, 32, 64])
+def test_counts_are_rounded_to_few_values(parts):
+    """Catches counts rounded to as many values as there are counts."""
     assert len({round_up(one, parts) for one in range(4096, 8193)}) <= 2 * parts + 1
 
 

@@ -103,14 +103,21 @@ FILES: dict[str, bytes | Callable[[Path], None]] = {
 }
 
 
+TABLES = ("a.jsonl", "a.csv", "a.csv.gz", "members.jsonl.gz", "a.parquet")  # which the flags do not change
+FLAGS: tuple[dict[str, Any], ...] = ({}, {"document": "blank_line"}, {"document_start": "^= "})
+CASES = [
+    (name, flags, size)
+    for name, flags, size in itertools.product(FILES, FLAGS, (11, 64, 200))
+    if name not in TABLES or not flags or size == 64
+]
+
+
 def small_splits(patch: pytest.MonkeyPatch, size: int) -> None:
     patch.setattr(splits, "MIN_SPLIT_BYTES", size)
     patch.setattr(splits, "MAX_SPLIT_BYTES", size)
 
 
-@pytest.mark.parametrize("size", [11, 64, 200])
-@pytest.mark.parametrize("flags", [{}, {"document": "blank_line"}, {"document_start": "^= "}], ids=str)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("name", "flags", "size"), CASES, ids=str)
 def test_splits_give_the_documents_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, flags: dict[str, Any], size: int
 ) -> None:
