@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,29 @@ def corpus(source: Path, vocabulary_folder: Path, tmp_path: Path) -> Build:
         return build_corpus(CorpusOptions(output=tmp_path / name, **settings))
 
     return call
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[Any, Path]:
+    """The folders in which `whole` has built, by text and flags."""
+    return {}
+
+
+@pytest.fixture
+def whole(corpus: Build, tmp_path: Path, finished: dict[Any, Path]) -> Callable[..., None]:
+    """Builds `whole` without an interruption, or copies it from an earlier test with the same text."""
+
+    def make(**flags: Any) -> None:
+        texts = tuple(file.read_bytes() for file in sorted(tmp_path.glob("*.txt")))
+        key = (str(flags).replace(str(tmp_path), ""), texts)
+        if key not in finished:
+            corpus("whole", **flags)
+            finished[key] = tmp_path
+        else:
+            for built in finished[key].glob("whole*"):
+                shutil.copytree(built, tmp_path / built.name)
+
+    return make
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -256,10 +280,12 @@ def finished_splits(partial: Path) -> int:
 @pytest.mark.parametrize(
     "death", DEATHS, ids=lambda death: f"{death[1]}-{death[2]}-{'before' if death[3] else 'after'}"
 )
-def test_killed_build_resumes_to_same_bytes(corpus: Build, tmp_path: Path, death: tuple[Any, ...]) -> None:
+def test_killed_build_resumes_to_same_bytes(
+    corpus: Build, whole: Callable[..., None], tmp_path: Path, death: tuple[Any, ...]
+) -> None:
     """Catches shards that are lost, duplicated or tokenized again after a kill at any stage, publishing included."""
     flags = {"holdout": 40, "limit": 200}
-    corpus("whole", **flags)
+    whole(**flags)
     with pytest.MonkeyPatch.context() as patch:
         die_at(patch, *death)
         with pytest.raises(Killed):
@@ -445,7 +471,7 @@ def test_archives_without_members_to_read(
 @pytest.mark.parametrize("change", ["a word", "shorter", "longer", "damaged piece"])
 @pytest.mark.parametrize("stage", ["tokenizing", "joining", "publishing"])
 def test_source_that_changed_since_an_interruption(
-    corpus: Build, tmp_path: Path, source: Path, change: str, stage: str
+    corpus: Build, whole: Callable[..., None], tmp_path: Path, source: Path, change: str, stage: str
 ) -> None:
     """Catches text of two versions of a file in one corpus, and a piece that was damaged meanwhile."""
     where = {
@@ -468,7 +494,7 @@ def test_source_that_changed_since_an_interruption(
     else:
         source.write_text(text[: len(text) // 2] if change == "shorter" else text + "the river is by the town\n" * 90)
     corpus("c", **flags)
-    corpus("whole", **flags)
+    whole(**flags)
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
     assert not (tmp_path / "c.partial").exists()
 
@@ -577,7 +603,7 @@ def test_full_disk(corpus: Build, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pages", [0, 1, 4, 8, 12])
 def test_a_build_continues_when_a_full_disk_has_room_again(
-    corpus: Build, tmp_path: Path, small_disk: SmallDisk, pages: int
+    corpus: Build, whole: Callable[..., None], tmp_path: Path, small_disk: SmallDisk, pages: int
 ) -> None:
     """Catches a traceback at some file of the build, and a shard that is cut off but keeps its space."""
     small_disk.fill(leave=pages * 4096)
@@ -586,7 +612,7 @@ def test_a_build_continues_when_a_full_disk_has_room_again(
     assert list(small_disk.path.glob("c.partial/.*")) == []
     small_disk.free()
     corpus("small-disk/c")
-    corpus("whole")
+    whole()
     assert contents(small_disk.path / "c") == contents(tmp_path / "whole")
 
 
