@@ -1,6 +1,9 @@
 """Models, tokenizers and folders for tests of modeling."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,18 @@ from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 
 @pytest.fixture(scope="session")
 def example(wordpiece_corpus: Path, byte_level_corpus: Path) -> Callable[[str], Example]:
-    """Model type -> Example; the corpus of RoBERTa is byte-level."""
-    return lambda model_type: make_example(
-        model_type, byte_level_corpus if model_type == "roberta" else wordpiece_corpus
-    )
+    """Model type -> Example, with copies of models that are built once; the corpus of RoBERTa is byte-level."""
+
+    @cache
+    def made(model_type: str) -> Example:
+        return make_example(model_type, byte_level_corpus if model_type == "roberta" else wordpiece_corpus)
+
+    def make(model_type: str) -> Example:
+        original = made(model_type)
+        model, plain = copy.deepcopy((original.built.model, original.plain))
+        return replace(original, built=replace(original.built, model=model), plain=plain)
+
+    return make
 
 
 @pytest.fixture(scope="session")
