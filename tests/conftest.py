@@ -240,11 +240,11 @@ def _measured_memory() -> dict[Any, Any]:
 
 @pytest.fixture
 def memory_measured_once(monkeypatch: pytest.MonkeyPatch, _measured_memory: dict[Any, Any]) -> None:
-    """Plans in this process measure the memory of a microbatch, which takes 0.4 s, once for all tests.
-    test_planned_activations.py tests it."""
+    """Plans in this process measure the memory of a microbatch, which takes 0.4 s, once for all tests, and try once
+    whether a model is packed. test_planned_activations.py and test_packed_models.py test the two."""
     from pretrain.plan import plan
 
-    measure = plan.microbatch_memory
+    measure, is_packed = plan.microbatch_memory, plan.is_packed
 
     def measure_once(model: Any, shape: Any, computation: Any) -> Any:
         key = (type(model), model.config.to_json_string(), shape, computation)
@@ -252,7 +252,14 @@ def memory_measured_once(monkeypatch: pytest.MonkeyPatch, _measured_memory: dict
             _measured_memory[key] = measure(model, shape, computation)
         return _measured_memory[key]
 
+    def try_once(config: Any) -> bool:
+        key = config.to_json_string()
+        if key not in _measured_memory:
+            _measured_memory[key] = is_packed(config)
+        return bool(_measured_memory[key])
+
     monkeypatch.setattr(plan, "microbatch_memory", measure_once)
+    monkeypatch.setattr(plan, "is_packed", try_once)
 
 
 @pytest.fixture
