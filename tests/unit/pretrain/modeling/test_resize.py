@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model, random_model
 from pretrain.modeling.resize import config_with_positions, resize_model
 from pretrain.training.checkpoint_tensors import write_hugging_face_folder
+from runs import sampled
 
 MODEL_TYPES = ("bert", "roberta", "electra", "distilbert", "modernbert", "mpnet")
 WORDS = ("zedwilmar", "##zzed", "q")
@@ -55,8 +57,10 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("padded", [0, 8])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(
+    ("model_type", "padded"),
+    sampled(itertools.product(MODEL_TYPES, (0, 8)), [*zip(MODEL_TYPES, itertools.cycle((0, 8)), strict=False)]),
+)
 def test_added_tokens(wordpiece: Path, extended: Path, tmp_path: Path, model_type: str, padded: int) -> None:
     """Catches changed logits of old tokens, random rows for new ones (also in a vocabulary padded for speed), a decoder
     or its bias that is not resized, and tied tensors that are no longer tied."""
