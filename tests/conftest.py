@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 
 from empty_figures import leave_figures_empty
 from fork_server import look_up_versions_once
+from frozen_imports import freeze_imports
 from hub_server import HubServer, hub_server, use_hub
 from rank_pool import ForkServer, RankPool
 from s3_server import environment, moto_server, new_bucket
@@ -50,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()
+    freeze_imports()
     gc.enable()
 
 

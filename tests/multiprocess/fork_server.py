@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hand_over
+from frozen_imports import freeze_imports
 
 TITLE = "fork server of tests"
 PATCH = "FORK_SERVER_PATCH"  # a variable: a file with Python code that commands run first
@@ -109,7 +110,7 @@ def _import_everything() -> None:
     set_start_method("fork", force=True)  # for processes that ranks start: the default on Linux
     torch.set_num_threads(1)  # torch may have been imported before the variable was set
     torch.set_printoptions(threshold=0, edgeitems=1)  # at ZeRO 3, DeepSpeed formats all parameters, and prints none
-    gc.freeze()
+    freeze_imports()
     gc.enable()
 
 
