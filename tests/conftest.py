@@ -29,7 +29,7 @@ _TESTS = Path(__file__).parent
 _CPU_TIMES = psutil.cpu_times()
 gc.disable()  # until tests are collected: their imports make a million objects that stay
 _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
-_PARENT = "FORK_SERVER_PARENT"  # a variable: the folder of a server from which those of test processes are forked
+_PARENT = "FORK_SERVER_PARENT"  # a variable: the folder of a server from which test processes and theirs are forked
 os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that no folder has may be one on the Hub
 # Threads that wait for another one spin for milliseconds otherwise: on busy cores, that one cannot run meanwhile.
@@ -46,8 +46,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):  # with xdist; None in its test processes, which inherit the variable
         folder = Path(_CACHE, "fork-server")
         folder.mkdir()
-        config.add_cleanup(ForkServer(folder).close)
+        server = ForkServer(folder)
+        config.add_cleanup(server.close)
         os.environ[_PARENT] = str(folder)
+        if not Path("/dev/nvidiactl").exists():  # a server has chosen the CPU
+            os.environ |= server.environment()
+    elif _PARENT in os.environ:
+        before = os.environ.pop("PYTHONPATH", "").removeprefix(os.environ[_PARENT]).removeprefix(":")
+        os.environ |= {"PYTHONPATH": before} if before else {}
 
 
 def pytest_collection_finish() -> None:

@@ -11,8 +11,8 @@ hash strings alike, and runs record the commit that the server has found. A test
 `real_start`.
 
 The server is single-threaded. It can serve in the namespaces of another process, too. With several test processes, the
-first one, which runs no tests, has a server from which those of the others are forked, as a command is: the libraries
-are imported once.
+first one, which runs no tests, has a server from which the others and their servers are forked, as a command is: the
+libraries are imported once.
 """
 
 import array
@@ -26,6 +26,7 @@ import select
 import signal
 import socket
 import sys
+import types
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import set_start_method
@@ -271,6 +272,10 @@ def _run_command(request: dict[str, Any], streams: list[int], client: socket.soc
         if request["module"]:
             sys.modules.pop(request["module"], None)  # Python warns of a program that has been imported
             runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        elif request["argv"][0] == "-c":  # a test process
+            torch.set_printoptions(profile="default")
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(request["argv"][1], vars(sys.modules["__main__"]))
         else:
             runpy.run_path(request["argv"][0], run_name="__main__")
     except SystemExit as ending:

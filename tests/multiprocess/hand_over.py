@@ -15,6 +15,7 @@ _MODULES = (
     "deepspeed.launcher.launch",
     "deepspeed.launcher.runner",
 )
+_TEST_PROCESS = "import sys;exec(eval(sys.stdin.readline()))"  # of pytest-xdist: what execnet runs
 
 
 def _command() -> tuple[str | None, list[str], bool] | None:
@@ -24,7 +25,7 @@ def _command() -> tuple[str | None, list[str], bool] | None:
         flags.append(rest.pop(0))
     if len(rest) > 1 and rest[0] == "-m" and rest[1] in _MODULES:
         return rest[1], rest[1:], "-u" in flags
-    if rest and rest[0].endswith(_SCRIPTS):
+    if rest and (rest[0].endswith(_SCRIPTS) or rest == ["-c", _TEST_PROCESS]):
         return None, rest, "-u" in flags
     return None
 
