@@ -129,16 +129,8 @@ def open_evaluator(run: "ResolvedRun", rows: Rows, first_position: int, world: W
     config = run.config
     batch, least_width = config.batch, least_row_width(run.model_config)
     layout = MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, rows, first_position, least_width)
-    return open_held_out(
-        run.held_out,
-        run.vocabulary,
-        config.masking,
-        config.run.seed,
-        layout,
-        world,
-        run.folder.path / "index",
-        config.batch.sequences,
-    )
+    seed, indexes = config.run.seed, run.folder.path / "index"
+    return open_held_out(run.held_out, run.vocabulary, config.masking, seed, layout, world, indexes, batch.sequences)
 
 
 def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.device, show_progress: bool) -> Scores:

@@ -16,15 +16,8 @@ from numpy.typing import NDArray
 
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.masking import Masker, MaskingSchedule, Ranges
-from pretrain.batching.order import BatchSequences, Order
-from pretrain.batching.packing import (
-    Assignment,
-    MicrobatchLayout,
-    Rows,
-    assign,
-    next_multiple,
-    round_up,
-)
+from pretrain.batching.order import BatchSequences, SequentialOrder, ShuffledOrder
+from pretrain.batching.packing import Assignment, MicrobatchLayout, Rows, assign, next_multiple, round_up
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.corpus.reader import Corpus
@@ -87,7 +80,7 @@ class BatchMaker:
     """Step -> RankBatch."""
 
     corpora: tuple[MaskedCorpus, ...]  # indexed by the order's corpus numbers
-    order: Order
+    order: ShuffledOrder | SequentialOrder
     vocabulary: Vocabulary
     layout: MicrobatchLayout
     world: World = field(default_factory=World)
@@ -104,6 +97,7 @@ class BatchMaker:
         own = self._own(sequences, text_lengths, assignment)
         text = self._read_and_mask(step, own)
         slots = self._fill_slots(own, text, assignment)
+        digest = xxhash.xxh3_64_intdigest(np.concatenate(sequences).tobytes())
         tokens = [int(own.lengths[own.origins.corpora == number].sum()) for number in range(len(self.corpora))]
         return RankBatch(
             step=step,
@@ -113,33 +107,25 @@ class BatchMaker:
             squared_lengths=int((own.lengths * own.lengths).sum()),
             corpus_tokens=tokens,
             origins=own.origins,
-            fingerprint=_fingerprint(sequences),
+            fingerprint=digest >> 1,  # fits a signed 64-bit integer
         )
 
     def assign(self, step: int) -> tuple[BatchSequences, NDArray[np.int64], Assignment]:
         """Return the sequences of the global batch, their text lengths [S], and where each is computed."""
         sequences = self.order.batch(step)
-        text_lengths = self._text_lengths(sequences)
-        lengths = text_lengths + self.vocabulary.num_special_tokens
-        return sequences, text_lengths, assign(lengths, self.world.size, self.layout)
-
-    def _text_lengths(self, sequences: BatchSequences) -> NDArray[np.int64]:
-        lengths = np.empty_like(sequences.ids)
+        text_lengths = np.empty_like(sequences.ids)
         for number, corpus in enumerate(self.corpora):
             selected = np.flatnonzero(sequences.corpora == number)
-            lengths[selected] = corpus.index.lengths(sequences.ids[selected])
-        return lengths
+            text_lengths[selected] = corpus.index.lengths(sequences.ids[selected])
+        lengths = text_lengths + self.vocabulary.num_special_tokens
+        return sequences, text_lengths, assign(lengths, self.world.size, self.layout)
 
     def _own(self, sequences: BatchSequences, text_lengths: NDArray[np.int64], assignment: Assignment) -> _OwnSequences:
         own = np.flatnonzero(assignment.rank == self.world.rank)
         own = own[np.argsort(sequences.corpora[own], kind="stable")]
-        own_lengths = text_lengths[own]
-        return _OwnSequences(
-            BatchSequences(*(column[own] for column in sequences)),
-            own_lengths + self.vocabulary.num_special_tokens,
-            own_lengths,
-            assignment.first_slots(own),
-        )
+        origins, own_lengths = BatchSequences(*(column[own] for column in sequences)), text_lengths[own]
+        lengths = own_lengths + self.vocabulary.num_special_tokens
+        return _OwnSequences(origins, lengths, own_lengths, assignment.first_slots(own))
 
     def _read_and_mask(self, step: int, own: _OwnSequences) -> MaskedText:
         rate = None if self.masking_schedule is None else self.masking_schedule.at(step)
@@ -178,40 +164,26 @@ class BatchMaker:
         masked, labels = masked[by_slot], labels[by_slot]
 
         bounds = assignment.bounds
-        masked_bounds = np.searchsorted(masked, bounds)
+        shapes = zip(assignment.rows, assignment.widths, strict=True)
+        places = zip(shapes, pairwise(bounds), pairwise(np.searchsorted(masked, bounds)), strict=True)
         return [
-            self._microbatch(
-                slots.input_ids[start:end].reshape(shape),
-                slots.position_ids[start:end].reshape(shape),
-                slots.segments[start:end].reshape(shape),
-                masked[low:high] - start,
-                labels[low:high],
-            )
-            for shape, (start, end), (low, high) in zip(
-                zip(assignment.rows, assignment.widths, strict=True),
-                pairwise(bounds),
-                pairwise(masked_bounds),
-                strict=True,
-            )
+            self._microbatch(slots, shape, slice(start, end), masked[low:high] - start, labels[low:high])
+            for shape, (start, end), (low, high) in places
         ]
 
     def _microbatch(
-        self,
-        input_ids: NDArray[np.int64],
-        position_ids: NDArray[np.int64],
-        segments: NDArray[np.int32],
-        masked: NDArray[np.int64],
-        labels: NDArray[np.int64],
+        self, slots: _Slots, shape: tuple[int, int], place: slice, masked: NDArray[np.int64], labels: NDArray[np.int64]
     ) -> Microbatch:
-        """Shapes [B, W], [B, W], [B, W], [M] and [M]; `masked` are slots of this microbatch, flattened."""
+        """Make one of `shape` [B, W] from its place in the slots. `masked` [M] are slots of it, flattened."""
+        segments = slots.segments[place].reshape(shape)
         if self.layout.rows == "flat":
             boundaries = _flat_boundaries(segments.reshape(-1), self.layout.max_seq_length)
         else:
             boundaries = _boundaries(segments)
         padding = padded_predictions(len(masked), self.layout.rows) - len(masked)
         return Microbatch(
-            input_ids=torch.from_numpy(input_ids),
-            position_ids=torch.from_numpy(position_ids),
+            input_ids=torch.from_numpy(slots.input_ids[place].reshape(shape)),
+            position_ids=torch.from_numpy(slots.position_ids[place].reshape(shape)),
             segments=torch.from_numpy(segments),
             cu_seqlens=torch.from_numpy(boundaries),
             masked_positions=torch.from_numpy(np.pad(masked, (0, padding))),
@@ -259,10 +231,3 @@ def _flat_boundaries(segments: NDArray[np.int32], longest: int) -> NDArray[np.in
     bounds = np.full(round_up(len(starts), _SEQUENCE_PARTS) + 1, len(segments), dtype=np.int32)
     bounds[: len(starts)] = starts
     return bounds
-
-
-def _fingerprint(sequences: BatchSequences) -> int:
-    digest = xxhash.xxh3_64()
-    for column in sequences:
-        digest.update(column.tobytes())
-    return digest.intdigest() >> 1  # fits a signed 64-bit integer

@@ -10,7 +10,7 @@ The order does not depend on world size, microbatch size or earlier batches, and
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +27,6 @@ class BatchSequences(NamedTuple):
     corpora: NDArray[np.int64]  # [S] number of the corpus in the mixture
     epochs: NDArray[np.int64]  # [S] number of the pass over that corpus
     ids: NDArray[np.int64]  # [S] number of the sequence in the corpus
-
-
-class Order(Protocol):
-    """Step -> global batch."""
-
-    def batch(self, step: int) -> BatchSequences:
-        """Return the global batch of this step, counted from 0."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -110,6 +102,7 @@ class ShuffledOrder:
         return start if self.positions is None else min(start, self.positions)
 
     def batch(self, step: int) -> BatchSequences:
+        """Return the global batch of this step, counted from 0."""
         start, end = self.sizes.start(step), self.start(step + 1)
         if len(self.corpora) == 1:
             return BatchSequences(np.zeros(end - start, dtype=np.int64), *self.corpora[0].at(range(start, end)))

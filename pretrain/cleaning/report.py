@@ -99,17 +99,13 @@ def write_report(folder: Path, summary: Summary) -> None:
     """Write clean.json and report.html."""
     write_json(folder / CLEAN_SUMMARY, summary)
     kept, read = summary["kept"], summary["read"]
-    headline = Headline(
-        state="cleaned",
-        tone="good" if kept else "warn",
-        message="" if kept else "No document is left.",
-        facts=[
-            Fact("read", f"{read:,}", "documents"),
-            Fact("kept", f"{kept:,}", f"{kept / max(read, 1):.1%}"),
-            Fact("dropped", f"{read - kept:,}", f"{(read - kept) / max(read, 1):.1%}"),
-            *([Fact("without text", f"{summary['empty']:,}", "not read")] if "empty" in summary else []),
-        ],
-    )
+    facts = [
+        Fact("read", f"{read:,}", "documents"),
+        Fact("kept", f"{kept:,}", f"{kept / max(read, 1):.1%}"),
+        Fact("dropped", f"{read - kept:,}", f"{(read - kept) / max(read, 1):.1%}"),
+        *([Fact("without text", f"{summary['empty']:,}", "not read")] if "empty" in summary else []),
+    ]
+    headline = Headline("cleaned", "good" if kept else "warn", "" if kept else "No document is left.", facts)
     write_page(folder / CLEAN_PAGE, Page("Cleaning", [Heading("Steps"), *summary_blocks(summary)], headline))
 
 

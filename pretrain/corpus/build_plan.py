@@ -123,9 +123,7 @@ def _load(path: Path, segmenter: SegmenterSpec | None) -> BuildTokenizer:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_tokenizer(tokenizer, folder)
-        files = {
-            str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()
-        }
+        files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     return BuildTokenizer(
         tokenizer_spec(tokenizer, segmenter), tokenizer_fingerprint(tokenizer), vocabulary_size(tokenizer), files
     )

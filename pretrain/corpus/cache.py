@@ -193,9 +193,7 @@ def open_metadata(source: str) -> Corpus:
 
 def open_local(source: str) -> Corpus:
     """Open a corpus, given as a folder or a URL, which is copied to the user's cache folder. Raises UserError."""
-    if not is_url(source):
-        return open_corpus(Path(source))
-    return open_corpus(_user_cache().locate(source))
+    return open_corpus(_user_cache().locate(source) if is_url(source) else source)
 
 
 def read_description(source: str) -> Description:

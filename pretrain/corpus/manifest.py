@@ -133,28 +133,25 @@ _MANIFEST = TypeAdapter(Manifest)
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `folder/manifest.json` atomically."""
-    write_json(
-        folder / MANIFEST,
-        {
-            "format": FORMAT,
-            "fingerprint": manifest.fingerprint,
-            "tokenizer": {"fingerprint": manifest.recipe.tokenizer, "vocabulary_size": manifest.vocabulary_size},
-            "documents": manifest.documents,
-            "tokens": manifest.tokens,
-            "text_bytes": manifest.text_bytes,
-            "empty_documents": manifest.empty_documents,
-            "length_percentiles": manifest.length_percentiles,
-            "unknown_token_rate": manifest.unknown_token_rate,
-            "tokens_per_word": manifest.tokens_per_word,
-            "token_type": manifest.token_type,
-            "recipe": asdict(manifest.recipe),
-            **({} if manifest.decontaminated is None else {"decontaminated": manifest.decontaminated}),
-            **({"sources": [asdict(source) for source in manifest.sources]} if manifest.sources else {}),
-            **({"unknown_texts": manifest.unknown_texts} if manifest.unknown_texts else {}),
-            "shards": [asdict(shard) for shard in manifest.shards],
-        },
-        indent=1,
-    )
+    content = {
+        "format": FORMAT,
+        "fingerprint": manifest.fingerprint,
+        "tokenizer": {"fingerprint": manifest.recipe.tokenizer, "vocabulary_size": manifest.vocabulary_size},
+        "documents": manifest.documents,
+        "tokens": manifest.tokens,
+        "text_bytes": manifest.text_bytes,
+        "empty_documents": manifest.empty_documents,
+        "length_percentiles": manifest.length_percentiles,
+        "unknown_token_rate": manifest.unknown_token_rate,
+        "tokens_per_word": manifest.tokens_per_word,
+        "token_type": manifest.token_type,
+        "recipe": asdict(manifest.recipe),
+        **({} if manifest.decontaminated is None else {"decontaminated": manifest.decontaminated}),
+        **({"sources": [asdict(source) for source in manifest.sources]} if manifest.sources else {}),
+        **({"unknown_texts": manifest.unknown_texts} if manifest.unknown_texts else {}),
+        "shards": [asdict(shard) for shard in manifest.shards],
+    }
+    write_json(folder / MANIFEST, content, indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -17,10 +17,9 @@ R = TypeVar("R", SplitCount, SplitRecord)
 
 def scan_source(plan: BuildPlan, run_tasks: TaskRunner) -> SourceDigest:
     """Read the whole source without tokenizing it, and return its digest. Records nothing."""
-    counts = {
-        count.key: count for count in _with_progress("comparing", run_tasks(count_split, plan.splits), plan.splits)
-    }
-    return join_digests(counts[split.key].source for split in plan.splits)
+    counts = _with_progress("comparing", run_tasks(count_split, plan.splits), plan.splits)
+    sources = {count.key: count.source for count in counts}
+    return join_digests(sources[split.key] for split in plan.splits)
 
 
 def count_documents(plan: BuildPlan, run_tasks: TaskRunner, splits: Sequence[Split]) -> dict[str, SplitCount]:

@@ -65,9 +65,7 @@ def write_python_docs(
     except OSError as error:
         raise UserError(f"--output: {describe_disk_error(error) or error}") from None
     largest = ", ".join(f"{package} {count:,}" for package, count in counts.most_common(8))
-    print(
-        f"{output}: {sum(counts.values()):,} documents of {len(counts)} packages, {characters / 1e6:.1f} M characters"
-    )
+    print(f"{output}: {counts.total():,} documents of {len(counts)} packages, {characters / 1e6:.1f} M characters")
     print(f"  most from: {largest}")
 
 

@@ -211,8 +211,5 @@ def map_shard(path: Path) -> MappedShard:
     word_starts = None
     if "word_starts" in batch.schema.names:
         word_starts = np.frombuffer(batch.column("word_starts").values.buffers()[1], dtype=np.uint8)
-    return MappedShard(
-        np.frombuffer(ids, dtype=column.type.value_type.to_pandas_dtype(), count=len(column.values)),
-        np.frombuffer(offsets, dtype=np.int32, count=len(column) + 1),
-        word_starts,
-    )
+    tokens = np.frombuffer(ids, dtype=column.type.value_type.to_pandas_dtype(), count=len(column.values))
+    return MappedShard(tokens, np.frombuffer(offsets, dtype=np.int32, count=len(column) + 1), word_starts)

@@ -148,11 +148,9 @@ def _reread_ranges(content: int, size_on_disk: int, size: int) -> list[Range]:
 def _cut(unit: Unit, sizes: Sequence[int], size: int) -> list[Range]:
     """Join items that follow one another until they have `size` bytes."""
     borders, since = [0], 0
-    for number, item in enumerate(sizes, 1):
+    for number, item in enumerate(sizes[:-1], 1):
         since += item
         if since >= size:
             borders.append(number)
             since = 0
-    if borders[-1] == len(sizes) and len(borders) > 1:
-        borders.pop()
     return [Range(unit, start, stop) for start, stop in itertools.zip_longest(borders, borders[1:])]

@@ -52,10 +52,8 @@ class TokenizerSpec:
         """Whether each letter and digit gives a token: it is known, or has bytes or a token for unknown text."""
         state = json.loads(self.tokenizer_json)
         model, splitting = state["model"], json.dumps(state["pre_tokenizer"])
-        unknown = model.get("unk_token"), model.get("unk_id")
-        return (
-            any(each is not None for each in unknown) or model.get("byte_fallback", False) or "ByteLevel" in splitting
-        )
+        has_unknown = (model.get("unk_token"), model.get("unk_id")) != (None, None)
+        return has_unknown or model.get("byte_fallback", False) or "ByteLevel" in splitting
 
 
 def tokenizer_spec(tokenizer: "PreTrainedTokenizerFast", segmenter: SegmenterSpec | None = None) -> TokenizerSpec:
@@ -92,11 +90,8 @@ class DocumentEncoder:
         self._tokenizer.encode_special_tokens = True  # a literal [MASK] in the text is ordinary text
         self._tokenizer.post_processor = None  # it may change offsets
         self._spec = spec
-        self._words = (
-            WordCache(self._tokenizer)
-            if spec.segmenter is None and encodes_words_independently(spec.tokenizer_json)
-            else None
-        )
+        has_words = spec.segmenter is None and encodes_words_independently(spec.tokenizer_json)
+        self._words = WordCache(self._tokenizer) if has_words else None
 
     def encode(self, texts: list[str]) -> EncodedBatch:
         """Encode D texts. Lets exceptions of `tokenizers` through."""

@@ -176,11 +176,8 @@ def _wrap(tokenizer: Tokenizer, kind: str) -> "PreTrainedTokenizerFast":
     cls, sep = roles["cls_token"], roles["sep_token"]
     # RoBERTa has one token type and two separators between the sentences of a pair.
     pair = f"{cls} $A {sep} $B:1 {sep}:1" if kind == "wordpiece" else f"{cls} $A {sep} {sep} $B {sep}"
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}",
-        pair=pair,
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
-    )
+    ids = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{cls} $A {sep}", pair=pair, special_tokens=ids)
     if kind == "wordpiece":
         inputs = ["input_ids", "token_type_ids", "attention_mask"]
     else:

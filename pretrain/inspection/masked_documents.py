@@ -34,15 +34,12 @@ def masked_documents(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list
         word_starts = sample.corpus.read_word_starts(np.array([_start(document, sample.corpus)]), lengths)
         masked = masker.mask(tokens, lengths, masker.keys(sequence), word_starts)
         places = (masked.indices + len(vocabulary.prefix)).tolist()
-        answers = dict(zip(places, tokens[masked.indices].tolist(), strict=True))
+        hidden = (token_text(tokenizer, token) for token in tokens[masked.indices].tolist())
+        answers = dict(zip(places, hidden, strict=True))
         # The last one is the token after the text.
         apart = set() if word_starts is None else {*word_starts.nonzero()[0].tolist(), len(tokens)}
         seen = [
-            SeenToken(
-                token_text(tokenizer, token),
-                token_text(tokenizer, answers[at]) if at in answers else None,
-                at - len(vocabulary.prefix) in apart,
-            )
+            SeenToken(token_text(tokenizer, token), answers.get(at), at - len(vocabulary.prefix) in apart)
             for at, token in enumerate([*vocabulary.prefix, *masked.inputs.tolist(), *vocabulary.suffix])
         ]
         title = f"document {document.number + 1:,} of {sample.corpus.documents:,}: {len(document.ids):,} tokens"

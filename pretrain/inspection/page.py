@@ -108,11 +108,10 @@ def describe(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> str:
 def _headline(found: Inspection) -> Headline:
     manifest, duplicates = found.manifest, found.near_duplicates
     shards, mean = len(manifest.shards), f"mean {manifest.tokens / manifest.documents:,.1f}"
+    size = f"{sum(shard.bytes for shard in manifest.shards) / 1e6:,.1f} MB on disk"
     facts = [
         Fact("Documents", f"{manifest.documents:,}", f"{counted(manifest.empty_documents, 'empty one')} dropped"),
-        Fact(
-            "Tokens", f"{manifest.tokens:,}", f"{sum(shard.bytes for shard in manifest.shards) / 1e6:,.1f} MB on disk"
-        ),
+        Fact("Tokens", f"{manifest.tokens:,}", size),
         Fact("Bytes per token", _bytes_per_token(manifest), "of the text, in UTF-8"),
         Fact("Tokens per word", f"{manifest.tokens_per_word:.2f}"),
         Fact("Unknown tokens", f"{manifest.unknown_token_rate:.3%}"),
@@ -227,21 +226,16 @@ def _origin_blocks(manifest: Manifest, cleanings: Sequence[Cleaning]) -> list[Bl
     """Return shares of sources, and the effects of `deepcloze clean`; none if nothing is recorded."""
     blocks = list[Block]()
     if manifest.sources:
+        totals = {"documents": manifest.documents, "tokens": manifest.tokens}
         charts = [
-            BarChart(title, [Bar(source.name, getattr(source, unit) / total) for source in manifest.sources])
-            for title, unit, total in (
-                ("Share of the documents", "documents", manifest.documents),
-                ("Share of the tokens", "tokens", manifest.tokens),
-            )
+            BarChart(f"Share of the {unit}", [Bar(each.name, getattr(each, unit) / total) for each in manifest.sources])
+            for unit, total in totals.items()
         ]
         rows = [[source.name, f"{source.documents:,}", f"{source.tokens:,}"] for source in manifest.sources]
         blocks += [Heading("Sources"), BarCharts(charts), Table(["source", "documents", "tokens"], rows)]
     for cleaning in cleanings[:_CLEANINGS]:
-        blocks += [
-            Heading(_cleaning_title(cleaning)),
-            Text(f"{describe_cleaning(cleaning)}."),
-            *summary_blocks(cleaning),
-        ]
+        blocks += [Heading(_cleaning_title(cleaning)), Text(f"{describe_cleaning(cleaning)}.")]
+        blocks += summary_blocks(cleaning)
     if len(cleanings) > _CLEANINGS:
         blocks.append(Text(f"{CLEAN_SUMMARY} describes {len(cleanings) - _CLEANINGS:,} more folders."))
     return blocks
@@ -253,15 +247,12 @@ def _cleaning_title(cleaning: Cleaning) -> str:
 
 def _manifest_blocks(manifest: Manifest) -> list[Block]:
     recipe = manifest.recipe
+    numbers = {name: getattr(recipe, name) for name in ("limit", "holdout", "seed")}
     rows = [
         ["tokenizer", recipe.tokenizer],
         ["documents read", recipe.source],
         ["part", recipe.part],
-        *(
-            [name, f"{value:,}"]
-            for name in ("limit", "holdout", "seed")
-            if (value := getattr(recipe, name)) is not None
-        ),
+        *([name, f"{value:,}"] for name, value in numbers.items() if value is not None),
         *([["segmenter", recipe.segmenter]] if recipe.segmenter else []),
         ["fingerprint", manifest.fingerprint],
     ]

@@ -258,9 +258,8 @@ def _memory_warnings(plan: RunPlan) -> Iterator[str]:
 def _batches_warnings(plan: RunPlan) -> Iterator[str]:
     for number, stage in enumerate(plan.stages):
         shape, where = stage.batch.largest, f" in stage {number + 1}" if len(plan.stages) > 1 else ""
-        slots = shape.rows * shape.width
+        slots, more = shape.rows * shape.width, stage.batch.microbatches > 1
         if plan.device.is_gpu and slots < _SMALL_MICROBATCH:
-            more = stage.batch.microbatches > 1
             yield (
                 f"microbatches of {slots:,} tokens{where} are too small for a GPU: "
                 + ("raise batch.microbatch_tokens" if more else "raise batch.sequences, or use fewer ranks")
@@ -268,9 +267,7 @@ def _batches_warnings(plan: RunPlan) -> Iterator[str]:
         if stage.sequences < plan.ranks:
             yield f"a batch{where} has {stage.sequences:,} sequences, fewer than the {plan.ranks:,} ranks"
         elif stage.mean.filled < _WELL_FILLED:
-            advice = (
-                "; lower batch.microbatch_tokens, or raise batch.sequences" if stage.batch.microbatches == 1 else ""
-            )
+            advice = "" if more else "; lower batch.microbatch_tokens, or raise batch.sequences"
             yield f"only {stage.mean.filled:.0%} of the computed slots{where} hold tokens; the rest is padding{advice}"
 
 
