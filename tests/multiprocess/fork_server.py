@@ -18,6 +18,7 @@ libraries are imported once.
 import array
 import ctypes
 import functools
+import gc
 import json
 import os
 import platform
@@ -84,8 +85,6 @@ def listen(folder: Path) -> socket.socket:
 
 
 def _import_everything() -> None:
-    import gc
-
     gc.disable()
     import deepspeed.comm.mori
     import deepspeed.launcher.launch
@@ -125,6 +124,19 @@ def look_up_versions_once() -> None:
     provenance.git_state(REPOSITORY)
     for library in ("deepcloze", *provenance.LIBRARIES):
         provenance._version(library)
+
+
+def _undo_changes_of_libraries() -> None:
+    """In a process that tests run in: they test what `_import_everything` replaces."""
+    import torch
+
+    from experiment.process import fast_imports
+    from experiment.run_files import provenance
+
+    torch.set_printoptions(profile="default")
+    fast_imports.gc = gc
+    for name in ("git_state", "_version"):
+        setattr(provenance, name, getattr(provenance, name).__wrapped__)
 
 
 def _fork(child: Callable[[], NoReturn]) -> int:
@@ -273,7 +285,7 @@ def _run_command(request: dict[str, Any], streams: list[int], client: socket.soc
             sys.modules.pop(request["module"], None)  # Python warns of a program that has been imported
             runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
         elif request["argv"][0] == "-c":  # a test process
-            torch.set_printoptions(profile="default")
+            _undo_changes_of_libraries()
             sys.modules["__main__"] = types.ModuleType("__main__")
             exec(request["argv"][1], vars(sys.modules["__main__"]))
         else:

@@ -103,11 +103,11 @@ def pretrain_case(
 
 
 def _load_in_this_process(
-    batches: Batches, first: int, last: int | None, workers: int, *, timeout: float, pin_memory: bool
+    batches: Batches, first: int, last: int | None, workers: int, *, timeout: float, pin_memory: bool, unused: Any
 ) -> Iterator[RankBatch]:
     """`load_batches`, without workers unless they serve a GPU: they take longer to start than to make a few batches."""
     if pin_memory:
-        return load_batches(batches, first, last, workers, timeout=timeout, pin_memory=True)
+        return load_batches(batches, first, last, workers, timeout=timeout, pin_memory=True, unused=unused)
     steps = itertools.count(first) if last is None else range(first, last)
     flat = (flatten_batch(batches[step]) for step in steps)
     return (unflatten_batch(each, torch.from_numpy(each.data)) for each in flat)

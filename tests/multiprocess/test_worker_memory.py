@@ -25,7 +25,7 @@ def memory_case(world: World, tree: Tree) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_count", count_and_measure)
-        assert pretrain_case(world, tree) == "done"
+        assert pretrain_case(world, tree, data_worker=True) == "done"
     return max(measured)
 
 
