@@ -68,8 +68,7 @@ def read_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> tuple[
     cells are read as ordinary characters. A file without rows has no columns.
     """
     rows = _csv_rows(lines, origin, csv_format)
-    first = next(rows, None)
-    if first is None:
+    if (first := next(rows, None)) is None:
         return [], rows
     if csv_format.header:
         return first.cells, _of_equal_length(rows, len(first.cells), origin, csv_format)

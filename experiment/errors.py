@@ -134,8 +134,7 @@ def end_line() -> None:
 
 def describe_disk_error(error: BaseException) -> str | None:
     """Return the error of a disk, with the file if it is known; None for an error of another kind."""
-    number = _errno(error)
-    if number not in _REFUSALS:
+    if (number := _errno(error)) not in _REFUSALS:
         return None
     log.debug("the disk refused:", exc_info=error)
     reason = _FULL.get(number) or os.strerror(number)

@@ -84,8 +84,7 @@ def table_console() -> "Console":
     """Return a console on stdout for tables, which prints text as it is. In a pipe or file no cell is cut off."""
     from rich.console import Console
 
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
+    if not (console := Console(markup=False, emoji=False, highlight=False)).is_terminal:
         console.width = FILE_WIDTH
     return console
 

@@ -97,8 +97,7 @@ def read_cells(rows: "datasets.Dataset", columns: Sequence[str], part: slice = s
 
 
 def _named(feature: Any, cell: Any) -> Any:
-    names = getattr(feature, "names", None)
-    if names is not None:
+    if (names := getattr(feature, "names", None)) is not None:
         return None if cell in (None, -1) else names[cell]
     inner = getattr(feature, "feature", None)
     return [_named(inner, part) for part in cell] if inner is not None and isinstance(cell, list) else cell

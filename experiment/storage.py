@@ -120,8 +120,7 @@ def list_files(url: str) -> dict[str, FileInfo]:
             found = {info["name"]: info} if info["type"] == "file" else fs.find(path, detail=True)
         return {fs.unstrip_protocol(name): info for name, info in found.items() if _is_file(name, info)}
 
-    found = _call(url, find)
-    if not found:
+    if not (found := _call(url, find)):
         raise StorageError(f"{url}: there are no such files")
     return {name: _file_info(name, found[name]) for name in sorted(found)}
 
@@ -386,8 +385,7 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
     """Return the file system of fsspec, one per thread and process, and the path in it."""
     import fsspec  # takes 0.1 s, and the libraries of the protocols a second
 
-    protocol = url.partition("://")[0]
-    if protocol not in _PROTOCOLS:
+    if (protocol := url.partition("://")[0]) not in _PROTOCOLS:
         known = ", ".join(f"{name}://" for name in _PROTOCOLS)
         raise StorageError(f"{url}: unknown protocol '{protocol}'; expected one of {known}")
     if "::" in url:  # fsspec would take it for a chain of URLs
@@ -440,8 +438,7 @@ def retry(name: str, function: Callable[[], T], explain: Callable[[str, Exceptio
         except UserError:
             raise
         except Exception as raised:
-            error = _error_of_server(raised)
-            if not _is_transient(error):
+            if not _is_transient(error := _error_of_server(raised)):
                 raise (explain or _storage_error)(name, error) from error
             if not waits:
                 attempts = len(_WAITS) + 1

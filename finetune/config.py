@@ -157,8 +157,7 @@ class FinetuneConfig(Section):
     @classmethod
     def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
         """Return the type with the keys of the task's kind. Raises UserError for an unknown kind."""
-        task = tree.get("task")
-        if not isinstance(task, dict):
+        if not isinstance(task := tree.get("task"), dict):
             return cls  # which rejects it
         kind = task.get("kind", TaskConfig.model_fields["kind"].default)
         if kind not in kind_names():

@@ -54,8 +54,7 @@ def data_warnings(tables: Mapping[str, Table], kind: TaskKind[Any]) -> list[str]
 
 def _odd_labels(labels: Sequence[str], role: str) -> Iterator[str]:
     counts = Counter(labels)
-    once = sum(count == 1 for count in counts.values())
-    if once > len(counts) / 2:
+    if (once := sum(count == 1 for count in counts.values())) > len(counts) / 2:
         yield (
             f"train: {once:,} of {len(counts):,} labels occur only once, such as '{shorten(labels[0])}': is "
             f"task.columns.{role} the column of the labels?"

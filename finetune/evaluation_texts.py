@@ -14,8 +14,7 @@ from finetune.task_kind import find_kind
 
 def evaluation_texts(config: str) -> list[EvaluationText]:
     """Return the texts that a config file evaluates on, see `texts_of`. Raises UserError, also if there are none."""
-    found = texts_of(load_config(FinetuneConfig, config).task)
-    if not found:
+    if not (found := texts_of(load_config(FinetuneConfig, config).task)):
         raise UserError("it has no validation or test texts; expected task.validation or task.test")
     return found
 

@@ -114,8 +114,7 @@ def parse_command_line(argv: Sequence[str], commands: Mapping[str, Command]) -> 
 
 def _find_command(argv: Sequence[str], commands: Mapping[str, Command]) -> tuple[str, Command]:
     """Return the command that a command line begins with. Raises UserError for an unknown one."""
-    name = argv[0].replace("-", "_")
-    if name not in commands:
+    if (name := argv[0].replace("-", "_")) not in commands:
         raise UserError(f"unknown command '{argv[0]}'{did_you_mean(name, list(commands))} (deepcloze --help)")
     return name, commands[name]
 
@@ -172,8 +171,7 @@ def _split(
     overrides: dict[str, str] = {}
     rest = list(arguments)
     while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
+        if not (argument := rest.pop(0)).startswith("--"):
             if not positional or argument.startswith(tuple(_DASHES)):
                 hint = _meant_flag(argument, options_type, texts, overrides)
                 raise UserError(f"unexpected argument '{argument}'; {hint}")
@@ -261,8 +259,7 @@ def _build_options(
     options_type: type[Section], texts: Mapping[str, Sequence[str]], overrides: Mapping[str, str]
 ) -> Section:
     flags = flags_of(options_type)
-    missing = [_usage(flag) for flag in flags.values() if flag.required and flag.name not in texts]
-    if missing:
+    if missing := [_usage(flag) for flag in flags.values() if flag.required and flag.name not in texts]:
         raise UserError(f"missing: {', '.join(missing)}")
     values: dict[str, Any] = {name: _value(flags[name], given) for name, given in texts.items()}
     if _OVERRIDES in options_type.model_fields:

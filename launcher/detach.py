@@ -78,7 +78,6 @@ def _trains(folder: RunFolder, before: RankRecord | None) -> bool:
 
 
 def _show(printed: IO[bytes]) -> None:
-    """Print new content of the file."""
     with suppress(OSError):  # the terminal may be closed
         sys.stderr.buffer.write(printed.read())
         sys.stderr.flush()

@@ -222,8 +222,7 @@ def read_metrics(run: str | Path) -> list[Event]:
     Example:
         losses = {event["step"]: event["loss"] for event in deepcloze.read_metrics("runs/mine") if "loss" in event}
     """
-    path = RunFolder(Path(expand_home(str(run)))).metrics
-    if not path.is_file():
+    if not (path := RunFolder(Path(expand_home(str(run)))).metrics).is_file():
         raise UserError(f"read_metrics: {path} does not exist; expected the folder of a run that has started")
     return read_events(path)
 
@@ -318,8 +317,7 @@ def _as_a_command(quiet: bool) -> Iterator[None]:
         with progress.quiet() if quiet else nullcontext():
             yield
     except UserError as error:
-        message = str(error)
-        if not message.startswith("command line: "):
+        if not (message := str(error)).startswith("command line: "):
             raise
         raise UserError(f"overrides: {message.removeprefix('command line: ')}") from None
     except SystemExit as ending:

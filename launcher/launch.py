@@ -196,8 +196,7 @@ def announce_checks(config: str, slots: Slots) -> None:
 
 def announce_done(folder: RunFolder, before: set[tuple[int, int]], seconds: float) -> None:
     """Announce the end. `before`: `completed_saves` before this launch; `seconds`: that it took."""
-    found = completed_saves(folder.checkpoints)
-    if not found:
+    if not (found := completed_saves(folder.checkpoints)):
         return
     path, new = folder.path, found - before
     step, _ = max(new or found)
@@ -230,8 +229,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 def announce_stop(folder: RunFolder, before: set[tuple[int, int]]) -> None:
     """Print the step that a stopped run has saved. `before`: `completed_saves` before this launch."""
     end_line()
-    new = (completed_saves(folder.checkpoints) or set()) - before
-    if not new:
+    if not (new := (completed_saves(folder.checkpoints) or set()) - before):
         return
     step, _ = max(new)
     reached = max((event["step"] for event in read_last_events(folder.metrics)), default=step)

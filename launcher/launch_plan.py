@@ -62,8 +62,7 @@ class LaunchPlan:
 
     def settings(self) -> Launch:
         """Return the settings with which the supervisor starts the ranks."""
-        max_restarts = self.options.max_restarts
-        if max_restarts is None:
+        if (max_restarts := self.options.max_restarts) is None:
             max_restarts = 0 if self.local else _MAX_RESTARTS_ON_HOSTS
         return Launch(
             self.folder,

@@ -165,8 +165,7 @@ def choose_sentences(
             for start, end in pairwise(np.flatnonzero(starts).tolist())  # the last word may be cut off
             if end - start <= _LONGEST_WORD and not vocabulary.unmaskable[ids[start:end]].any()
         ]
-        sentence = _mask_word(ids, words, tokenizer, draw)
-        if sentence is not None:
+        if (sentence := _mask_word(ids, words, tokenizer, draw)) is not None:
             chosen[sentence] = None
         if len(chosen) == _SENTENCES:
             break

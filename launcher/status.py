@@ -134,7 +134,6 @@ def _config_value(folder: RunFolder, section: str, key: str) -> object:
 
 
 def _seeds(folder: RunFolder) -> list[int] | None:
-    """Read the seeds of a fine-tuning run."""
     seeds = _config_value(folder, "training", "seeds")
     return seeds if isinstance(seeds, list) else None
 

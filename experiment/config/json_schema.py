@@ -46,7 +46,6 @@ class _Generator(GenerateJsonSchema):
 
 
 def _kind(config_type: type[Section]) -> Any:
-    """Return the field `task.kind`."""
     return config_type.model_fields["task"].annotation.model_fields["kind"]  # type: ignore[union-attr]
 
 

@@ -87,8 +87,7 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     prefix: of the word and all known ones, in the message only.
     """
     known = sorted(set(known))
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.54)
-    if close:
+    if close := difflib.get_close_matches(word, known, n=1, cutoff=0.54):
         return f"; did you mean '{prefix}{close[0]}'?"
     return f"; known: {', '.join(f'{prefix}{name}' for name in known)}"
 
@@ -179,8 +178,7 @@ def _locate(config_type: type[BaseModel], details: ErrorDetails) -> tuple[KeyPat
             location.pop(0)  # here pydantic names the branch of the union
             if not location:
                 break
-        part = location.pop(0)
-        if part == "[key]" and not location:
+        if (part := location.pop(0)) == "[key]" and not location:
             break  # of a mapping: pydantic says that its last key is wrong
         key, annotation = (*key, part), annotation_below(annotation, part)
     return key, unions

@@ -83,8 +83,7 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
     needed: special tokens it must have, such as "pad_token". Raises UserError if one is missing, or if there is no
     tokenizer.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    if not (folder := Path(path)).is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(
             f"tokenizer: {folder} {problem}; expected a Hugging Face folder, or one with a vocab.txt; "

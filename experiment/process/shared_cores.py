@@ -34,8 +34,7 @@ def share_cores() -> None:
     cores = len(os.sched_getaffinity(0))
     if torch.cuda.is_available() or min(cores, torch.get_num_threads()) == 1 or any(map(os.environ.get, _CHOICES)):
         return
-    openmp = load_openmp()
-    if openmp is not None and _counts_times():
+    if (openmp := load_openmp()) is not None and _counts_times():
         args = (Spinning(openmp, cores), torch.get_num_threads())
         threading.Thread(target=_watch, args=args, name="share-cores", daemon=True).start()
 

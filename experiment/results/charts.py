@@ -203,8 +203,7 @@ class ChartsData:
         known = before._pieces if before else {}
 
         def add(name: object, source: object, make: Callable[[], object]) -> None:
-            piece = known.get(name)
-            if piece is None or piece.source != source:
+            if (piece := known.get(name)) is None or piece.source != source:
                 value = make()
                 piece = _Versioned(piece.version if piece and piece.value == value else version, value, source)
             self._pieces[name] = piece

@@ -100,8 +100,7 @@ def score_charts(comparison: Comparison) -> list[DotChart]:
 
 def _dots(row: str, cell: Mapping[str, Any]) -> Dots:
     """Convert a row to dots. Raises TypeError or ValueError for values that are no numbers."""
-    interval = cell.get("interval")
-    if interval is not None:
+    if (interval := cell.get("interval")) is not None:
         low, high = interval
         interval = [float(low), float(high)]
     return Dots(row, [float(value) for value in cell["values"]], float(cell["mean"]), interval)

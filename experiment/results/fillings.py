@@ -69,8 +69,7 @@ def read_fillings(folder: RunFolder) -> list[CheckpointFillings]:
 
 def filling_blocks(folder: RunFolder) -> list[Block]:
     """Return a section of a report; empty without fillings."""
-    checkpoints = spread(read_fillings(folder), _SHOWN)
-    if not checkpoints:
+    if not (checkpoints := spread(read_fillings(folder), _SHOWN)):
         return []
     by_sentence: dict[MaskedSentence, list[tuple[str, list[tuple[str, str]]]]] = {}
     for checkpoint in checkpoints:

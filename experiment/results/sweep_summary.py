@@ -117,8 +117,7 @@ def write_summary(results: Sequence[SweepResult], output: Path, metric: str, low
     rows = [[*run.values.values(), run.value, run.state, run.name, run.collapsed] for run in best_first]
     write_text(output / "sweep.csv", csv_table([[*keys, metric, "state", "folder", "collapsed"], *rows]))
     print_table([*keys, metric], ([*result.values.values(), result.shown()] for result in best_first), labels=0)
-    charts = score_charts(best_first, metric)
-    if charts:
+    if charts := score_charts(best_first, metric):
         from experiment.results.plots import draw_dots  # matplotlib takes a second
 
         draw_dots(output / "sweep.png", charts)

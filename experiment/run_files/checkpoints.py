@@ -191,8 +191,7 @@ def last_usable(candidates: Sequence[Path], verify: Verify, advice: str = "") ->
     Raises UserError, with `advice` at its end, if all are damaged.
     """
     for checkpoint in reversed(candidates):
-        problem = verify(checkpoint)
-        if problem is None:
+        if (problem := verify(checkpoint)) is None:
             return checkpoint
         if len(candidates) == 1:
             raise UserError(f"the checkpoint {checkpoint} is damaged: {problem}{advice}")
@@ -288,8 +287,7 @@ def verify_descriptions(checkpoint: Path) -> str | None:
 def weights_digest(checkpoint: Path) -> str:
     """Identify the contents of a complete checkpoint's Hugging Face folder. Raises OSError or ValueError if its
     COMPLETE file cannot be read, as after the checkpoint was deleted."""
-    checksums = read_json(checkpoint / COMPLETE)
-    if not isinstance(checksums, dict):
+    if not isinstance(checksums := read_json(checkpoint / COMPLETE), dict):
         raise ValueError(f"its {COMPLETE} file lists no checksums")
     return json_digest({name: value for name, value in checksums.items() if name.startswith("hf/")})
 

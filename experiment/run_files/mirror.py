@@ -269,8 +269,7 @@ def local_checkpoint(name: str) -> Path:
     """
     url = name.rstrip("/").removesuffix("/hf")
     if not exists(join(url, COMPLETE)):
-        names = list(Mirror(url).complete())
-        if not names:
+        if not (names := list(Mirror(url).complete())):
             raise UserError(f"{name}: expected a checkpoint with a {COMPLETE} file, or a mirror with some")
         url = join(url, names[-1])
     digest = json_digest([url, read_bytes(join(url, COMPLETE)).decode(errors="replace")])

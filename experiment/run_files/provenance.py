@@ -173,8 +173,7 @@ def ancestors_of(model: Path, relation: str) -> list[dict[str, Any]]:
     written by deepcloze is identified by its folder and the SHA-256 of its weight files, which model hubs show too; one
     of the Hub also by name and commit.
     """
-    origin = read_origin(model)
-    if origin is None:
+    if (origin := read_origin(model)) is None:
         weights = {path.name: sha256(path) for path in sorted(model.iterdir()) if path.suffix in _WEIGHTS}
         folder = str(model.absolute())
         name = hub_name(folder)

@@ -29,8 +29,7 @@ READERS = 64
 
 def read_life(folder: RunFolder) -> Life:
     """Read the state of a run. Takes seconds if it was last used on another machine, and has not ended properly."""
-    use = folder_use(folder)
-    if use.alive:
+    if (use := folder_use(folder)).alive:
         return Life("running", use.host)
     outcome = read_outcome(folder)  # removed when an attempt starts
     if outcome is not None:

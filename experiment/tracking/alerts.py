@@ -164,8 +164,7 @@ def send_last_alert(project: str, folder: RunFolder, alert: Alert) -> None:
 
     Raises subprocess.SubprocessError if that fails, or takes too long.
     """
-    provenance = read_provenance(folder)
-    if provenance is None:  # rank 0 has not opened a W&B run
+    if (provenance := read_provenance(folder)) is None:  # rank 0 has not opened a W&B run
         return
     request = [project, wandb_id(provenance), str(folder.path), alert.event, alert.text]
     command = [sys.executable, "-P", "-c", f"from {__name__} import send_requested; send_requested()"]

@@ -77,8 +77,7 @@ def webhook_service(environ: Mapping[str, str] = os.environ) -> Service:
 def apprise_services(environ: Mapping[str, str] = os.environ) -> list[Service]:
     """Return a service for each URL in DEEPCLOZE_APPRISE_URLS, see https://github.com/caronc/apprise. Raises UserError
     without the URLs, which are secret."""
-    urls = environ.get(_APPRISE, "").split()
-    if not urls:
+    if not (urls := environ.get(_APPRISE, "").split()):
         raise UserError(f"tracking.alerts.apprise: set {_APPRISE} to URLs of Apprise, separated by spaces")
     from apprise import Apprise, AppriseAsset
 

@@ -222,8 +222,7 @@ def _describe(error: Exception) -> str:
 def last_step(folder: Path, run_id: str) -> int:
     """Return the largest W&B step of a run in the local files of all its attempts, `RUN/wandb/*run-*-ID*/run-ID.wandb`;
     -1 if there is none."""
-    files = list(folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb"))
-    if not files:
+    if not (files := list(folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb"))):
         return -1
     from wandb.proto.wandb_internal_pb2 import Record
 

@@ -141,8 +141,7 @@ def _read_labels(cell: object) -> list[str] | str | None:
         values = [_read_id(part) or "" for part in cell]
         if {"", "-1", "-1.0"}.issuperset(values):
             return None
-        flags = [_FLAGS.get(value.lower(), "") for value in values]
-        if not all(flags):
+        if not all(flags := [_FLAGS.get(value.lower(), "") for value in values]):
             raise ValueError("; of several columns, each must have 1 or 0")
         return flags
     cell = _parse_json(cell)
@@ -171,8 +170,7 @@ def _read_tags(cell: object) -> list[str] | None:
         if all(tag in (None, -1) for tag in cell):
             return None
         raise ValueError("; class numbers have names only in Parquet files of `datasets`: read them as hub:FOLDER")
-    tags = _read_words(cell)
-    if tags and not all(tags):
+    if (tags := _read_words(cell)) and not all(tags):
         raise ValueError("; a tag is empty")
     return tags
 

@@ -248,8 +248,7 @@ def _dream_questions(lines: list[str], questions: list[Any], identity: object) -
 def _squad_questions(title: object, paragraphs: list[Any]) -> Iterator[dict[str, object]]:
     for paragraph in paragraphs:
         for question in paragraph["qas"]:
-            answers = question.get("answers")
-            if answers is not None:
+            if (answers := question.get("answers")) is not None:
                 answers = {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
             yield {
                 "title": title,

@@ -85,8 +85,7 @@ class Encoder:
         found = self._tokenize(flat, special=False)["input_ids"]
         for texts in map(list, zip(found[::2], found[1::2], strict=True)):
             room = self.room(2)
-            cut = max(sum(map(len, texts)) - room, 0)
-            if cut:
+            if cut := max(sum(map(len, texts)) - room, 0):
                 shorter = 0 if len(texts[0]) <= len(texts[1]) else 1
                 # Fast tokenizers give an odd room's last token to the longer text, slow ones to the first.
                 half = room // 2 if self.tokenizer.is_fast or shorter == 1 else room - room // 2

@@ -38,8 +38,7 @@ def check_target(name: HubName, source: Path, private: bool, overwrite: bool) ->
             return {file.rfilename for file in found.siblings or ()}, bool(found.private)
         return None
 
-    found = call_hub(name, "model", find)
-    if found is None:
+    if (found := call_hub(name, "model", find)) is None:
         return
     files, is_private = found
     if private and not is_private:

@@ -72,8 +72,7 @@ class Config(TaskConfig):
     """Smaller sizes that vectors can be cut to: their first components are trained, too (Matryoshka)."""
 
     def for_model(self, model: str, earlier: Mapping[str, Any]) -> Self:
-        pooling = self.pooling or earlier.get("task.pooling")
-        if pooling is None:
+        if (pooling := self.pooling or earlier.get("task.pooling")) is None:
             with user_errors_in("task.pooling is not set"):
                 pooling = declared_pooling(local_model(model, modules=True)) or "mean"
         return self.model_copy(update={"pooling": pooling})
@@ -342,7 +341,6 @@ def _relate(records: Sequence[Record], predictions: Sequence[Prediction], size: 
 
 
 def _first_places(texts: Sequence[str]) -> dict[str, int]:
-    """Return the index at which each text occurs first."""
     places: dict[str, int] = {}
     for place, text in enumerate(texts):
         places.setdefault(text, place)

@@ -123,7 +123,6 @@ class Kind(TaskKind[Config]):
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), target)]
 
     def _multi_hot(self, labels: Sequence[str], place: str) -> list[float]:
-        """Return 1.0 for each label that is given, otherwise 0.0."""
         ids = {self.label_id(label, place) for label in labels}
         return [float(number in ids) for number in range(len(self.labels))]
 

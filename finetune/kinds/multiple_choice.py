@@ -138,8 +138,7 @@ class Kind(TaskKind[Config]):
 
     def _choice_id(self, record: Record) -> int:
         label, choices = record.values["label"], record.values["choices"]
-        names = self._names(choices, record.place)
-        if names.count(label) != 1:
+        if (names := self._names(choices, record.place)).count(label) != 1:
             problem = "is not a choice" if label not in names else "is the text of several choices"
             raise UserError(f"{record.place}: the label '{label}' {problem}; the choices: {', '.join(names)}")
         return names.index(label)

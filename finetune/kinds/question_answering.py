@@ -93,8 +93,7 @@ class Kind(TaskKind[Config]):
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
         """Return no labels. Raises UserError if many answers are not where they should be."""
-        lost = _lost(train)
-        if len(lost) > _MOST_LOST * len(train):
+        if len(lost := _lost(train)) > _MOST_LOST * len(train):
             answer = lost[0].values["answers"][0]
             raise UserError(
                 f"{lost[0].place}: the answer '{shorten(answer['text'])}' is not at character {answer['start']} of the "

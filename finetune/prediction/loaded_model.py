@@ -103,8 +103,7 @@ def load_on_cpu(folder: Path, task: SavedTask) -> LoadedModel:
 
 
 def _build(spec: ModelSpec) -> PreTrainedModel:
-    built = build_model(spec)
-    if built.new:
+    if (built := build_model(spec)).new:
         problem = "has no masked-LM head" if spec.auto_model == "AutoModelForMaskedLM" else "is not fine-tuned"
         raise UserError(f"{spec.folder}: the model {problem}: its weights lack {', '.join(built.new[:3])}")
     return built.model

@@ -135,8 +135,7 @@ class MaskFiller:
 
     def split(self, text: str, place: str) -> list[str]:
         """Return the text before, between and behind the masks. Raises UserError if there is none."""
-        segments = text.split(self.mask)
-        if len(segments) == 1:
+        if len(segments := text.split(self.mask)) == 1:
             raise UserError(f"{place}: no {self.mask} to fill{cloze.full_width_advice(self.mask, text)}")
         return segments
 

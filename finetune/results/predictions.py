@@ -198,8 +198,7 @@ def write_worst_rows(
     path: Path, kind: TaskKind[Any], records: Sequence[Record], predictions: Sequence[Prediction]
 ) -> None:
     """Write the 50 rows of the predictions with the highest loss, highest first; no file if the kind has no losses."""
-    losses = kind.losses(records, predictions)
-    if losses is None:
+    if (losses := kind.losses(records, predictions)) is None:
         return
     rows = prediction_rows(kind, records, predictions)
     order = np.argsort(-losses, kind="stable")[:_WORST].tolist()
@@ -235,8 +234,7 @@ def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> S
                 "read it"
             )
         file = path / f"predictions-{split}.jsonl"
-        found = read_predictions(file)
-        if len(found) != len(table):
+        if len(found := read_predictions(file)) != len(table):
             problem = f"expected {len(table):,} predictions, found {len(found):,}"
             raise DamagedPredictionsError(f"{file} is damaged: {problem}")
         predictions.append(found)

@@ -101,7 +101,6 @@ def _describe_confusions(split: str, confusions: Sequence[Mapping[str, Any]]) ->
 
 
 def _describe_calibration(calibration: Mapping[str, Any]) -> list[str]:
-    """Return the calibration error on the last split."""
     return [
         f"calibration error on {split}: {errors['ece']['mean']:.4f}; with temperatures fitted on validation: "
         f"{errors['calibrated_ece']['mean']:.4f}"

@@ -59,8 +59,7 @@ def fit_temperature(classified: Classified) -> float:
 def measure_calibration(splits: Mapping[str, Classified | None]) -> tuple[float | None, dict[str, dict[str, float]]]:
     """Return the temperature that is best on validation, and {`ece`, `calibrated_ece`} of each split; None and {} if
     there is nothing to calibrate."""
-    validation = splits.get("validation")
-    if validation is None:
+    if (validation := splits.get("validation")) is None:
         return None, {}
     temperature = fit_temperature(validation)
     return temperature, {

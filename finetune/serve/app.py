@@ -313,8 +313,7 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def answer_invalid(request: Request, invalid: RequestValidationError) -> Response:
-        errors = invalid.errors()
-        if errors[0]["type"] == "json_invalid":
+        if (errors := invalid.errors())[0]["type"] == "json_invalid":
             return error_response(400, f"invalid JSON: {errors[0]['ctx']['error']}")
         content = request.headers.get("content-type", "")
         if errors[0]["loc"] == ("body",) and "json" not in content:

@@ -141,8 +141,7 @@ class Batcher(Generic[ItemT, ResultT]):
         """Yield the items of the next batches: one of each job in turn, up to the limit of tokens, but at least one."""
         room = self._limits.tokens
         while any(job.waiting for job in self._jobs):
-            job = self._jobs[0]
-            if job.waiting:
+            if (job := self._jobs[0]).waiting:
                 index = job.waiting[0]
                 tokens = job.sizes[index].tokens
                 if tokens > room < self._limits.tokens:  # the next batches begin with it

@@ -154,8 +154,7 @@ def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         message = f"the request is larger than {limits.max_bytes // 1024:,} KiB"
         headers = Headers(scope=scope)
-        announced = headers.get("content-length", "0")
-        if int(announced) > limits.max_bytes:
+        if int(announced := headers.get("content-length", "0")) > limits.max_bytes:
             # With "Expect: 100-continue", no body is sent before we ask for it.
             if "expect" not in headers and int(announced) <= _DISCARDED_BYTES:
                 await _discard(receive)
@@ -208,8 +207,7 @@ def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
 
         async def note_arrival() -> Message:
             nonlocal watching, gone
-            event = await receive()
-            if event["type"] == "http.disconnect":
+            if (event := await receive())["type"] == "http.disconnect":
                 gone = True
                 raise asyncio.CancelledError
             if watching is None and not event.get("more_body", False):

@@ -60,8 +60,7 @@ class PredictRequest(_Request):
 
     @model_validator(mode="after")
     def _one_is_given(self) -> Self:
-        given = [name for name in _ONE_OF if name in self.model_fields_set]
-        if len(given) != 1:
+        if len(given := [name for name in _ONE_OF if name in self.model_fields_set]) != 1:
             raise ValueError(f"expected one of texts, pairs and records, found {' and '.join(given) or 'none'}")
         return self
 

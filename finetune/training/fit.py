@@ -249,7 +249,6 @@ class _Fitting:
         return stop_early or self._updater.steps >= self._updater.total_steps
 
     def _must_evaluate(self) -> bool:
-        """Return whether an evaluation is due after the last update."""
         steps, config = self._updater.steps, self._config
         every = steps_per_epoch(self._task, config) if config.evaluate_every == "epoch" else config.evaluate_every
         evaluated = self._epochs[-1].steps if self._epochs else 0

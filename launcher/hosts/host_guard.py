@@ -79,8 +79,7 @@ def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
     processes, counted_at = 0, float("-inf")
     while time.monotonic() - last_line < SILENCE_SECONDS and time.monotonic() < leave_at:
         with suppress(queue.Empty):
-            line = lines.get(timeout=BEAT_SECONDS)
-            if line == END:
+            if (line := lines.get(timeout=BEAT_SECONDS)) == END:
                 return
             if line == _LEAVE:  # the ranks may have got the signal too, as from a batch system, and save a checkpoint
                 leave_at = min(leave_at, time.monotonic() + _LEAVE_SECONDS)

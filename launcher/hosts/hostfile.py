@@ -70,11 +70,9 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> Hosts:
     hosts: dict[str, int] = {}
     line_of: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        entry = line.partition("#")[0].strip()
-        if not entry:
+        if not (entry := line.partition("#")[0].strip()):
             continue
-        match = _LINE.fullmatch(entry)
-        if match is None:
+        if (match := _LINE.fullmatch(entry)) is None:
             ssh = "users" if "@" in entry else "ports" if re.search(r"\w:[0-9]+\s", entry) else ""
             hint = f"; {ssh} belong in ~/.ssh/config" if ssh else ""
             raise UserError(f"{origin}, line {number}: expected 'NAME slots=N', found {entry!r}{hint}")
@@ -182,8 +180,7 @@ def _expand_ranges(part: str) -> list[str]:
 def _expand_counts(counts: str) -> Iterator[int]:
     """Yield the numbers of `2(x3),1`: 2, 2, 2, 1."""
     for item in counts.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", item)
-        if match is None:
+        if (match := re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", item)) is None:
             raise UserError(f"SLURM_TASKS_PER_NODE={counts}: expected numbers such as 2(x3),1")
         yield from [int(match[1])] * int(match[2] or 1)
 
@@ -193,8 +190,7 @@ def _mpi_hosts(text: str, path: str) -> Hosts:
     hosts: Counter[str] = Counter()
     for number, line in enumerate(text.splitlines(), start=1):
         if entry := line.partition("#")[0].strip():
-            match = _MPI_LINE.fullmatch(entry)
-            if match is None:
+            if (match := _MPI_LINE.fullmatch(entry)) is None:
                 raise UserError(f"{path}, line {number}: expected 'NAME slots=N' or 'NAME:N', found {entry!r}")
             hosts[match["name"]] += int(match["slots"])
     return hosts

@@ -72,7 +72,6 @@ def _ranks_by_host(sizes: Sequence[int]) -> list[range]:
 
 
 def _gather(values: list[float], world: World, device: torch.device) -> list[list[float]]:
-    """Return the values of each rank."""
     own = torch.tensor(values, dtype=torch.float64, device=device)
     rows = [torch.empty_like(own) for _ in range(world.size)]
     dist.all_gather(rows, own)

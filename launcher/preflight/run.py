@@ -104,8 +104,7 @@ def require_hosts(report: Report, target: Target, allow_missing: bool) -> Slots:
 
 def _measure(slots: Slots, machine: Machine, target: Target) -> tuple[Measurement | None, str | None]:
     """Return the measurement, or why it failed; neither for less than two ranks."""
-    ranks = sum(map(len, slots.values()))
-    if ranks < 2:
+    if (ranks := sum(map(len, slots.values()))) < 2:
         return None, None
     if not is_quiet():
         print(f"preflight: timing an all-reduce over {ranks} ranks", file=sys.stderr, flush=True)

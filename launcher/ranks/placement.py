@@ -172,8 +172,7 @@ def parse_filter(text: str, flag: str) -> dict[str, tuple[int, ...] | None]:
     """
     named: dict[str, tuple[int, ...] | None] = {}
     for part in text.split("@"):
-        match = _FILTER.fullmatch(part)
-        if match is None:
+        if (match := _FILTER.fullmatch(part)) is None:
             raise UserError(f"{flag}: expected HOST[:SLOT[,SLOT…]][@HOST…] such as localhost:0,2, found {text!r}")
         if match["name"] in named:
             raise UserError(f"{flag}: {match['name']} appears twice in {text!r}")

@@ -60,8 +60,7 @@ def _cores_of_ranks(ranks: int) -> int:
 
 def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:
     """Return the variables that the launch has sent to this host."""
-    launch = environ.get(LAUNCH_VARIABLE)
-    if launch is None:
+    if (launch := environ.get(LAUNCH_VARIABLE)) is None:
         return {}
     try:
         return read_environment(launch)

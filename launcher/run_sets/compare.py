@@ -143,7 +143,6 @@ def test_rows(cells: ScoresByRow) -> Tests:
 
 
 def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]:
-    """Return the bootstrap scores of each row."""
     splits = {row: _read_split(cell) for row, cell in cells.items()}
     (count, *others) = {len(split.records) for split in splits.values()}
     if others:

@@ -207,8 +207,7 @@ def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) 
         kinds = {"loss": True, "perplexity": True, "accuracy": False}
         known = {f"eval/{name}/{kind}": lower for name in corpora for kind, lower in kinds.items()} | {"loss": True}
         default = next(iter(known))
-    chosen = requested or default
-    if chosen not in known:
+    if (chosen := requested or default) not in known:
         raise UserError(f"--metric: the runs do not report '{chosen}'{did_you_mean(chosen, known)}")
     return chosen, known[chosen]
 

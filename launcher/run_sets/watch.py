@@ -87,8 +87,7 @@ def read_run_config(run: RunFolder) -> PretrainConfig:
 
 def describe_scores(run: RunFolder, task: WatchedTask) -> str:
     """Return a line on the scores of all checkpoints on a task."""
-    results = _results_on(task, run)
-    if not results:
+    if not (results := _results_on(task, run)):
         return f"{task.name}: no checkpoint is scored"
     named = {"best": best_result(results), "last": results[-1]}
     scores = ", ".join(f"{name} {result} at step {result.step:,}" for name, result in named.items())
@@ -260,7 +259,6 @@ class Watch:
         self._announcement.send(self._run, result)
 
     def _attempts(self) -> list[dict[str, Any]]:
-        """Return the attempts at the run so far."""
         return list((read_provenance(self._run) or {"attempts": []})["attempts"])
 
     def _log_results(self, state: str) -> bool:

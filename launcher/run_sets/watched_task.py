@@ -120,8 +120,7 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
     argv = _argv_with_copy(task, folder)
     child = ChildRun("watch", f"{task.name}: step {step}", RunFolder(folder / "run"), argv, shows_results=False)
     wait_for_other_process(child)
-    state = start(child)
-    if state != DONE:
+    if (state := start(child)) != DONE:
         raise TaskRejectedError(state) if state == REJECTED else ScoringError(state)
     metrics, collapsed = _read_results(child.folder.results)
     shutil.rmtree(folder, ignore_errors=True)

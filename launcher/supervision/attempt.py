@@ -103,7 +103,6 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
 
 
 def _run_on_hosts(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
-    """Run the ranks on hosts that are guarded."""
     processes = RankProcesses()
     name = f"{xxhash.xxh3_64_hexdigest(os.fsencode(launch.folder.path))}-{os.urandom(8).hex()}"  # of this attempt
     guards = GuardedHosts(list(layout.slots), name, launch.host_environment, processes.check)

@@ -165,8 +165,7 @@ class HangWatch:
 
     def _stack(self, rank: int) -> str:
         log = self._folder.rank_log(rank)
-        frames = self._frames(rank)
-        if not frames:
+        if not (frames := self._frames(rank)):
             return f"the stack of rank {rank} is not known: it does not react to signals"
         more = ["…"] if len(frames) > _MOST_FRAMES else []
         lines = "\n".join(f"  {frame}" for frame in [*frames[:_MOST_FRAMES], *more])

@@ -51,8 +51,7 @@ def has_begun(folder: RunFolder) -> bool:
 
 def all_done(folder: RunFolder, ranks: int) -> bool:
     """Return whether the run is done, and the processes of all its ranks, which are on this machine, have ended."""
-    reported = read_outcome(folder)
-    if reported is None or reported.outcome is not Outcome.DONE:
+    if (reported := read_outcome(folder)) is None or reported.outcome is not Outcome.DONE:
         return False
     processes = read_rank_records(folder)
     return len(processes) == ranks and all(process.exit == 0 and not is_running(process.pid) for process in processes)

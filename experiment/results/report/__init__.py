@@ -30,11 +30,9 @@ def write_report(
     """
     folder = open_folder(run)
     life = None if outcome is None else Life(outcome.value)
-    page = set_page(folder, open_runs)
-    if page is None:
+    if (page := set_page(folder, open_runs)) is None:
         opened = open_run(folder.path.name, folder, life)
-        blocks = run_blocks(opened)
-        if not blocks:
+        if not (blocks := run_blocks(opened)):
             raise UserError(
                 f"{folder.path} has nothing to report: neither results.json, sweep.json, compare.json nor an event in "
                 f"{folder.metrics.name}"

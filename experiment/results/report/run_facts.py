@@ -72,8 +72,7 @@ def _headline(run: Run, facts: Sequence[Fact]) -> Headline:
 def describe_state(run: Run) -> tuple[str, Tone]:
     """Describe the state, 'running on node-1, as of 2026-11-20 09:20 UTC', and its tone. A followed page shows the
     time elsewhere."""
-    life = run.life
-    if life is None:
+    if (life := run.life) is None:
         return "not known yet", "plain"
     if life.state != "running":
         return life.state, _TONES[life.state]
@@ -97,7 +96,6 @@ def _parameters(folder: RunFolder) -> Iterator[Fact]:
 
 
 def _seeds(run: Run) -> Iterator[Fact]:
-    """Yield the seeds of a fine-tuning run."""
     with suppress(KeyError, TypeError):
         seeds = run.config["training"]["seeds"]
         yield Fact("Seeds", f"{len(run.folder.finished_seeds)}", f"finished of {len(seeds)}")
@@ -112,13 +110,11 @@ def _progress(run: Run) -> Iterator[Fact]:
 
 
 def _tokens(history: History, state: Mapping[str, Any]) -> Iterator[Fact]:
-    tokens = history.last("tokens")
-    if tokens is None:
+    if (tokens := history.last("tokens")) is None:
         return
     yield Fact("Tokens", scaled(tokens), f"{tokens:,.0f}")
     try:
-        train = state["corpora"]["train"]
-        if len(train) == 1:
+        if len(train := state["corpora"]["train"]) == 1:
             name, by_corpus = train[0]["name"], state.get("progress", {}).get("tokens_by_corpus", {})
             parents = sum(count for corpus, count in by_corpus.items() if corpus != name)  # of a fork
             yield Fact("Epochs", f"{(tokens - parents) / state['tokens_per_epoch'][name]:.2f}", f"of {name}")
@@ -132,8 +128,7 @@ def _losses(history: History) -> Iterator[Fact]:
     for corpus in history.corpora[:1]:
         if best := history.best_loss(corpus):
             yield Fact("Best held-out loss", f"{best[0]:.4f}", f"{corpus}, step {best[1]:,}")
-    loss = history.last("loss")
-    if loss is not None:
+    if (loss := history.last("loss")) is not None:
         yield Fact("Training loss", f"{loss:.4f}", "last log event")
 
 
@@ -143,8 +138,7 @@ def _checkpoints(run: Run) -> Iterator[Fact]:
         saved = datetime.fromtimestamp((last / COMPLETE).stat().st_mtime, UTC)
         yield Fact("Last checkpoint", f"{checkpoint_step(last):,}", f"{saved:%Y-%m-%d %H:%M} UTC")
     with suppress(OSError, ValueError):
-        best = named_best(run.folder.checkpoints)
-        if best is not None:
+        if (best := named_best(run.folder.checkpoints)) is not None:
             yield Fact("Best checkpoint", f"{checkpoint_step(best):,}", "step")
 
 

@@ -125,8 +125,7 @@ def difference_blocks(runs: Sequence[Run]) -> list[Block]:
     if len(runs) < 2:
         return []
     configs = {run.name: flatten(run.config) for run in runs}
-    differing = differing_keys(list(configs.values()))
-    if not differing:
+    if not (differing := differing_keys(list(configs.values()))):
         return [Text("The configs of these runs do not differ.")]
     cells = {name: [_value(config, key) for key in differing] for name, config in configs.items()}
     if len(configs) > len(differing):

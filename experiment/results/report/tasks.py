@@ -177,8 +177,7 @@ def downstream_blocks(folder: RunFolder, axis: Axis) -> list[Block]:
 
     axis: of the run.
     """
-    results = read_results(folder)
-    if not results:
+    if not (results := read_results(folder)):
         return []
     by_task = {task: list(group) for task, group in groupby(results, key=lambda result: result.task)}
     panels = []

@@ -157,7 +157,6 @@ def _stages(config: Mapping[str, Any]) -> Iterator[Mark]:
 
 def _best(folder: RunFolder) -> Iterator[Mark]:
     with suppress(OSError, ValueError):
-        best = named_best(folder.checkpoints)
-        if best is not None:
+        if (best := named_best(folder.checkpoints)) is not None:
             step = checkpoint_step(best)
             yield Mark("best", step, f"best checkpoint: step {step:,}")
