@@ -66,7 +66,7 @@ def read_clean_summary(folder: str) -> Mapping[str, Any] | None:
     return summary if is_summary(summary) else None
 
 
-def _parse_summary(file: IO[bytes]) -> object:
+def _parse_summary(file: IO[bytes]) -> Any:
     """Return the value of a JSON file, or of the first line of JSON Lines, which may be larger than memory; None if
     that line is too long for a clean.json. Raises ValueError."""
     line = file.readline(_LINE_BYTES)

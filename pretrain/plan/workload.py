@@ -62,13 +62,16 @@ class StageWork:
 
 def stage_work(stream: TrainingStream, masking: MaskingConfig) -> tuple[StageWork, ...]:
     return tuple(
-        _stage(maker, order, max(first, stream.begin), end, max(masking.rates))
+        _stage(maker, order, first, max(first, stream.begin), end, max(masking.rates))
         for maker, order, first, end in zip(stream.makers, stream.orders, stream.first_steps, stream.ends, strict=True)
         if end is None or end > stream.begin
     )
 
 
-def _stage(maker: BatchMaker, order: ShuffledOrder, first_step: int, end: int | None, rate: float) -> StageWork:
+def _stage(
+    maker: BatchMaker, order: ShuffledOrder, first_step: int, begin: int, end: int | None, rate: float
+) -> StageWork:
+    """Return the work of a stage from step `begin` on. All of its batches are sampled."""
     # The last batch may be short, and early ones are during batch warmup.
     first = max(first_step, order.sizes.warmup_steps)
     last = first + _SAMPLED_BATCHES if end is None else max(first_step, end - 2)
@@ -76,11 +79,11 @@ def _stage(maker: BatchMaker, order: ShuffledOrder, first_step: int, end: int | 
     count = max(1, min(_SAMPLED_BATCHES, _SAMPLED_SEQUENCES // order.sizes.sequences))
     batches = [_batch_shape(maker, int(step), rate) for step in np.unique(np.linspace(last, first, count, dtype=int))]
     return StageWork(
-        first_step=first_step,
-        steps=None if end is None else end - first_step,
+        first_step=begin,
+        steps=None if end is None else end - begin,
         sequences=order.sizes.sequences,
         max_seq_length=maker.layout.max_seq_length,
-        tokens=None if end is None else _tokens(maker, order, end) - _tokens(maker, order, first_step),
+        tokens=None if end is None else _tokens(maker, order, end) - _tokens(maker, order, begin),
         batch=max(batches, key=lambda batch: (batch.largest.rows * batch.largest.width, batch.largest.predicted)),
         mean=MeanBatch(
             tokens=round(fmean(batch.tokens for batch in batches)),

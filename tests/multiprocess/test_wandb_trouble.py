@@ -127,7 +127,8 @@ def test_a_server_that_breaks_during_a_run(
 def test_no_step_is_doubled_or_missing_after_a_kill(
     start: Start, fork_server: ForkServer, wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches steps that appear twice in W&B or TensorBoard after a crash, or not at all, with the real packages."""
+    """Catches steps that appear twice in W&B or TensorBoard after a crash, or not at all, with the real packages; and a
+    resume that names the W&B run again."""
     config = config_file(
         tmp_path,
         wordpiece_corpus,
@@ -153,6 +154,7 @@ def test_no_step_is_doubled_or_missing_after_a_kill(
     steps = logged(folder, "step")
     assert steps == list(range(1, len(steps) + 1))
     assert _shown(server) == logged(folder)
+    assert server.names == ["run"]
     assert _event_file(folder) == pytest.approx(logged(folder), rel=1e-6)  # in single precision
 
 

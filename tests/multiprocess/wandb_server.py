@@ -22,6 +22,7 @@ class FakeServer:
     history: list[dict[str, Any]] = field(default_factory=list)  # rows, as they arrived
     alerts: list[dict[str, Any]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)  # of GraphQL, by name
+    names: list[str] = field(default_factory=list)  # that the run is given
     exit_codes: list[int] = field(default_factory=list)
     inserted: bool = False
 
@@ -32,6 +33,7 @@ class FakeServer:
         match operation:
             case "UpsertBucket":
                 first, self.inserted = not self.inserted, True
+                self.names += filter(None, [variables.get("displayName")])
                 bucket = {"id": "b", "name": variables.get("name"), "displayName": "run", "project": project}
                 return {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": first}}
             case "RunResumeStatus":
