@@ -25,6 +25,23 @@ def test_a_module_of_the_same_name_on_the_path_is_not_imported(tmp_path: Path) -
     assert "executed" not in done.stdout
 
 
+def test_worker_processes_import_the_same_packages(wordpiece: Path, tmp_path: Path) -> None:
+    """Catches workers, which are other processes, that import a user's `pretrain.py`."""
+    (tmp_path / "pretrain.py").write_text("raise SystemExit('executed')")
+    (tmp_path / "text.txt").write_text("a b\nc d\n" * 50)
+    flags = ["corpus", f"--tokenizer={wordpiece}", "--workers=2", "--source=text.txt", "--output=corpus"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"from deepcloze import run; import sys; sys.argv[1:] = {flags}; run()"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "corpus" / "manifest.json").is_file()
+
+
 def test_files_in_the_working_directory_hide_nothing(tmp_path: Path) -> None:
     """Catches a user's `pretrain.py` that the command imports."""
     for name in ("launcher", "pretrain", "finetune", "experiment", "yaml", "torch"):

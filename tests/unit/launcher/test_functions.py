@@ -41,11 +41,10 @@ TASK = {"run": {"dir": "runs/task"}, "task": {"train": "train.csv"}, "model": {"
 COMPARISON = {"run": {"dir": "runs/comparison"}, "rows": {"a": {"init_from": "model"}}, "tasks": ["task.yaml"]}
 
 
-def run_script(file: Path, code: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+def run_script(file: Path, code: str) -> "subprocess.CompletedProcess[str]":
     """Run a script as a user does, with its folder first on Python's path."""
     file.write_text(code, encoding="utf-8")
-    command, environment = [sys.executable, file.name], os.environ | variables
-    return subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, file.name], cwd=file.parent, capture_output=True, text=True, check=False)
 
 
 def test_an_import_imports_nothing_else(tmp_path: Path) -> None:
@@ -431,15 +430,14 @@ def test_another_thread_is_rejected() -> None:
 
 
 def test_a_script_may_have_the_name_of_a_package(tmp_path: Path, wordpiece: Path, text_file: Path) -> None:
-    """Catches workers that execute the script, as main module or as `pretrain`, which would build the corpus again; its
-    folder is in PYTHONPATH, too."""
+    """Catches workers that execute the script, as main module or as `pretrain`, which would build the corpus again."""
     for name in ("a.txt", "b.txt"):  # one for each worker
         shutil.copy(text_file, tmp_path / name)
     code = f"""print("executed")
 import deepcloze
 corpus = deepcloze.build_corpus(["a.txt", "b.txt"], {str(wordpiece)!r}, "corpus", workers=2)
 print(corpus.documents)"""
-    done = run_script(tmp_path / "pretrain.py", code, PYTHONPATH=str(tmp_path))
+    done = run_script(tmp_path / "pretrain.py", code)
     assert done.stdout.count("executed") == 1, done.stderr
     assert done.stdout.endswith("\n1280\n")
 

@@ -226,7 +226,7 @@ def test_processes_are_counted_rarely(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_many_hosts_are_guarded_at_once(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches hosts that are connected one after another."""
-    names = [f"node-{number}" for number in range(10)]
+    names = [f"node-{number}" for number in range(20)]
     (tmp_path / "connected").mkdir()
     wait_for_all = f"touch $1; until [ $(ls | wc -l) -eq {len(names)} ]; do sleep 0.05; done"
     guard = STAND_IN_GUARD.replace("read -r request", f"read -r request; cd {tmp_path}/connected; {wait_for_all}")

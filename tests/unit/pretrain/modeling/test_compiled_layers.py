@@ -136,7 +136,7 @@ MODERNBERT = {"layer_types": ["full_attention", "sliding_attention", "sliding_at
 @pytest.mark.parametrize(
     ("options", "graphs"),
     [
-        ({"backend": "eager"}, 2),  # traces graphs, without the minute that compiling them takes
+        ({"backend": "aot_eager"}, 2),  # traces graphs and gradients, without the minute that compiling them takes
         pytest.param({}, 2, marks=pytest.mark.soak),
         pytest.param({"checkpointing": True}, 2, marks=pytest.mark.soak),
         pytest.param(
