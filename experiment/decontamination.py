@@ -18,7 +18,7 @@ CLEAN_SUMMARY = "clean.json"
 """The file beside cleaned documents that says how they were cleaned."""
 CLEAN_PAGE = "report.html"
 """The same as a page."""
-_LINE_BYTES = 1 << 20  # no line of clean.json is as long
+_LINE_BYTES = 1 << 26  # no line of clean.json is as long
 
 
 class EvaluationText(NamedTuple):

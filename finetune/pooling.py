@@ -24,11 +24,12 @@ def declared_pooling(folder: Path) -> Pooling | None:
         config = dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    flag = "pooling_mode_"  # of earlier versions, which we write too: pooling_mode_cls_token
-    declared = [key.removeprefix(flag) for key, value in config.items() if key.startswith(flag) and value]
-    declared += [str(config["pooling_mode"])] if "pooling_mode" in config else []
-    found = {mode.removesuffix("_tokens").removesuffix("_token") for mode in declared}
-    others = {layer.name for layer in folder.glob("[2-9]_*") if not layer.name.endswith("_Normalize")}
+    if (declared := config.get("pooling_mode")) is None:  # as earlier versions write it, and we: pooling_mode_cls_token
+        flag = "pooling_mode_"
+        declared = [key.removeprefix(flag) for key, value in config.items() if key.startswith(flag) and value]
+    modes = declared if isinstance(declared, list) else [declared]
+    found = {str(mode).removesuffix("_tokens").removesuffix("_token") for mode in modes}
+    others = {layer.name for layer in folder.glob("[2-9]_*") if not layer.name.endswith(("_Normalize", "_Dropout"))}
     others |= found if len(found) > 1 else found.difference(get_args(Pooling))
     if others:
         raise UserError(

@@ -328,16 +328,17 @@ def _check_fork(plan: ResumePlan, config: PretrainConfig, train: Corpus) -> None
 
 
 def _warn_of_same_seed(config: PretrainConfig, corpora: Sequence[TrainingCorpus], model: Path) -> None:
-    """Order and masks follow from seed, corpus, stage and sequence length: with all unchanged, a run repeats the
-    batches of the model's own run."""
+    """Order and masks follow from seed, corpus, stage and the sequences: with all unchanged, a run repeats the batches
+    of the model's own run. Another sequence length changes the sequences if documents are longer."""
     before = state_around(model).get("identity")
     if before is None or before["run.seed"] != config.run.seed:
         return
     lengths = [length for _, length, _ in before["schedule.stages"]] or [before["batch.max_seq_length"]]
-    if all(stage.max_seq_length != length for stage, length in zip(config.stages, lengths, strict=False)):
-        return
+    stages = [(stage.max_seq_length, length) for stage, length in zip(config.stages, lengths, strict=False)]
     for given in corpora:
-        if given.corpus.fingerprint in str(before["corpus.train"]):
+        longest = given.corpus.manifest.length_percentiles["100"]
+        repeats = any(now == then or longest <= min(now, then) for now, then in stages)
+        if repeats and given.corpus.fingerprint in str(before["corpus.train"]):
             log.warning(
                 "the model in %s was also trained on %s with run.seed %d; use another seed, or it sees the same "
                 "batches with the same masks again",

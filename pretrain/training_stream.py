@@ -180,7 +180,7 @@ def _total_steps(
     for sizes, after, mean in zip(others, (*others[1:], last), mean_lengths, strict=False):
         end = after.first_step
         before_last += (sizes.start(end) - sizes.start(min(start, end))) * mean
-    if before_last >= schedule.tokens > done:
+    if others and before_last >= schedule.tokens:
         raise UserError(
             f"schedule.tokens: the first {len(others)} of schedule.stages take about {before_last:.4g} tokens, "
             f"which leaves none of {schedule.tokens:.4g} for the last one"

@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
         server = ForkServer(folder)
         config.add_cleanup(server.close)
         os.environ[_PARENT] = str(folder)
-        if not Path("/dev/nvidiactl").exists():  # a server has chosen the CPU
+        if not any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "nvmap")):  # a server chooses the CPU
             os.environ |= server.environment()
     elif _PARENT in os.environ:
         before = os.environ.pop("PYTHONPATH", "").removeprefix(os.environ[_PARENT]).removeprefix(":")

@@ -19,7 +19,7 @@ from experiment.files import parse_json
 _LARGEST = 1e18  # of the numbers to predict
 _FLAGS = {"1": "1", "1.0": "1", "true": "1", "0": "0", "0.0": "0", "false": "0"}
 _HAN = re.compile("[\u4e00-\u9fff]")
-_HAN_IN_WORDS = 4  # in a word, at most, on average
+_HAN_IN_WORD = 4  # at most, in text of one word
 _CHINESE_SENTENCE = re.compile("[\u4e00-\u9fff][，。！？；：、…]")
 
 
@@ -187,10 +187,10 @@ def _read_sentence(cell: object) -> list[str]:
 
 
 def _lacks_spaces(words: list[str]) -> bool:
-    """Return whether the words of a text are rather clauses or sentences in Chinese."""
-    is_sentence = len(words) == 1 and _CHINESE_SENTENCE.search(words[0]) is not None
-    counts = [count for word in words if (count := len(_HAN.findall(word)))]
-    return is_sentence or sum(counts) > _HAN_IN_WORDS * len(counts)
+    """Return whether the only word of a text is rather a clause or a sentence in Chinese."""
+    return len(words) == 1 and (
+        _CHINESE_SENTENCE.search(words[0]) is not None or len(_HAN.findall(words[0])) > _HAN_IN_WORD
+    )
 
 
 def _read_answers(cell: object) -> list[dict[str, Any]] | None:

@@ -135,25 +135,26 @@ def check_differs(name: str, points: Mapping[str, FinetuneConfig | PretrainConfi
 
 def _check_comparable(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:
     """Raise UserError if a point of fine-tuning has no validation split, or if a point of pretraining is evaluated with
-    another masking policy or sequence length than the first one."""
+    another masking policy or sequence length, or on other corpora, than the first one."""
     point, (first_name, first) = points[name], next(iter(points.items()))
     if isinstance(point, FinetuneConfig):
         check_validation(point, "the points of a sweep are compared on validation")
         return
     assert isinstance(first, PretrainConfig)
     before, now = _evaluation_settings(first), _evaluation_settings(point)
-    if changed := [key for key in now if now[key] != before[key]]:
+    if changed := [key for key in {**before, **now} if now.get(key) != before.get(key)]:
         key = changed[0]
         raise UserError(
-            f"{key} is {now[key]}, but {before[key]} in {first_name}: the metrics depend on it, so these points "
-            "cannot be compared by them; compare the models on tasks with `deepcloze compare`, a row for each"
+            f"{key} is {now.get(key)}, but {before.get(key)} in {first_name}: the metrics depend on it, so these "
+            "points cannot be compared by them; compare the models on tasks with `deepcloze compare`, a row for each"
         )
 
 
 def _evaluation_settings(config: PretrainConfig) -> dict[str, object]:
     """Return the keys that held-out metrics depend on; of several masking rates, the last one, as in evaluations."""
     masking = config.masking.model_dump(exclude={"schedule"}) | {"rate": config.masking.rates[-1]}
-    return flatten({"masking": masking, "batch": {"max_seq_length": config.batch.max_seq_length}})
+    corpora = {"eval": dict(config.corpus.eval)}
+    return flatten({"masking": masking, "batch": {"max_seq_length": config.batch.max_seq_length}, "corpus": corpora})
 
 
 class _Pins:

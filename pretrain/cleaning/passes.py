@@ -202,7 +202,7 @@ def _process(passes: Sequence[Pass], part: _Part) -> int:
     tallies = list[StepTally]()
     for step in planned.counted:
         texts = [document.text for document in documents]
-        verdicts = _apply(step, documents, part, read)
+        verdicts = _apply(step, documents, part)
         verdicts = [_dropped_if_empty(*pair) for pair in zip(documents, verdicts, strict=True)]
         tallies.append(StepTally())
         for document, text, verdict in zip(documents, texts, verdicts, strict=True):
@@ -220,7 +220,7 @@ def _without_markup(documents: list[Document], tally: StepTally) -> list[Documen
     """Return the documents with plain text; those without any are left out, as are empty lines of a file. tally: counts
     the others, and those whose markup cannot be removed."""
     left, sources = list[Document](), [document.text for document in documents]
-    verdicts = _apply_to_each(_remove_markup, documents, "removing markup", len(documents))
+    verdicts = _apply_to_each(_remove_markup, documents, "removing markup")
     for document, source, verdict in zip(documents, sources, verdicts, strict=True):
         if verdict is not None or (document.text and not document.text.isspace()):
             tally.count(document, source, verdict, listed=False)
@@ -234,28 +234,28 @@ def _remove_markup(document: Document) -> None:
         document.text, document.markup = to_text(document.text, document.markup), ""
 
 
-def _apply(step: Step[Any], documents: list[Document], part: _Part, read: int) -> list[Verdict | None]:
+def _apply(step: Step[Any], documents: list[Document], part: _Part) -> list[Verdict | None]:
     if isinstance(step, CollectionStep):
         return step.apply(documents, part.files.decisions(part.number))
     assert isinstance(step, DocumentStep)
-    return _apply_to_each(step.apply, documents, f"the step {type(step).__module__.rpartition('.')[2]}", read)
+    return _apply_to_each(step.apply, documents, f"the step {type(step).__module__.rpartition('.')[2]}")
 
 
 def _apply_to_each(
-    function: Callable[[Document], Verdict | None], documents: Sequence[Document], name: str, read: int
+    function: Callable[[Document], Verdict | None], documents: Sequence[Document], name: str
 ) -> list[Verdict | None]:
-    """Apply a function to documents; those that a library fails on are dropped. Raises UserError if it fails on all,
-    unless only one of the `read` documents of the part is left."""
+    """Apply a function to documents; those that a library fails on are dropped. Raises UserError if it fails on all of
+    several."""
     verdicts, errors = list[Verdict | None](), list[str]()
     for document in documents:
         try:
             verdicts.append(function(document))
-        except (UserError, OSError):  # of the config, or of a disk
+        except (UserError, OSError, MemoryError):  # of the config, or of the machine
             raise
         except Exception as error:
             errors.append(repr(error)[:_ERROR_CHARACTERS])
             verdicts.append(Verdict("failed", detail=errors[-1]))
-    if 0 < min(2, read) <= len(errors) == len(documents):
+    if 1 < len(errors) == len(documents):
         raise UserError(f"{documents[0].id}: {name} fails on this document: {errors[0]}")
     return verdicts
 

@@ -191,13 +191,9 @@ def _partial_of(folder: Path) -> Path:
 def _recorded_data(folder: Path) -> list[HubData]:
     """Return the data sets of the unfinished build of a corpus, with their commits."""
     try:
-        partial = _partial_of(folder)
-        found = [HubData.parse(data) for data in read_json(partial / ARGUMENTS)["hub"]]
+        return [HubData.parse(data) for data in read_json(_partial_of(folder) / ARGUMENTS)["hub"]]
     except (OSError, ValueError, LookupError):
         return []
-    for data in found:
-        inform(f"{partial} was begun with {data}; delete it to read a newer commit")
-    return found
 
 
 def plan_build(options: CorpusOptions) -> BuildPlan:
@@ -208,6 +204,9 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
     assert options.output is not None
     pinned = _recorded_data(options.output)
     sources = find_sources(options.source, output=options.output, pinned=pinned)
+    for source in sources:
+        if source.kind == "hub" and (data := hub_data(source)) in pinned and str(data) not in str(options.source):
+            inform(f"{_partial_of(options.output)} was begun with {data}; delete it to read a newer commit")
     segmenter = None if options.segmenter is None else read_segmenter(options.segmenter, options.user_dictionary)
     tokenizer = load_build_tokenizer(options.tokenizer, segmenter)
     if segmenter is not None and word_boundaries(tokenizer.spec.tokenizer_json) is None:

@@ -50,7 +50,11 @@ def check_read(sources: Sequence[Source], options: TextOptions, start_matches: i
 
     Raises UserError if an item of `--source` has only such archives, and for a pattern that matched no line.
     """
-    matched = {source.item for source in sources if archives.get(_archive_name(source), Members()).read}
+    matched = {
+        source.item
+        for source in sources
+        if source.kind != "archive" or archives.get(_archive_name(source), Members()).read
+    }
     for source in sources:
         if source.kind == "archive":
             members = archives.get(_archive_name(source), Members())

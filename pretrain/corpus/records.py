@@ -43,6 +43,11 @@ class SplitTask(NamedTuple):
     split: Split
     parts: bytes
 
+    @property
+    def place(self) -> str:
+        """Where its documents are, for messages."""
+        return f"documents from {self.split.spans[0].source.name} on"
+
 
 class ShardTask(NamedTuple):
     """Pieces to join to a shard."""

@@ -256,8 +256,9 @@ def _memory_warnings(plan: RunPlan) -> Iterator[str]:
 
 
 def _batches_warnings(plan: RunPlan) -> Iterator[str]:
-    for number, stage in enumerate(plan.stages):
-        shape, where = stage.batch.largest, f" in stage {number + 1}" if len(plan.stages) > 1 else ""
+    planned = len(plan.run.config.stages)
+    for number, stage in enumerate(plan.stages, 1 + planned - len(plan.stages)):  # a fork may begin after the first
+        shape, where = stage.batch.largest, f" in stage {number}" if planned > 1 else ""
         slots, more = shape.rows * shape.width, stage.batch.microbatches > 1
         if plan.device.is_gpu and slots < _SMALL_MICROBATCH:
             yield (

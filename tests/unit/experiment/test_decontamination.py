@@ -66,6 +66,9 @@ def test_a_damaged_file_is_not_text(tmp_path: Path, size: int) -> None:
     (tmp_path / "clean.json").write_text(summary[:size])
     with pytest.raises(UserError, match=r"clean\.json is damaged: .* and clean them again$"):
         is_clean_summary(str(tmp_path / "clean.json"))
+    (tmp_path / "clean.json").write_bytes(bytes(3 << 20))  # as after a power cut
+    with pytest.raises(UserError, match=r"clean\.json is damaged"):
+        is_clean_summary(str(tmp_path / "clean.json"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,15 @@ def test_a_tokenizer_without_a_template_is_warned_of(
 
 
 @pytest.mark.parametrize(
-    ("seed", "length", "stages", "warned"),
+    ("seed", "length", "longest", "stages", "warned"),
     [
-        (8, 32, [], True),
-        (9, 32, [], False),
-        (8, 24, [], False),
-        (8, 24, [{"steps": 1, "max_seq_length": 32}, {}], True),
-        (8, 24, [{"steps": 1}, {"max_seq_length": 32}], False),
+        (8, 32, 200, [], True),
+        (9, 32, 200, [], False),
+        (8, 24, 200, [], False),
+        (8, 24, 25, [], False),
+        (8, 24, 24, [], True),
+        (8, 24, 200, [{"steps": 1, "max_seq_length": 32}, {}], True),
+        (8, 24, 200, [{"steps": 1}, {"max_seq_length": 32}], False),
     ],
 )
 def test_init_from_warns_of_the_same_corpus_and_seed(
@@ -113,11 +116,17 @@ def test_init_from_warns_of_the_same_corpus_and_seed(
     monkeypatch: pytest.MonkeyPatch,
     seed: int,
     length: int,
+    longest: int,
     stages: list[dict[str, int]],
     warned: bool,
 ) -> None:
     """Catches a missing warning about continued pretraining on the same batches with the same masks, a warning where
-    another sequence length gives others, relative paths in RUN/config.yaml, and a trace for a damaged checkpoint."""
+    another sequence length gives others, which it does only if documents are longer, relative paths in RUN/config.yaml,
+    and a trace for a damaged checkpoint."""
+    wordpiece_corpus = Path(shutil.copytree(wordpiece_corpus, tmp_path / "corpus"))
+    manifest = json.loads((wordpiece_corpus / "manifest.json").read_text())
+    manifest["length_percentiles"]["100"] = longest
+    (wordpiece_corpus / "manifest.json").write_text(json.dumps(manifest))
     first = {"dir": str(tmp_path / "first"), "seed": 8}
     model = {"config": TINY | {"intermediate_size": 32}}
     config = config_of(tmp_path, wordpiece_corpus, run=first, model=model)

@@ -315,6 +315,9 @@ def test_the_tokens_of_a_fork_are_those_that_its_parent_leaves(
     assert open_with(dataclasses.replace(planned, step=stream.steps - 1, fork=False)).steps == stream.steps
     with pytest.raises(UserError, match=r"schedule\.tokens is 5e\+04, but a fork .* has 6e\+04 already"):
         open_with(dataclasses.replace(planned, forked_tokens=60_000))
+    if "stages" in schedule:
+        with pytest.raises(UserError, match=r"which leaves none of 5e\+04 for the last one"):
+            open_with(dataclasses.replace(planned, step=9, fork=False, forked_tokens=60_000))
 
 
 def test_epochs_are_those_of_all_stages(open_run_stream: OpenStream) -> None:

@@ -368,11 +368,10 @@ def test_a_chinese_sentence_is_not_one_word(tmp_path: Path) -> None:
     path = write(tmp_path / "b.jsonl", '{"tokens": "李 婷 好 。"}\n{"tokens": "好"}\n{"tokens": ["好。"]}\n')
     found = values(read_table(path, TokenColumns(), targets_required=False))
     assert [row["words"] for row in found] == [["李", "婷", "好", "。"], ["好"], ["好。"]]
-    for text in ("我爱北京天安门", "iPhone 的发布会在北京举行", "今天天气很好 我们去北京玩"):
-        path = write(tmp_path / "c.jsonl", json.dumps({"tokens": text}))
-        with pytest.raises(UserError, match=r"c\.jsonl:1: .*; in Chinese, put spaces between the words"):
-            read_table(path, TokenColumns(), targets_required=False)
-    rows = ["iPhone 在 北京 举行 发布会", "乌兹别克斯坦 和 中国", ["我爱北京天安门"], '["我爱北京天安门"]']
+    path = write(tmp_path / "c.jsonl", json.dumps({"tokens": "我爱北京天安门"}))
+    with pytest.raises(UserError, match=r"c\.jsonl:1: .*; in Chinese, put spaces between the words"):
+        read_table(path, TokenColumns(), targets_required=False)
+    rows = ["iPhone 在 北京 举行 发布会", "中国人民解放军总医院 成立 了", ["我爱北京天安门"], '["我爱北京天安门"]']
     path = write(tmp_path / "d.jsonl", "\n".join(json.dumps({"tokens": row}) for row in rows))
     found = values(read_table(path, TokenColumns(), targets_required=False))
     assert [len(row["words"]) for row in found] == [5, 3, 1, 1]

@@ -449,6 +449,8 @@ def test_sentence_transformers_opens_the_folder(model: Path) -> None:
         ({"pooling_mode": "cls", "embedding_dimension": 8}, "cls"),  # as sentence-transformers 6 writes it
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode": ["cls"]}, "cls"),
+        ({"pooling_mode": "mean", "pooling_mode_cls_token": True}, "mean"),  # as sentence-transformers reads it
         (None, "mean"),
     ],
 )
@@ -482,7 +484,7 @@ def test_the_pooling_of_a_model_is_the_default(
 @pytest.mark.parametrize(
     ("pooling", "layer", "named"),
     [
-        ({"pooling_mode": "max"}, "2_Normalize", "max"),
+        ({"pooling_mode": ["max"]}, "2_Dropout", "max"),
         ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "2_Normalize", "max, mean"),
         ({"pooling_mode": "mean"}, "2_Dense", "2_Dense"),
     ],

@@ -369,7 +369,7 @@ def test_a_missing_package_is_one_message(clean: Any, monkeypatch: pytest.Monkey
 def test_a_library_that_fails_names_the_document(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ftfy.fix_text", lambda *arguments, **keys: 1 / 0)
     with pytest.raises(UserError, match=r"in.txt:1: the step ftfy fails on this document: ZeroDivisionError"):
-        clean(["a"], {"ftfy": {}})
+        clean(["a", "b"], {"ftfy": {}})
 
 
 def failing(function: Callable[..., Any], on: str) -> Callable[..., Any]:
@@ -419,9 +419,11 @@ def test_a_library_that_fails_on_all_documents_ends_the_cleaning(
     found = clean(["a", "two words"], {"length": {"min_words": 2}}, {"ftfy": {}})
     assert found["steps"][1]["rules"]["failed"]["dropped"] == 1
     monkeypatch.setattr("trafilatura.extract", lambda *arguments, **keys: 1 / 0)
-    (tmp_path / "a.html").write_text("<p>a page</p>")
+    for name in "ab":
+        (tmp_path / f"{name}.html").write_text("<p>a page</p>")
     with pytest.raises(UserError, match=r"a.html:1: removing markup fails on this document: ZeroDivisionError"):
-        clean([], source=str(tmp_path / "a.html"), output=str(tmp_path / "other"))
+        clean([], source=str(tmp_path / "*.html"), output=str(tmp_path / "other"))
+    clean([], source=str(tmp_path / "a.html"), output=str(tmp_path / "large"))  # a large document is a part of its own
 
 
 def test_a_disk_error_of_a_step_ends_the_cleaning(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -466,6 +466,10 @@ def test_archives_without_members_to_read(
         pass
     assert corpus("e", source=f"{tmp_path}/*.zip").documents == 1
     assert f"{tmp_path}/b.zip: no member matches '*'" in caplog.text
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "b.zip").rename(tmp_path / "mixed" / "b.zip")
+    (tmp_path / "mixed" / "a.txt").write_text("the river\n")
+    assert corpus("f", source=f"{tmp_path}/mixed/*").documents == 1
 
 
 @pytest.mark.parametrize("change", ["a word", "shorter", "longer", "damaged piece"])

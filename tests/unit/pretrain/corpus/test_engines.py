@@ -338,14 +338,20 @@ def test_ray_workers_in_another_folder(
 
 
 @pytest.mark.parametrize("error", vars(_Cluster.exceptions))
-def test_a_task_that_dies_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
-    """Catches a task that Ray repeats forever, without a message, because it needs more memory than there is."""
+def test_a_task_that_dies_again_and_again(
+    tmp_path: Path, source: Path, vocabulary_folder: Path, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    """Catches a task that Ray repeats forever, or without the name of its file, because it needs more memory than there
+    is."""
     cluster = _Cluster(monkeypatch, tmp_path, error)
     with (
         pytest.raises(StoppedError, match=r"died 6 times, .* run the same command again to resume"),
         engines.open_engine(None, None, "ray") as run,
     ):
         list(run(max, [1]))
+    options = CorpusOptions(source=source, tokenizer=str(vocabulary_folder), output=tmp_path / "c", engine="ray")
+    with pytest.raises(StoppedError, match=rf"documents from {source}/.* on: the task died 6 times"):
+        build_corpus(options)
     assert cluster.retries == int(os.environ["RAY_task_oom_retries"]) == 5  # noqa: SIM112
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from experiment.config import build_config
 from pretrain.batching.packing import Rows
 from pretrain.config import MaskingConfig, PretrainConfig
+from pretrain.plan.text import _batches_warnings
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import resolve
 from pretrain.training_stream import TrainingStream, open_stream
@@ -79,6 +81,16 @@ def test_a_fork_leaves_out_the_steps_of_its_parent(open_work: OpenWork, begin: i
     assert [stage.steps for stage in stages] == steps
     assert stages[0].first_step == begin
     assert sum(stage.tokens or 0 for stage in stages) == sum(stream[step].tokens for step in range(begin, 12))
+
+
+def test_warnings_name_the_stages_of_the_config() -> None:
+    """Catches a fork's plan that warns of the stage before the one that has the problem."""
+    batch = SimpleNamespace(largest=SimpleNamespace(rows=1, width=8), microbatches=1)
+    stage = SimpleNamespace(batch=batch, sequences=8, mean=SimpleNamespace(filled=1.0))
+    run = SimpleNamespace(config=SimpleNamespace(stages=(None, None, None)))
+    plan: Any = SimpleNamespace(run=run, stages=[stage, stage], device=SimpleNamespace(is_gpu=True), ranks=1)
+    found = [warning.partition(" are ")[0] for warning in _batches_warnings(plan)]
+    assert found == ["microbatches of 8 tokens in stage 2", "microbatches of 8 tokens in stage 3"]
 
 
 @pytest.mark.parametrize(("rows", "ratio"), [("windows", None), ("windows", 0.0), ("flat", None)])
