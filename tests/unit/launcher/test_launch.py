@@ -75,7 +75,8 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
         resolved = config.model_copy(update={"run": absolute})
         offload = "nvme" if "nvme" in config.engine.ds_config else "none"
         deepspeed = SimpleNamespace(precision="fp16", zero_stage=1, offload=offload)
-        return SimpleNamespace(config=resolved, folder=folder, deepspeed=deepspeed, num_parameters=1000, identity={})
+        facts = {"num_parameters": 1000, "identity": {}, "held_out": {}}
+        return SimpleNamespace(config=resolved, folder=folder, deepspeed=deepspeed, **facts)
 
     module.resolve = resolve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pretrain.resolve", module)
