@@ -187,13 +187,17 @@ def save_engine(
     saves.wait()
 
 
-def copy_case(world: World, tree: Tree, source: Path, target: Path) -> None:
-    """Load a checkpoint into an engine of this layout, with other initial weights, and save it as step 2."""
+def copy_case(world: World, tree: Tree, copies: Mapping[Path, Path], other: Path | None = None) -> None:
+    """Load each checkpoint of `copies` into an engine of this layout, with other initial weights or those of the
+    checkpoint `other`, and save it as step 2 in its folder."""
     from pretrain.training.checkpoint_tensors import load_checkpoint
 
     engine, _ = build_engine(world, tree, seed=99)
-    load_checkpoint(engine, source)
-    save_engine(engine, target, 2)
+    for number, (source, target) in enumerate(copies.items()):
+        if number and other is not None:
+            load_checkpoint(engine, other)
+        load_checkpoint(engine, source)
+        save_engine(engine, target, 2)
     engine.close()
 
 

@@ -73,7 +73,7 @@ def compare_with_plain_run(pools: dict[int, RankPool], corpus: Path, folder: Pat
         assert logged(folder / name, "grad_norm") == pytest.approx(norms, rel=10 * tolerance)
     source = checkpoint_path(folder / "onto" / "checkpoints", 3)
     copying = run_config(folder / "copy", corpus, ds_config) | {"model": model}
-    pools[2].run(with_fp16, copy_case, copying, source, folder / "copies")
+    pools[2].run(with_fp16, copy_case, copying, {source: folder / "copies"})
     before, after = saved_tensors(source), saved_tensors(checkpoint_path(folder / "copies", 2))
     assert {key.rpartition("/")[2] for key in before} == {"fp32", "exp_avg", "exp_avg_sq", "step", "ema"}
     assert_same_tensors(before, after)
