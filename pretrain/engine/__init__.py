@@ -1,8 +1,8 @@
 """DeepSpeed and the optimizer. Only this package imports deepspeed.
 
 - engine: forward and backward of a microbatch, one update per step
-- deepspeed_settings: the DeepSpeed JSON, checked
-- deepspeed_internals: everything of DeepSpeed that is not part of its API, and the check that a release has it
+- deepspeed_settings: the DeepSpeed JSON, checked, and the check of DeepSpeed's version
+- deepspeed_internals: everything of DeepSpeed that is not part of its API
 - initialization: start DeepSpeed; dynamic loss scaling for fp16
 - process_group: join and leave; shared_memory: collectives of CPU ranks on one host; host_copy: numbers of a GPU, read
   late

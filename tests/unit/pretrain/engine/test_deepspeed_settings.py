@@ -1,9 +1,11 @@
 import json
+import tomllib
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -14,6 +16,7 @@ from experiment.files import REPOSITORY
 from pretrain.config import PretrainConfig
 from pretrain.ds_configs import find_ds_config
 from pretrain.engine.deepspeed_settings import (
+    TESTED,
     Precision,
     check_device_support,
     load_settings,
@@ -304,3 +307,26 @@ def test_the_nvme_path_may_be_that_of_the_weights() -> None:
     zero = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "offload_param": weights}
     settings = parse_settings({"zero_optimization": zero}, Path("ds.json"))
     assert settings.nvme_path == Path("/disk")
+
+
+@pytest.mark.parametrize("version", ["0.19.6", "0.20.0", "0.20.1+cu130"])
+def test_other_releases_of_deepspeed_are_rejected(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an AttributeError in the middle of a step, after an upgrade."""
+    monkeypatch.setattr(deepspeed, "__version__", version)
+    with pytest.raises(UserError) as rejected:
+        load_settings("fp32_zero1")
+    assert str(rejected.value).startswith(f"DeepSpeed {version} is installed, but ")
+    assert f"pip install 'deepspeed{TESTED}'" in str(rejected.value)
+
+
+@pytest.mark.parametrize("version", ["0.19.7", "0.19.8+unknown", "0.19.9.dev20261101"])
+def test_tested_releases_of_deepspeed_are_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rejected build from source."""
+    monkeypatch.setattr(deepspeed, "__version__", version)
+    load_settings("fp32_zero1")
+
+
+def test_the_wheel_requires_the_tested_releases() -> None:
+    """Catches a wheel that installs with a DeepSpeed that was never tried."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"deepspeed{TESTED}" in project["dependencies"]
