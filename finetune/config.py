@@ -8,7 +8,7 @@ its variants. The string literal below each field documents it; docs/config.md i
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, create_model, model_validator
 
@@ -145,8 +145,6 @@ class TrainingConfig(Section):
 
 class FinetuneConfig(Section):
     """One fine-tuning run: one task, one or more seeds."""
-
-    own_section: ClassVar[str | None] = "task"
 
     run: RunConfig
     task: TaskConfig

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from experiment.config import flatten, load_config
+from experiment.config.loading import KINDS
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import notify, user_errors_in, warn_once
 from experiment.files import checksum
@@ -24,16 +25,6 @@ if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
     from launcher.run_sets.run_set import FlatConfig
 
-_COMMANDS = {
-    "task": "finetune",
-    "rows": "compare",
-    "tasks": "compare",
-    "steps": "clean",
-    "source": "clean",
-    "output": "clean",
-}
-"""Section of a config -> the command that the config is for."""
-
 _PRECISION = tuple(f"engine.ds_config.{key}" for key in ("bf16.", "fp16.", "data_types.", "communication_data_type"))
 """Beginnings of keys of `run_identity`. Others change the results by rounding at most."""
 
@@ -45,7 +36,7 @@ def command_of(config: str) -> str:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         tree = None  # `load_config` raises it with a message
     sections = tree if isinstance(tree, dict) else {}
-    return next((command for section, command in _COMMANDS.items() if section in sections), "pretrain")
+    return next((command for section, (_, command) in KINDS.items() if section in sections), "pretrain")
 
 
 def check_pretraining(config: str, overrides: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ complete examples.
 import re
 from collections.abc import Iterator
 from glob import has_magic
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -347,8 +347,6 @@ CHANGE_ROUNDING_ONLY = (
 
 class PretrainConfig(Section):
     """One pretraining run."""
-
-    own_section: ClassVar[str | None] = "corpus"
 
     run: RunConfig
     model: ModelConfig

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -43,9 +43,6 @@ class Section(BaseModel):
         protected_namespaces=(),
         use_attribute_docstrings=True,
     )
-
-    own_section: ClassVar[str | None] = None
-    """The key that tells this config from other commands' configs, if it is the config of a command."""
 
     @classmethod
     def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
@@ -120,7 +117,7 @@ def build_config(
     for dotted in by_depth:
         _set_key(plain, dotted, parse_value(Any, overrides[dotted]))
     with user_errors_in(origin):
-        _check_kind(merged, config_type.own_section)
+        _check_kind(merged, config_type)
         config_type = config_type.specialize(plain)
     for dotted in by_depth:
         _set_key(merged, dotted, parse_value(_annotation_of_override(config_type, dotted), overrides[dotted]))
@@ -209,18 +206,23 @@ def _place(key: KeyPath, origin: str, lines: Mapping[KeyPath, int], overrides: M
     return origin + (f", line {line}" if line else "") + (f", with {' and '.join(refined)}" if refined else "")
 
 
-_KINDS = {
-    "corpus": ("a pretraining run", "pretrain"),
+KINDS = {
     "task": ("a task", "finetune"),
     "rows": ("a comparison", "compare"),
+    "tasks": ("a comparison", "compare"),
     "steps": ("a cleaning", "clean"),
+    "source": ("a cleaning", "clean"),
+    "output": ("a cleaning", "clean"),
+    "corpus": ("a pretraining run", "pretrain"),
 }
 """Section -> the subject of a config with it, and the command that takes it."""
 
 
-def _check_kind(tree: Mapping[str, Any], section: str | None) -> None:
-    """Raise UserError for the config of another command: without `section`, and with the section of another one."""
-    other = next((kind for name, kind in _KINDS.items() if name in tree), None)
-    if section is not None and section not in tree and other is not None:
+def _check_kind(tree: Mapping[str, Any], config_type: type[Section]) -> None:
+    """Raise UserError for the config of another command: with its section, and without the first one of this type."""
+    fields = config_type.model_fields
+    own = next((section for section in KINDS if section in fields), None)
+    other = next((kind for section, kind in KINDS.items() if section in tree and section not in fields), None)
+    if own is not None and own not in tree and other is not None:
         what, command = other
-        raise UserError(f"this is the config of {what}, for `deepcloze {command}`; expected one with '{section}'")
+        raise UserError(f"this is the config of {what}, for `deepcloze {command}`; expected one with '{own}'")

@@ -1,7 +1,7 @@
 """The file of `deepcloze compare`, checked when it is read."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -40,8 +40,6 @@ class RowConfig(Section):
 
 class CompareConfig(Section):
     """Initializations × tasks × seeds."""
-
-    own_section: ClassVar[str | None] = "rows"
 
     run: CompareRunConfig
 

@@ -52,7 +52,6 @@ class CleanConfig(TextOptions):
     """A cleaning: its sources, the steps in their order, and the output."""
 
     are_flags: ClassVar[bool] = False
-    own_section: ClassVar[str | None] = "steps"
 
     source: str | tuple[str, ...]
     """Input: files, folders and globs, as for `deepcloze corpus`, and the formats of docs/cleaning.md."""
