@@ -193,10 +193,15 @@ def opened_lock(path: Path) -> Iterator[Callable[[float], bool | None]]:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def write_file(path: Path, content: bytes, durable: bool = True) -> None:
+    """Replace a file atomically, see `atomic_write`."""
+    with atomic_write(path, durable) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str, durable: bool = True) -> None:
     """Replace a text file atomically, see `atomic_write`."""
-    with atomic_write(path, durable) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_file(path, text.encode(), durable)
 
 
 def write_json(path: Path, value: Any, indent: int = 2, durable: bool = True) -> None:

@@ -18,7 +18,7 @@ import xxhash
 from filelock import FileLock
 
 from experiment.errors import UserError
-from experiment.files import atomic_write, cache_folder, fsync_tree, json_digest, parse_json, write_text
+from experiment.files import cache_folder, fsync_tree, json_digest, parse_json, write_file, write_text
 from experiment.run_files.checkpoints import (
     BEST,
     COMPLETE,
@@ -208,7 +208,7 @@ class Mirror:
                     contents[path] = read_bytes(join(self.url, _RUN, path.name))
         provenance = contents.pop(folder.provenance, None)
         for path, content in contents.items():
-            _write(path, content)
+            write_file(path, content)
         if provenance is not None:
             write_text(folder.restored, str(folder.path))
         named = [folder.checkpoints / BEST] if best in copies or folder.checkpoints / str(best) in own else []
@@ -221,7 +221,7 @@ class Mirror:
             else:
                 _replace(path, copies[path.name])  # which may be there, but incomplete
         if provenance is not None:
-            _write(folder.provenance, provenance)  # last: with it, the folder is not behind
+            write_file(folder.provenance, provenance)  # last: with it, the folder is not behind
 
     def repair(self, checkpoint: Path, on_progress: Callable[[], None]) -> bool:
         """Replace a damaged checkpoint by its copy. Returns False if there is none of the same content, as far as its
@@ -259,7 +259,7 @@ def fetch(
                 raise DamagedError(f"{join(url, name)} does not exist")
             files.append(Download(join(url, name), folder / name, sizes[name], checksum))
     download_files(files, f"copying {url}", xxhash.xxh3_128, on_progress)
-    write_text(folder / COMPLETE, marker.decode("utf-8"))
+    write_file(folder / COMPLETE, marker)
 
 
 def local_checkpoint(name: str) -> Path:
@@ -308,11 +308,6 @@ def _replace(checkpoint: Path, copied: Path) -> None:
     if checkpoint.exists():
         discard(checkpoint)
     copied.rename(checkpoint)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def _run_files(folder: RunFolder) -> tuple[Path, ...]:

@@ -20,7 +20,7 @@ from typing import NotRequired, TypedDict
 
 from experiment.config import read_config_file, with_defaults
 from experiment.errors import StoppedError, UserError, inform, notify, reason, stopped_by_disk_errors, user_errors_in
-from experiment.files import atomic_write, read_json, write_json
+from experiment.files import read_json, write_file, write_json
 from experiment.hub_data import PREFIX
 from experiment.models.hub_names import HubName
 from experiment.models.model_names import record_model
@@ -262,8 +262,7 @@ def write_copy(file: str, content: bytes, folder: Path) -> Path:
     """Write the content of a config file to `folder`, and return the path. It has the same name: tasks are called like
     their files."""
     copy = folder / Path(file).name
-    with atomic_write(copy) as temporary:
-        temporary.write_bytes(content)
+    write_file(copy, content)
     return copy
 
 

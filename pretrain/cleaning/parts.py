@@ -15,7 +15,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from experiment.errors import UserError
-from experiment.files import atomic_write, parse_record, write_json
+from experiment.files import parse_record, write_file, write_json
 from pretrain.cleaning.step import Arrays, Document, OpenedParts
 from pretrain.cleaning.tally import PartTally
 
@@ -101,8 +101,7 @@ def read_documents(path: Path) -> Iterator[Document]:
 def write_documents(path: Path, documents: Sequence[Document]) -> None:
     """Write documents. Values of metadata that JSON lacks, such as dates, become text."""
     lines = "".join(json.dumps(_row(document), ensure_ascii=False, default=str) + "\n" for document in documents)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(lines.encode()))
+    write_file(path, zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(lines.encode()))
 
 
 def _row(document: Document) -> dict[str, Any]:
@@ -113,5 +112,4 @@ def _row(document: Document) -> dict[str, Any]:
 def _save(path: Path, values: NDArray[Any]) -> None:
     content = io.BytesIO()  # to a file, numpy writes without saying that the disk is full
     np.save(content, values, allow_pickle=False)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content.getvalue())  # not getbuffer: Python 3.12.1 crashes when it collects one
+    write_file(path, content.getvalue())  # not getbuffer: Python 3.12.1 crashes when it collects one

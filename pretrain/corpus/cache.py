@@ -21,7 +21,7 @@ from typing import NamedTuple
 from xxhash import xxh3_128_hexdigest
 
 from experiment.errors import UserError, describe_disk_error
-from experiment.files import atomic_write, cache_folder, json_digest, paths_below, try_lock
+from experiment.files import cache_folder, json_digest, paths_below, try_lock, write_file
 from experiment.storage import Download, download_files, is_url, join, list_files, read_bytes
 from pretrain.config import CorpusConfig
 from pretrain.corpus.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
@@ -211,8 +211,7 @@ def _write_description(description: Description, folder: Path) -> None:
     """Write the files that are missing, the manifest last. Other processes may do the same."""
     for name in sorted(description.files, key=lambda name: name == MANIFEST):
         if not (folder / name).is_file():
-            with atomic_write(folder / name) as temporary:
-                temporary.write_bytes(description.files[name])
+            write_file(folder / name, description.files[name])
 
 
 def _is_copied(name: str) -> bool:
