@@ -337,11 +337,6 @@ def _check_offload(zero: Mapping[str, Any], key: str, lowest_stage: int, path: P
     offload, stage = zero.get(key) or {}, zero.get("stage", 0)
     if not isinstance(offload, dict):
         raise UserError(f"{path}: 'zero_optimization.{key}' is {json.dumps(offload)}, expected a JSON object")
-    if offload.get("device", "none") not in ("none", "cpu", "nvme"):
-        raise UserError(
-            f"{path}: 'zero_optimization.{key}.device' is {json.dumps(offload['device'])}, "
-            'expected "cpu", "nvme" or "none"'
-        )
     if offload.get("device", "none") != "none" and stage < lowest_stage:
         raise UserError(f"{path}: '{key}' needs at least ZeRO stage {lowest_stage}, found stage {stage}")
     if not isinstance(offload.get("nvme_path"), str | None):

@@ -146,7 +146,10 @@ def test_engine_config_does_not_change_its_input() -> None:
             '"offload_param": {"device": "nvme", "nvme_path": "/b"}}}',
             "'nvme_path' of 'offload_optimizer' and 'offload_param' differ",
         ),
-        ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "disk"}}}', 'device\' is "disk"'),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "disk"}}}',
+            "'offload_optimizer.device': Input should be 'none', 'cpu' or 'nvme', found 'disk'",
+        ),
         (
             '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
             "'offload_optimizer.ratio'",
