@@ -15,14 +15,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from experiment.errors import AgreedFailureError
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.counter_rng import make_key
 from pretrain.config import ModelConfig
-from pretrain.engine.deepspeed_internals import set_z3_leaf_module
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
 from pretrain.engine.host_copy import HostCopy
 from pretrain.engine.initialization import initialize, install_loss_scaler

@@ -15,9 +15,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
-
-from pretrain.engine.deepspeed_internals import ZERO_SUPPORTED_OPTIMIZERS, DeepSpeedEngine, DynamicLossScaler, compiler
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

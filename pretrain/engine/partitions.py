@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
-
-from pretrain.engine.deepspeed_internals import DeepSpeedEngine
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.groups import _clone_world_group
 
 from experiment.errors import HostError, first_line
 from experiment.process.hardware import unusable_gpus
-from pretrain.engine.deepspeed_internals import clone_world_group
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def connect(timeout: datetime.timedelta, end_process: Callable[[str], object]) -
         )
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)  # uses the group
         # ZeRO communicates in a copy of the group, which has the default timeout of torch.
-        dist.distributed_c10d._set_pg_timeout(timeout, clone_world_group())
+        dist.distributed_c10d._set_pg_timeout(timeout, _clone_world_group())
     return world
 
 

@@ -21,16 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from pretrain.engine.deepspeed_internals import (
-    INITIAL_MICRO_STEP_ID,
-    DeepSpeedEngine,
-    DeepSpeedZeroOptimizer,
-    DeepSpeedZeroOptimizer_Stage3,
-    ZeroParamStatus,
-    partition_parameters,
-)
 from pretrain.engine.shared_memory import SharedMemory, open_shared_memory, sum_in_order
 
 _EPSILON = 1e-6  # added to the norm that gradients are divided by, as torch does

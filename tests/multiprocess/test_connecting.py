@@ -79,10 +79,9 @@ def timeouts_case(world: World) -> list[float]:
     """Seconds that collectives wait for other ranks: of the default group and of ZeRO's."""
     import torch
     import torch.distributed as dist
+    from deepspeed.utils.groups import _clone_world_group
 
-    from pretrain.engine.deepspeed_internals import clone_world_group
-
-    groups = (dist.group.WORLD, clone_world_group())
+    groups = (dist.group.WORLD, _clone_world_group())
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
 
