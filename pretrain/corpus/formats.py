@@ -46,6 +46,7 @@ _SUFFIXES = {
 }
 _MAX_DOCUMENT = 1 << 30  # characters; a text without the expected blank lines may be larger than memory
 _FEW_INVALID, _SHARE_INVALID = 10, 0.05  # lines that are not UTF-8; a file with more has another encoding
+_FEW_REPLACED, _SHARE_REPLACED = 4, 0.1  # characters; a line with more U+FFFD is no damage: one byte gives up to 4
 _MATCH_SECONDS = 10.0  # for a line; a pattern that tries all ways to split a line may take years
 _CONVERSIONS = {
     "convert it to text, for instance with pandoc": "docx epub odt rtf",
@@ -247,17 +248,20 @@ class Lines:
         self.ended = False  # whether that line belongs to a later range
         self._content, self._end, self._in_line = content, end, part.start > 0
         self._invalid_lines = invalid_lines
+        self._foreign_lines = 0  # in another encoding
 
     def __iter__(self) -> Iterator[str]:
         return text_lines(self._read(), self.origin, self.first, self._take_invalid)
 
-    def _take_invalid(self, line: int, error: UserError) -> None:
+    def _take_invalid(self, line: int, text: str, error: UserError) -> None:
         """Count a line that is not UTF-8. Raises UserError if it is rejected, or if there are so many that the file has
         another encoding."""
         if self._invalid_lines is None:
             raise UserError(f"{error}; `deepcloze clean` replaces single bytes") from None
         self._invalid_lines[self.origin] += 1
-        if self._invalid_lines[self.origin] > max(_FEW_INVALID, line * _SHARE_INVALID):
+        self._foreign_lines += text.count("\ufffd") > max(_FEW_REPLACED, len(text) * _SHARE_REPLACED)
+        many = line * _SHARE_INVALID
+        if self._foreign_lines > many or self._invalid_lines[self.origin] > max(_FEW_INVALID, many):
             raise error from None
 
     def in_range(self) -> Iterator[str]:
