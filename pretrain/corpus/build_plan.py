@@ -207,7 +207,7 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
     for source in sources:
         if source.kind == "hub" and (data := hub_data(source)) in pinned and str(data) not in str(options.source):
             inform(f"{_partial_of(options.output)} was begun with {data}; delete it to read a newer commit")
-    segmenter = None if options.segmenter is None else read_segmenter(options.segmenter, options.user_dictionary)
+    segmenter = None if options.segmenter is None else read_segmenter(options.user_dictionary)
     tokenizer = load_build_tokenizer(options.tokenizer, segmenter)
     if segmenter is not None and word_boundaries(tokenizer.spec.tokenizer_json) is None:
         raise UserError(

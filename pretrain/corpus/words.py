@@ -32,9 +32,8 @@ Segmenter = Callable[[str], Iterator[str]]  # text -> its words, which joined gi
 
 
 class SegmenterSpec(NamedTuple):
-    """Plain data of a segmenter for a worker, which can be pickled."""
+    """Plain data of a segmenter, jieba, for a worker, which can be pickled."""
 
-    name: str
     user_dictionary: str = ""  # lines of `word [frequency] [tag]`, as jieba reads them
 
 
@@ -151,11 +150,11 @@ def _is_chinese(characters: NDArray[np.uint32]) -> BoolArray:
     return found
 
 
-def read_segmenter(name: str, user_dictionary: str | Path | None) -> SegmenterSpec:
-    """Return the spec of a segmenter with the words of a file, one per line. Leaves out words that jieba never finds,
+def read_segmenter(user_dictionary: str | Path | None) -> SegmenterSpec:
+    """Return the spec of the segmenter with the words of a file, one per line. Leaves out words that jieba never finds,
     with a warning: it splits text at other characters first. Raises UserError."""
     if user_dictionary is None:
-        return SegmenterSpec(name)
+        return SegmenterSpec()
     items = read_items(user_dictionary, "--user_dictionary")
     entries = [(number, " ".join(item.split())) for number, item in items]  # jieba separates columns at single spaces
     jieba = _import_jieba()
@@ -170,7 +169,7 @@ def read_segmenter(name: str, user_dictionary: str | Path | None) -> SegmenterSp
             f"that jieba never finds, such as '{word}' in line {number}: it splits text at all characters but U+4E00 "
             "to U+9FD5, letters and digits of ASCII, and + # & . _ % -"
         )
-    return SegmenterSpec(name, "\n".join(found))
+    return SegmenterSpec("\n".join(found))
 
 
 def segmenter_identity(spec: SegmenterSpec) -> str:
@@ -178,7 +177,7 @@ def segmenter_identity(spec: SegmenterSpec) -> str:
     it is missing."""
     jieba = _import_jieba()
     user = f", user dictionary {_digest(spec.user_dictionary.encode())}" if spec.user_dictionary else ""
-    return f"{spec.name} {jieba.__version__}, dictionary {_digest(_dictionary(jieba).read_bytes())}{user}"
+    return f"jieba {jieba.__version__}, dictionary {_digest(_dictionary(jieba).read_bytes())}{user}"
 
 
 def _digest(content: bytes) -> str:
@@ -191,7 +190,6 @@ def load_segmenter(spec: SegmenterSpec) -> Segmenter:
     The dictionary is read here because jieba itself would log, and would load a cache from the temporary folder that
     anyone may have written. Raises UserError if jieba is missing.
     """
-    assert spec.name == "jieba"
     jieba = _import_jieba()
     tokenizer = jieba.Tokenizer()
     tokenizer.FREQ, tokenizer.total = jieba.Tokenizer.gen_pfdict(_dictionary(jieba).open("rb"))

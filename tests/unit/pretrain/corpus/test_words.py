@@ -366,7 +366,7 @@ def test_words_of_a_user_dictionary(tmp_path: Path, chinese: Path, source: Path)
     options = CorpusOptions(
         source=source, tokenizer=chinese, output=tmp_path / "c", workers=1, segmenter="jieba", user_dictionary=words
     )
-    segment = load_segmenter(read_segmenter("jieba", words))
+    segment = load_segmenter(read_segmenter(words))
     assert list(segment("我在图书馆看电影")) == ["我", "在", "图书馆看", "电影"]
     assert list(segment("天气很好")) == ["天气", "很好"]
     corpus = build_corpus(options)
@@ -383,13 +383,13 @@ def test_words_that_jieba_never_finds(tmp_path: Path, capsys: pytest.CaptureFixt
     """Catches entries without effect, and a dictionary that is useless because of one of them."""
     words = tmp_path / "words.txt"
     words.write_text("c++语言 5 n\nT细胞\n", encoding="utf-8")
-    assert list(load_segmenter(read_segmenter("jieba", words))("学c++语言和T细胞")) == ["学", "c++语言", "和", "T细胞"]
+    assert list(load_segmenter(read_segmenter(words))("学c++语言和T细胞")) == ["学", "c++语言", "和", "T细胞"]
     never = ("β受体阻滞剂", "阿莫西林·克拉维酸", "T 细胞白血病")
-    segment = load_segmenter(SegmenterSpec("jieba", "".join(f"{word} 9 n\n" for word in never)))
+    segment = load_segmenter(SegmenterSpec("".join(f"{word} 9 n\n" for word in never)))
     for word in never:
         assert word not in segment(f"他用{word}治病")
         words.write_text(f"阿莫西林\n\n{word} 9 n\n", encoding="utf-8")
-        assert read_segmenter("jieba", words) == SegmenterSpec("jieba", "阿莫西林")
+        assert read_segmenter(words) == SegmenterSpec("阿莫西林")
         shown = capsys.readouterr().err
         assert "left out 1 word of " in shown
         assert f"never finds, such as '{word}' in line 3: " in shown
@@ -406,7 +406,7 @@ def test_user_dictionaries_that_cannot_be_read(tmp_path: Path) -> None:
         "none.txt": "No such file",
     }.items():
         with pytest.raises(UserError, match=rf"--user_dictionary: .*{name}.*{problem}"):
-            read_segmenter("jieba", tmp_path / name)
+            read_segmenter(tmp_path / name)
     with pytest.raises(ValueError, match="--user_dictionary needs --segmenter jieba"):
         CorpusOptions(source="s.txt", tokenizer="t", output=tmp_path, user_dictionary=tmp_path / "empty.txt")
 
@@ -417,7 +417,7 @@ def test_jieba_is_quiet_and_leaves_no_cache(tmp_path: Path) -> None:
     left there."""
     (tmp_path / "jieba.cache").write_bytes(b"of another version")
     code = "from pretrain.corpus.words import SegmenterSpec, load_segmenter"
-    code += "; print('|'.join(load_segmenter(SegmenterSpec('jieba'))('他来到了网易杭研大厦')))"
+    code += "; print('|'.join(load_segmenter(SegmenterSpec())('他来到了网易杭研大厦')))"
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", code],
         env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
