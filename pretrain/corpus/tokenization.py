@@ -144,8 +144,8 @@ class DocumentEncoder:
         found = [np.zeros(0, dtype=np.bool_)]
         for text, encoding in zip(texts, encodings, strict=True):
             if encoding.ids:
-                offsets = np.array([first for first, _ in encoding.offsets])
-                found.append(segmented_word_starts(text, np.array(encoding.ids), offsets, boundaries, segmenter))
+                ids, offsets = np.array(encoding.ids), np.array(encoding.offsets)
+                found.append(segmented_word_starts(text, ids, offsets, boundaries, segmenter))
         return np.concatenate(found)
 
     @cached_property

@@ -127,17 +127,18 @@ def segmented_word_starts(
 
     Args:
         ids: token ids, [T].
-        offsets: index in `text` of each token's first character, [T].
+        offsets: index in `text` of each token's first character, and of the one after its last, [T, 2].
     """
     characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     chinese = _is_chinese(characters)
     segment_starts = np.zeros(len(characters), dtype=np.bool_)
     segment_starts[np.cumsum([0, *map(len, segmenter(text))])[:-1]] = True
-    first = np.minimum(offsets, len(characters) - 1)
+    first = np.minimum(offsets[:, 0], len(characters) - 1)
     follows_chinese = chinese[first - 1] & (first > 0)
-    first_of_character = np.diff(first, prepend=-1) != 0
+    # Tokens of bytes may begin in the middle of a character.
+    begins_character = first >= np.concatenate([[0], offsets[:-1, 1]])
     starts: BoolArray = np.where(
-        chinese[first] | follows_chinese, segment_starts[first] & first_of_character, boundaries.word_starts(ids)
+        chinese[first] | follows_chinese, segment_starts[first] & begins_character, boundaries.word_starts(ids)
     )
     return boundaries.attach_spaces(starts, ids)
 

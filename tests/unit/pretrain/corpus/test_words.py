@@ -51,12 +51,14 @@ def _dictionary_read_once() -> Iterator[None]:
         yield
 
 
-def byte_level() -> Tokenizer:
+MERGES = [("k", "n"), ("o", "w"), ("kn", "ow"), ("Ġ", "w"), ("'", "t"), ("å", "¤"), ("å¤", "©"), (".", ".")]
+
+
+def byte_level(merges: list[tuple[str, str]] = MERGES) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("k", "n"), ("o", "w"), ("kn", "ow"), ("Ġ", "w"), ("'", "t"), ("å", "¤"), ("å¤", "©"), (".", ".")]
     vocabulary = {piece: token for token, piece in enumerate([*alphabet, *map("".join, merges), "<mask>"])}
     tokenizer.model = models.BPE(vocab=vocabulary, merges=merges)
     tokenizer.add_special_tokens(["<mask>"])
@@ -164,6 +166,8 @@ CUTS = {
         "你ok|3|5|ok你|.| |the| |know|ns",
         "天|天天|known| |天天",
         "天known|,|天",
+        "in| |中国",
+        "中|国人",
     )
 }
 
@@ -178,17 +182,20 @@ CUTS = {
         (word_piece, "你ok35ok你. the knowns", "你ok35ok你|.|the|knowns"),
         (byte_level, "天天天known 天天", "天|天天|known|天天"),
         (byte_level, "天known,天", "天known|,|天"),
+        # Tokens with a space or a character, and a part of the next character.
+        (lambda: byte_level([("ä", "¸"), ("Ġ", "ä¸")]), "in 中国", "in|中国"),
+        (lambda: byte_level([("å", "Ľ"), ("Ń", "åĽ")]), "中国人", "中国人"),
     ],
 )
 def test_segmenter_decides_for_chinese_only(make: Any, text: str, expected: str) -> None:
     """Catches Chinese characters that are not joined to words, several tokens of one character that each begin a
-    word, and Latin words that the segmenter splits."""
+    word, words that begin within a character, and Latin words that the segmenter splits."""
     tokenizer = make()
     encoding = tokenizer.encode(text, add_special_tokens=False)
     starts = segmented_word_starts(
         text,
         np.array(encoding.ids),
-        np.array([first for first, _ in encoding.offsets]),
+        np.array(encoding.offsets),
         boundaries_of(tokenizer),
         cut_at_bars,
     )
