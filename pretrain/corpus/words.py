@@ -66,7 +66,8 @@ def word_boundaries(tokenizer_json: str) -> WordBoundaries | None:
     - Byte-level BPE: a token begins a word if it starts with a space, other whitespace, punctuation or a symbol, or if
       it follows one of the last three. The pre-tokenizer splits at these places too, and also between letters and
       digits, which stay together here.
-    - SentencePiece: a token that starts with `▁` begins a word. Punctuation does not split words.
+    - SentencePiece: a token that starts with `▁` begins a word, and so do line breaks and what follows them.
+      Punctuation does not split words. A pre-tokenizer has put the `▁`, or, as in Gemma's and Llama's, the normalizer.
     - Added tokens, including the unknown token, are words of their own.
     """
     state = json.loads(tokenizer_json)
@@ -88,9 +89,10 @@ def word_boundaries(tokenizer_json: str) -> WordBoundaries | None:
         begins[ids] = [text[:1] == " " or _splits_words(text[:1]) for text in texts]
         ends[ids] = [_splits_words(text[-1:]) for text in texts]
         spaces[ids] = [text == " " for text in texts]
-    elif "Metaspace" in pre_tokenizers:
-        mark = pre_tokenizers["Metaspace"]["replacement"]
-        begins[ids] = [piece.startswith(mark) for piece in pieces]
+    elif "Metaspace" in pre_tokenizers or _marks_spaces(state["normalizer"]):
+        mark = pre_tokenizers.get("Metaspace", {}).get("replacement", "▁")
+        begins[ids] = [piece.startswith(mark) or piece[:1].isspace() for piece in pieces]
+        ends[ids] = [piece[-1:].isspace() for piece in pieces]
         spaces[ids] = [piece == mark for piece in pieces]
     else:
         return None
@@ -98,11 +100,16 @@ def word_boundaries(tokenizer_json: str) -> WordBoundaries | None:
     return WordBoundaries(begins, ends, spaces)
 
 
-def _flatten(pre_tokenizer: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (type, settings) of a pre-tokenizer and, for a sequence, of its members."""
-    if pre_tokenizer is not None:
-        yield pre_tokenizer["type"], pre_tokenizer
-        for member in pre_tokenizer.get("pretokenizers", ()):
+def _marks_spaces(normalizer: dict[str, Any] | None) -> bool:
+    """Return whether a normalizer turns spaces into `▁`, or puts one before the text."""
+    return any("▁" in (step.get("content"), step.get("prepend")) for _, step in _flatten(normalizer))
+
+
+def _flatten(component: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (type, settings) of a normalizer or pre-tokenizer and, for a sequence, of its members."""
+    if component is not None:
+        yield component["type"], component
+        for member in component.get("pretokenizers", component.get("normalizers", ())):
             yield from _flatten(member)
 
 

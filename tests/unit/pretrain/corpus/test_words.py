@@ -140,6 +140,19 @@ def test_sentencepiece_boundaries() -> None:
     assert split(unigram(), "known, knowns (well) 天") == ["known,", "knowns", "(well)", "天"]
 
 
+@pytest.mark.parametrize("prepends", [True, False])
+def test_boundaries_marked_by_the_normalizer(prepends: bool) -> None:
+    """Catches tokenizers in the form of Gemma's and Llama's that are taken for ones without boundaries, and lines that
+    are joined."""
+    tokenizer = unigram()
+    pieces = [("<unk>", 0.0), *((piece, -1.0) for piece in ("▁", "\n", "▁known", "known", "s", ",", "▁(", "天"))]
+    tokenizer.model = models.Unigram(pieces, unk_id=0)
+    steps = [normalizers.Prepend("▁")] if prepends else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    assert split(tokenizer, "known, knowns (天\nknown, 天") == ["known,", "knowns", "(天", "", "known,", "天"]
+
+
 def test_word_level_boundaries() -> None:
     """Catches a word-level tokenizer that is rejected because it has no marks."""
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
