@@ -122,7 +122,7 @@ def _make_corpus(folder: Path, lengths: NDArray[np.int64]) -> Corpus:
     """Write documents of random tokens."""
     writer, nothing = PieceWriter(folder, "piece", SHARD_TOKENS), np.zeros_like(lengths)
     ids = np.random.default_rng(1).integers(5, _VOCABULARY, lengths.sum(), dtype=np.uint16)
-    writer.add(EncodedBatch(ids, lengths, nothing, nothing, None, None), nothing)
+    writer.add(EncodedBatch(ids, lengths, nothing, nothing, nothing, None, None), nothing)
     pieces = writer.finish()
     shards = [
         join_pieces(folder, [piece], folder / f"data-{index:05d}-of-{len(pieces):05d}.arrow")[0]

@@ -66,11 +66,11 @@ def check_word_boundaries(unit: str, corpora: Iterable[Corpus], vocabulary: Voca
             )
         if corpus.manifest.lacks_words:
             log.warning(
-                "masking.unit is '%s', but %s has %.1f tokens between spaces, so its word boundaries are unknown. "
-                "Build Chinese corpora with --segmenter jieba; for other text without spaces use masking.unit 'token'",
+                "masking.unit is '%s', but text in %s seems to be written without spaces, so its word boundaries are "
+                "unknown. Build corpora with Chinese text with --segmenter jieba; for other text without spaces use "
+                "masking.unit 'token'",
                 unit,
                 corpus.path,
-                corpus.manifest.tokens_per_word,
             )
 
 

@@ -208,6 +208,7 @@ def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finis
             (split.spans[0].source, record.pieces[part]) for split, record in zip(plan.splits, records, strict=True)
         ),
         unknown_texts=dict(unknown.most_common(_NAMED)) if part == MAIN else {},
+        chinese_characters=sum(piece.chinese for record in records for piece in record.pieces[part]),
     )
 
 
@@ -284,6 +285,6 @@ def _describe_unknown(manifest: Manifest) -> str:
 
 def _describe_words(manifest: Manifest) -> str:
     if manifest.lacks_words:
-        causes = "either the tokenizer does not fit, or the text has few spaces (Chinese: --segmenter jieba)"
+        causes = "either the tokenizer does not fit, or some text has no spaces (Chinese: --segmenter jieba)"
         return f"{manifest.tokens_per_word:.2f} tokens between spaces: {causes}"
     return f"{manifest.tokens_per_word:.2f} tokens per word"

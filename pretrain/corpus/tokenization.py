@@ -23,6 +23,7 @@ from pretrain.corpus.words import (
     Segmenter,
     SegmenterSpec,
     WordBoundaries,
+    is_chinese,
     load_segmenter,
     segmented_word_starts,
     word_boundaries,
@@ -76,6 +77,7 @@ class EncodedBatch:
     lengths: Counts  # [D] tokens
     unknown: Counts  # [D] unknown tokens
     words: Counts  # [D] words of the segmenter; without one, those separated by whitespace
+    chinese: Counts  # [D] Chinese characters
     special: int | None  # index of the first document with a special token, which a corpus must not have
     word_starts: BoolArray | None  # [tokens of all documents] tokens that begin a word; None: no segmenter
 
@@ -98,6 +100,7 @@ class DocumentEncoder:
         flat, lengths, word_starts = self._tokenize(texts)
         ends = np.cumsum(lengths)
         words = np.array([len(text.split()) for text in texts], dtype=np.int64)
+        chinese = [0 if text.isascii() else np.count_nonzero(is_chinese(text)) for text in texts]
         special = np.flatnonzero(np.isin(flat, self._spec.special_ids))
         return EncodedBatch(
             ids=flat,
@@ -106,6 +109,7 @@ class DocumentEncoder:
             if self._spec.unknown_id is not None
             else np.zeros_like(lengths),
             words=words if word_starts is None else _count_per_document(word_starts, ends),
+            chinese=np.array(chinese, dtype=np.int64),
             special=int(np.searchsorted(ends, special[0], side="right")) if len(special) else None,
             word_starts=word_starts,
         )

@@ -136,11 +136,10 @@ def segmented_word_starts(
         ids: token ids, [T].
         offsets: index in `text` of each token's first character, and of the one after its last, [T, 2].
     """
-    characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    chinese = _is_chinese(characters)
-    segment_starts = np.zeros(len(characters), dtype=np.bool_)
+    chinese = is_chinese(text)
+    segment_starts = np.zeros(len(chinese), dtype=np.bool_)
     segment_starts[np.cumsum([0, *map(len, segmenter(text))])[:-1]] = True
-    first = np.minimum(offsets[:, 0], len(characters) - 1)
+    first = np.minimum(offsets[:, 0], len(chinese) - 1)
     follows_chinese = chinese[first - 1] & (first > 0)
     # Tokens of bytes may begin in the middle of a character.
     begins_character = first >= np.concatenate([[0], offsets[:-1, 1]])
@@ -150,8 +149,9 @@ def segmented_word_starts(
     return boundaries.attach_spaces(starts, ids)
 
 
-def _is_chinese(characters: NDArray[np.uint32]) -> BoolArray:
-    """Mark CJK ideographs by code point; Japanese and Korean syllables are not included."""
+def is_chinese(text: str) -> BoolArray:
+    """Mark the characters of a text that are CJK ideographs; Japanese and Korean syllables are not included."""
+    characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     found = np.zeros(len(characters), dtype=np.bool_)
     for first, last in ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)):
         found |= (characters >= first) & (characters <= last)

@@ -17,7 +17,7 @@ from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
 from pretrain.batching.masking import Masker
 from pretrain.batching.order import BatchSequences
-from pretrain.batching.vocabulary import build_vocabulary
+from pretrain.batching.vocabulary import build_vocabulary, check_word_boundaries
 from pretrain.config import MaskingConfig
 from pretrain.corpus import build_plan, shards, splits, tasks
 from pretrain.corpus.build import build_corpus
@@ -276,18 +276,28 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @needs_jieba
-@pytest.mark.parametrize(
-    ("segmenter", "shown"),
-    [(None, "tokens between spaces: either the tokenizer"), ("jieba", "tokens per word")],
-)
 def test_chinese_text_without_words(
-    segmenter: str | None, shown: str, tmp_path: Path, chinese: Path, source: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, chinese: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a corpus for whole-word masking whose words are unknown, which its build does not say."""
-    source.write_text("天气很好，我们去北京大学。\n" * 20, encoding="utf-8")
-    options = CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "out", workers=1, segmenter=segmenter)
-    build_corpus(options)
-    assert shown in capsys.readouterr().out
+    """Catches whole-word masking with words that are unknown, which neither the build nor the run says, also if only a
+    part of the text has no spaces."""
+    (tmp_path / "a.txt").write_text("天气很好，我们去北京大学。\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("the knowns of film " * 2 + "天气\n", encoding="utf-8")
+    (tmp_path / "c.txt").write_text("the knowns of film " * 10 + "天气\n", encoding="utf-8")
+    vocabulary = build_vocabulary(load_tokenizer(chinese))
+    for source, segmenter, is_known in (
+        ("a", None, False),
+        ("b", None, False),
+        ("c", None, True),
+        ("a", "jieba", True),
+    ):
+        file, output = tmp_path / f"{source}.txt", tmp_path / f"{source}-{segmenter}"
+        build_corpus(CorpusOptions(source=file, tokenizer=chinese, output=output, workers=1, segmenter=segmenter))
+        shown = "tokens per word" if is_known else "tokens between spaces: either the tokenizer"
+        assert shown in capsys.readouterr().out
+        caplog.clear()
+        check_word_boundaries("word", [open_corpus(output)], vocabulary)
+        assert ("its word boundaries are unknown" in caplog.text) != is_known
 
 
 @needs_jieba
