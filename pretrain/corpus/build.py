@@ -87,6 +87,11 @@ def _print_summaries(plan: BuildPlan, manifests: Mapping[Part, Manifest]) -> Non
         print(summary(plan.folder_of(part), manifest))
         for line in manifest.unknown_warnings(plan.folder_of(part)):
             notify(f"warning: {line}")
+    if any(manifest.unknown_token_rate for manifest in manifests.values()) and plan.tokenizer.spec.loses_capitals:
+        notify(
+            f"warning: --tokenizer {plan.options.tokenizer} keeps capital letters, but its vocabulary has none, so "
+            "words with capitals are unknown tokens; lowercase the text, or use a tokenizer that does"
+        )
 
 
 def build_job(plan: BuildPlan) -> BuildJob:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
+from string import ascii_letters, ascii_uppercase
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,6 +56,13 @@ class TokenizerSpec:
         model, splitting = state["model"], json.dumps(state["pre_tokenizer"])
         has_unknown = (model.get("unk_token"), model.get("unk_id")) != (None, None)
         return has_unknown or model.get("byte_fallback", False) or "ByteLevel" in splitting
+
+    @cached_property
+    def loses_capitals(self) -> bool:
+        """Whether all capital letters of ASCII are unknown, and no small ones: the tokenizer does not lowercase text,
+        but its vocabulary is uncased."""
+        encode = Tokenizer.from_str(self.tokenizer_json).encode
+        return ascii_uppercase == "".join(letter for letter in ascii_letters if self.unknown_id in encode(letter).ids)
 
 
 def tokenizer_spec(tokenizer: "PreTrainedTokenizerFast", segmenter: SegmenterSpec | None = None) -> TokenizerSpec:
