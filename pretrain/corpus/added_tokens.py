@@ -24,9 +24,9 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
     """`deepcloze tokenizer --extend`: add the words in the file `added`, one per line, to the tokenizer `extend`.
 
     In a WordPiece tokenizer, words and continuations (`##itis`) become entries of the vocabulary. Words that the
-    pre-tokenizer splits (`covid-19`), and all words of other tokenizers, become added tokens, which match whole words
-    of the text, or anywhere if the script is written without spaces. None of them is a special token. Words that are
-    one token already are skipped. The same input gives the same bytes.
+    pre-tokenizer splits (`covid-19`), emoji, and all words of other tokenizers, become added tokens, which match whole
+    words of the text, or anywhere if they have no letters, or their script is written without spaces. None of them is a
+    special token. Words that are one token already are skipped. The same input gives the same bytes.
 
     Raises UserError for a file that cannot be read, a line with more than one word, and a word that would not become
     one token.
@@ -129,7 +129,8 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
     normal = normal.strip()  # BERT puts spaces around Chinese characters
     # If added tokens have ids after the vocabulary, `tokenizers` would renumber them when the vocabulary grows.
     can_grow = all(token["id"] < len(state["model"]["vocab"]) for token in state["added_tokens"])
-    whole = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(normal)] == [normal]
+    split = backend.pre_tokenizer.pre_tokenize_str
+    whole = [piece for piece, _ in split(normal)] == [normal]
     if rest != word and not whole:
         raise UserError(f"{where}: '{word}' can never match: the tokenizer splits text inside it")
     if rest != word and not can_grow:
@@ -138,8 +139,10 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
         )
     if rest != word:
         return prefix + normal, True
+    # BERT does not split text at emoji: 🤣🤣 and ok🤣 are looked up as whole words.
+    is_word = _has_letters(normal) or [piece for piece, _ in split(f"{normal}a")] == [normal, "a"]
     # The content of an added token is normalized again.
-    return (normal if whole or normalize(normal) == normal else rest), whole and can_grow
+    return (normal if whole or normalize(normal) == normal else rest), whole and can_grow and is_word
 
 
 def _is_one_token(token: str, tokenizer: "PreTrainedTokenizerFast") -> bool:
@@ -154,9 +157,14 @@ def _in_text(word: str) -> str:
     return word if _UNSPACED.match(word) else f" {word}"
 
 
+def _has_letters(token: str) -> bool:
+    return any(map(str.isalnum, token))
+
+
 def _added_token(token: str, state: dict[str, Any]) -> AddedToken:
     """With `lstrip` it includes the space before it, as other tokens do."""
-    single_word = not _UNSPACED.search(token[0] + token[-1])  # in a text, others stand beside them
+    # In a text, letters stand beside emoji and characters of scripts without spaces.
+    single_word = _has_letters(token) and not _UNSPACED.search(token[0] + token[-1])
     return AddedToken(token, single_word=single_word, lstrip=_continuation_prefix(state) is None, normalized=True)
 
 

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -81,6 +82,23 @@ def test_add_chinese_words(lowercase: bool, tmp_path: Path) -> None:
     assert len(ids) == 7
     assert {number for number in ids if number >= len(vocabulary)} == {len(vocabulary), len(vocabulary) + 1}
     assert {decode_token(new, number) for number in ids} == {*"研究肺炎的", "新冠", "㗎"}
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_level", "unigram"])
+def test_emoji_are_found_anywhere(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Catches emoji that are unknown if they are repeated, or with the word before them, also in a corpus."""
+    folder = request.getfixturevalue(kind)
+    old, new = load_tokenizer(folder), extend(folder, tmp_path, "🤣", "…", "👍🏽")
+    laugh, dots, thumb = (
+        range(len(old), len(old) + 3) if kind != "wordpiece" else (len(old) + 1, len(old), len(old) + 2)
+    )
+    before, after = (old(text, add_special_tokens=False)["input_ids"] for text in ("in", " the"))
+    expected = [*before, laugh, laugh, dots, laugh, thumb, *after]
+    assert new("in🤣🤣…🤣👍🏽 the", add_special_tokens=False)["input_ids"] == expected
+    assert DocumentEncoder(tokenizer_spec(new)).encode(["in🤣🤣…🤣👍🏽 the"]).ids.tolist() == expected
+    vocabulary = build_vocabulary(new)
+    assert vocabulary.word_boundaries is not None
+    assert vocabulary.word_boundaries.word_starts(np.array(expected[len(before) :][:6])).all()
 
 
 @pytest.mark.parametrize("word", ["Straße", "naïve", "½cup", "α"])
