@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import regex
 from tokenizers import AddedToken, Tokenizer
 
-from experiment.errors import UserError, readable_disk_errors
+from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import read_items
 from experiment.models.model_names import local_tokenizer
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
@@ -171,7 +171,8 @@ def _added_token(token: str, state: dict[str, Any]) -> AddedToken:
 def _check_new_tokens(
     tokenizer: "PreTrainedTokenizerFast", new_ids: dict[str, int], lines: dict[str, int], path: Path
 ) -> None:
-    """Raise UserError, naming the line, for a word that did not become one token."""
+    """Raise UserError, naming the line, for a word that did not become one token. Warns if text without spaces changes
+    around the words."""
     prefix = _continuation_prefix(json.loads(tokenizer.backend_tokenizer.to_str()))
     for token, identifier in new_ids.items():
         found = tokenizer(token, add_special_tokens=False)["input_ids"]
@@ -180,6 +181,12 @@ def _check_new_tokens(
                 f"{path}, line {lines[token]}: '{token}' would not become one token, found "
                 f"{tokenizer.convert_ids_to_tokens(found)}"
             )
+    unspaced = next(filter(_UNSPACED.search, new_ids), None)
+    if unspaced and any(piece.startswith(("▁", "Ġ")) for piece in tokenizer.tokenize(f"{unspaced}a")[1:]):
+        notify(
+            "warning: --extend: this tokenizer encodes the text right after an added word as if a space were between "
+            f"them: '{unspaced}a' as '{unspaced} a'. In text without spaces, such as Chinese, add few words, or none"
+        )
 
 
 def _continuation_prefix(state: dict[str, Any]) -> str | None:

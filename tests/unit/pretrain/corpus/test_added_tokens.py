@@ -128,6 +128,17 @@ def test_words_of_unspaced_scripts_are_found_between_other_characters(
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_level", "unigram"])
+@pytest.mark.parametrize("word", ["新冠", "zedwilmar"])
+def test_spaces_after_words_without_spaces(
+    kind: str, word: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches Chinese text that gets spaces at added words without a warning: Metaspace puts ▁ before what follows."""
+    extend(request.getfixturevalue(kind), tmp_path, word)
+    is_changed = (kind, word) == ("unigram", "新冠")
+    assert ("'新冠a' as '新冠 a'" in capsys.readouterr().err) == is_changed
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_level", "unigram"])
 def test_added_words_are_not_special(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Catches added words that are special: never masked, never drawn as replacements, or rejected in a corpus."""
     new = extend(request.getfixturevalue(kind), tmp_path, "zedwilmar", "re-zed")
