@@ -32,6 +32,7 @@ from experiment.results.report import write_overlay, write_report
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.run_files.goodput import read_attempt_times
 from experiment.run_files.run_folder import RunFolder, is_run, open_folder, planned_folders, runs_in
+from experiment.unspaced_scripts import WIDE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -45,7 +46,7 @@ _LONGEST_WORD = 4  # tokens of a masked word
 _ENDS = frozenset(".!?。！？")
 _SEED = 0
 _HAN = regex.compile(r"\p{Han}+")
-_BETWEEN_HAN = regex.compile(r"(?<=^|[\p{Han}\u3000-\u303f\uff00-\uffef]) +(?=[\p{Han}\u3000-\u303f\uff00-\uffef])")
+_BETWEEN_HAN = regex.compile(rf"(?<=^|[\p{{Han}}{WIDE}]) +(?=[\p{{Han}}{WIDE}])")
 
 
 def report_runs(runs: Sequence[str], output: str | None) -> Path:

@@ -12,7 +12,7 @@ from typing import Annotated
 import regex
 from pydantic import AfterValidator
 
-from pretrain.corpus.words import UNSPACED
+from experiment.unspaced_scripts import UNSPACED
 
 _LETTER = r"[\p{L}\p{N}]--[\uff9e\uff9f]"
 _INSIDE = r"\p{M}\u00ad\u200c\u200d\uff9e\uff9f"  # marks, soft hyphens, joiners, half-width voicing

@@ -12,7 +12,7 @@ from experiment.files import read_items
 from experiment.models.model_names import local_tokenizer
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 from experiment.output_folder import new_folder
-from pretrain.corpus.words import UNSPACED
+from experiment.unspaced_scripts import UNSPACED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -24,9 +24,6 @@ from experiment.errors import UserError, notify
 from experiment.files import read_items
 from experiment.formatting import counted
 
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-"""Scripts without spaces between words, for a set of characters in `regex`."""
-
 BoolArray = NDArray[np.bool_]
 Segmenter = Callable[[str], Iterator[str]]  # text -> its words, which joined give the text again
 

@@ -7,15 +7,14 @@ from xml.etree import ElementTree
 import regex
 
 from experiment.errors import UserError
+from experiment.unspaced_scripts import UNSPACED, WIDE
 from pretrain.cleaning.readers import has_suffix, open_members, wikipedia, zip_members
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.formats import Document, detect_format
-from pretrain.corpus.words import UNSPACED
 
-_WIDE = r"[\u3000-\u303f\uff00-\uffef]"  # punctuation
 # Between tokens.
 _NO_SPACE = regex.compile(
-    rf"(?<=[{UNSPACED}]) (?=[{UNSPACED}\p{{P}}])|(?<=\p{{P}}) (?=[{UNSPACED}])|(?<={_WIDE}) | (?={_WIDE})"
+    rf"(?<=[{UNSPACED}]) (?=[{UNSPACED}\p{{P}}])|(?<=\p{{P}}) (?=[{UNSPACED}])|(?<=[{WIDE}]) | (?=[{WIDE}])"
 )
 
 PACKAGES: tuple[str, ...] = ()

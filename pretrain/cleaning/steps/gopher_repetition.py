@@ -7,8 +7,8 @@ from pydantic import PositiveInt
 
 from experiment.config import Section
 from experiment.config.field_types import Fraction, PositiveFraction
+from experiment.unspaced_scripts import UNSPACED
 from pretrain.cleaning.datatrove_step import FilterStep
-from pretrain.corpus.words import UNSPACED
 
 if TYPE_CHECKING:
     from datatrove.pipeline.filters.base_filter import BaseFilter

@@ -11,8 +11,8 @@ from experiment.config import Section
 from experiment.config.field_types import PathText
 from experiment.errors import UserError
 from experiment.files import json_digest, read_items
+from experiment.unspaced_scripts import UNSPACED
 from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
-from pretrain.corpus.words import UNSPACED
 
 _LETTER = regex.compile(rf"[^\W{UNSPACED}]")
 
