@@ -16,13 +16,14 @@ from typing import IO, Any, Literal, NamedTuple
 from experiment.errors import UserError, warn_once
 from experiment.files import parse_json
 from experiment.formatting import counted
+from experiment.unspaced_scripts import HAN
 
 # An unclosed quote swallows the rows after it. No real field is longer than this many characters.
 MAX_FIELD = 1 << 27
 _MAX_LINE = 1 << 30  # bytes; a compressed file of a megabyte may contain a line that does not fit into memory
 _WORDS_OF_A_NAME = re.compile(r"(?:[^\W\d]|#)[\w.()%#/:-]*(?: [\w(#][\w.()%#/:-]*){0,2}")  # '#1 ID', 'score (1-5)'
 _MAX_NAME = 40  # characters
-_HAN = re.compile("[\u3400-\u9fff]")  # characters of Chinese, which has no spaces
+_HAN = re.compile(f"[{HAN}]")
 _MAX_HAN = 8  # of them in a name, such as 情感类别
 
 

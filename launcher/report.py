@@ -32,7 +32,7 @@ from experiment.results.report import write_overlay, write_report
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.run_files.goodput import read_attempt_times
 from experiment.run_files.run_folder import RunFolder, is_run, open_folder, planned_folders, runs_in
-from experiment.unspaced_scripts import WIDE
+from experiment.unspaced_scripts import HAN, WIDE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -45,8 +45,8 @@ _SHORTEST, _LONGEST = 8, 40  # tokens of a sentence
 _LONGEST_WORD = 4  # tokens of a masked word
 _ENDS = frozenset(".!?。！？")
 _SEED = 0
-_HAN = regex.compile(r"\p{Han}+")
-_BETWEEN_HAN = regex.compile(rf"(?<=^|[\p{{Han}}{WIDE}]) +(?=[\p{{Han}}{WIDE}])")
+_HAN = regex.compile(f"[{HAN}]+")
+_BETWEEN_HAN = regex.compile(f"(?<=^|[{HAN}{WIDE}]) +(?=[{HAN}{WIDE}])")
 
 
 def report_runs(runs: Sequence[str], output: str | None) -> Path:

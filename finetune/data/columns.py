@@ -15,12 +15,13 @@ from pydantic import BeforeValidator, Field
 
 from experiment.config import Section
 from experiment.files import parse_json
+from experiment.unspaced_scripts import HAN
 
 _LARGEST = 1e18  # of the numbers to predict
 _FLAGS = {"1": "1", "1.0": "1", "true": "1", "0": "0", "0.0": "0", "false": "0"}
-_HAN = re.compile("[\u4e00-\u9fff]")
+_HAN = re.compile(f"[{HAN}]")
 _HAN_IN_WORD = 4  # at most, in text of one word
-_CHINESE_SENTENCE = re.compile("[\u4e00-\u9fff][，。！？；：、…]")
+_CHINESE_SENTENCE = re.compile(f"[{HAN}][，。！？；：、…]")
 
 
 @dataclass(frozen=True, eq=False)  # types that hold the same, such as TEXT and CONTEXT, are different types

@@ -1,6 +1,5 @@
 """Cloze exams: an article with blanks, and options for each blank, as in CLOTH (Xie et al. 2018)."""
 
-import re
 import string
 import threading
 import unicodedata
@@ -11,6 +10,7 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import regex
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from experiment.errors import UserError
 from experiment.intervals import wilson_interval
+from experiment.unspaced_scripts import UNSPACED, WIDE
 from finetune.data.columns import ClozeAnswersColumn, Columns, Name, OptionsColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
@@ -32,8 +33,8 @@ from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind, 
 _BLANK = "_"
 _BRACKETS = str.maketrans("【】", "[]")  # typed with the keys [ and ] in Chinese input methods
 _EXCERPT_WORDS = 12  # on each side
-_CHINESE = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
-_FIRST_WORDS = re.compile(rf"(?:\s*(?:[{_CHINESE}]|[^\s{_CHINESE}]+)){{0,{_EXCERPT_WORDS}}}")
+_UNSPACED = UNSPACED + WIDE
+_FIRST_WORDS = regex.compile(rf"(?:\s*(?:[{_UNSPACED}]|[^\s{_UNSPACED}]+)){{0,{_EXCERPT_WORDS}}}")
 _HOOKED = threading.Lock()  # one thread at a time: a hook applies to all threads that compute the model
 _MODELS = {
     "multiple_choice": "AutoModelForMultipleChoice",
@@ -376,9 +377,8 @@ def _excerpt(segments: Sequence[str], blank: int) -> str:
 
 def _first_words(text: str) -> str:
     """Return the beginning of a text, for an excerpt; from its end on if it is reversed."""
-    found = _FIRST_WORDS.match(text)
-    assert found is not None
-    return found[0]
+    found: str = _FIRST_WORDS.match(text)[0]
+    return found
 
 
 def full_width_advice(mark: str, text: str) -> str:

@@ -49,6 +49,7 @@ def test_a_row_is_found_where_it_begins() -> None:
         (["文本一", "您对服务是否满意", "カスタマーレビュー"], True),
         (["蚂蚁借呗是否等额还款", "借呗"], False),
         (["蚂蚁借呗等额还款可以换成先息后本吗", "借呗"], False),
+        (["𠮷野家で牛丼を食べる人々〇𠮷", "𠮷野家"], False),
     ],
 )
 def test_what_looks_like_a_header(cells: list[str], expected: bool) -> None:

@@ -259,6 +259,7 @@ def test_excerpts_are_short_in_any_script() -> None:
     spaced = [" \n", f"{'a' * 5000}  b", "他\u3000 "]
     assert _excerpt(spaced, 0) == f"___{'a' * 5000} b_他"
     assert _excerpt(spaced, 1) == f"_{'a' * 5000} b___他"
+    assert _excerpt(["", "วันนี้" * 30], 0) == f"___{'วันนี้' * 2}"
 
 
 def test_zero_shot_needs_no_training(exam: dict[str, Any], tmp_path: Path) -> None:
