@@ -3,20 +3,24 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import regex
 import torch
 from torch import Tensor
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_any_tokenizer
+from experiment.unspaced_scripts import UNSPACED, WIDE
 from finetune.data.records import TurnJoiner
 from finetune.data.task_config import TaskConfig
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+_UNSPACED = regex.compile(f"[{UNSPACED}{WIDE}]")  # no space beside them
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ class Encoder:
     def ids_of_continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts that continue others, at least one each unless the text is empty. SentencePiece
         would mark the beginning of each as a word's, even if it is punctuation."""
+        if not texts:
+            return []
         before, *found = self.ids_of_texts(["(", *(f"({text}" for text in texts)])
         known = self.tokenizer.unk_token_id not in before
         return [
@@ -150,9 +156,14 @@ class Encoder:
 
     def ids_of_words(self, words: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each word of a sentence, at least one each."""
-        # Tokenizers that tell the start of a word by the space before it need that space.
-        texts = [word if index == 0 else f" {word}" for index, word in enumerate(words)]
-        return [ids or self._unknown() for ids in self.ids_of_texts(texts)]
+        # Tokenizers that tell the start of a word by the space before it need that space. Beside a character of a
+        # script without spaces, it would be a token of its own, before that of the character.
+        pairs = enumerate(pairwise(words), start=1)
+        closed = {index for index, (before, word) in pairs if _UNSPACED.search(before[-1:] + word[:1])}
+        texts = [f" {word}" if index else word for index, word in enumerate(words) if index not in closed]
+        spaced = iter(self.ids_of_texts(texts))
+        others = iter(self.ids_of_continuations([words[index] for index in sorted(closed)]))
+        return [next(others if index in closed else spaced) or self._unknown() for index in range(len(words))]
 
     def room(self, texts: int = 1) -> int:
         """Return how many tokens fit into a sequence of one text, or of a pair, beside the special tokens.

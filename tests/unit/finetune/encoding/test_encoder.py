@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CanineTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, XLNetTokenizer
+from transformers import (
+    BertTokenizer,
+    CanineTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    XLNetTokenizer,
+)
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
@@ -98,12 +104,16 @@ def test_assembled_ids_are_those_of_the_tokenizer(encoder: Path, family: str, te
         assert encoded.input_ids.tolist()[start : start + len(ids)] == ids
 
 
+def sentence_piece(*pieces: str) -> Encoder:
+    """All pieces are equally likely, so text has as few as possible."""
+    unigram = Tokenizer(models.Unigram([(piece, -1.0) for piece in ("<unk>", *pieces)], unk_id=0))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    return Encoder(PreTrainedTokenizerFast(tokenizer_object=unigram, unk_token="<unk>"), 16, token_types=False)
+
+
 def test_a_text_that_continues_another_begins_no_word(encoder: Path) -> None:
     """Catches a word mark of SentencePiece before punctuation that follows a blank, and dropped words."""
-    pieces = ["<unk>", "▁", "▁(", "(", ".", "▁.", "▁word1"]
-    unigram = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    made = Encoder(PreTrainedTokenizerFast(tokenizer_object=unigram, unk_token="<unk>"), 16, token_types=False)
+    made = sentence_piece("▁", "▁(", "(", ".", "▁.", "▁word1")
     texts = [". word1", " word1", ""]
     found = [made.tokenizer.convert_ids_to_tokens(ids) for ids in made.ids_of_continuations(texts)]
     assert found == [[".", "▁word1"], ["▁word1"], []]
@@ -156,6 +166,28 @@ def test_every_word_has_tokens(encoder: Path) -> None:
     made = Encoder(load_tokenizer(encoder), 16, token_types=True)
     assert made.ids_of_words(["word1", "\u200b", "word2"]) == [[6], [1], [7]]
     assert made.ids_of_words([]) == []
+
+
+WORDS = ["我", "在", "北京", "，", "用", "bert", "ไทย", "2", "、", "3", "年", "。", "a", "b", "きた"]
+
+
+def test_words_of_a_script_without_spaces() -> None:
+    """Catches tags on tokens of spaces, which Chinese text does not have, and words in other scripts without theirs."""
+    made = Encoder(byte_level("roberta"), 16, token_types=False)
+    texts = [" b" if word == "b" else word for word in WORDS]
+    assert made.ids_of_words(WORDS) == [made.ids(text) for text in texts]
+    made = sentence_piece("▁", "▁(", *"我在，用23、年。ab", "北京", "bert", "ไทย", "きた", "▁b")
+    found = [made.tokenizer.convert_ids_to_tokens(ids) for ids in made.ids_of_words(WORDS)]
+    assert found == [["▁", "我"], *([text.replace(" ", "▁")] for text in texts[1:])]
+
+
+def test_the_words_of_wordpiece_have_no_spaces(tmp_path: Path) -> None:
+    """Catches other tokens in models whose tokenizers put spaces around Chinese characters themselves."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"(我在北京，用23、年。ab", "be", "ไ", "き"]
+    pieces += [f"##{piece}" for piece in ["2", "年", "rt", "ท", "ย", "た"]]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    made = Encoder(BertTokenizer(str(tmp_path / "vocab.txt")), 16, token_types=True)
+    assert made.ids_of_words(WORDS) == made.ids_of_texts(WORDS)
 
 
 def test_a_word_without_tokens_may_be_masked() -> None:
