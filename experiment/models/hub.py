@@ -103,7 +103,9 @@ def download_model(
     if weights and not _has_any(folder, (*_WEIGHTS, *(_ONNX if onnx else ()))):
         raise UserError(
             f"{name}: there are no weights in safetensors (model.safetensors) on the Hugging Face Hub; others, such as "
-            "pytorch_model.bin, are not read: a pickle may run code. If you trust it, download it and name its folder"
+            f"pytorch_model.bin, are not read: a pickle may run code. If you trust it, run `"
+            f"{_download_command(name, 'model')} --local-dir FOLDER` and name FOLDER; or name a pull request with "
+            f"safetensors, if there is one: {name.repository}@refs/pr/N"
         )
     return folder
 

@@ -310,7 +310,12 @@ def test_restricted_and_private_models(hub: HubServer, commit: str, monkeypatch:
 def test_weights_in_other_formats(hub: HubServer) -> None:
     """Catches a pickle that is read, or a model that seems to have no weights for another reason."""
     hub.repository("old").push({"config.json": b"{}", "pytorch_model.bin": b"a pickle"})
-    assert refusal("old").startswith("old: there are no weights in safetensors (model.safetensors) on the Hugging Face")
+    assert refusal("old@main") == (
+        "old@main: there are no weights in safetensors (model.safetensors) on the Hugging Face Hub; others, such as "
+        "pytorch_model.bin, are not read: a pickle may run code. If you trust it, run `hf download old "
+        "--revision main --local-dir FOLDER` and name FOLDER; or name a pull request with safetensors, if there is "
+        "one: old@refs/pr/N"
+    )
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.bin"))
     hub.repository("empty").push({"README.md": b"nothing"})
     assert refusal("empty").startswith("empty: there is neither a config.json nor a tokenizer")
