@@ -38,7 +38,7 @@ def texts_of(task: TaskConfig) -> list[EvaluationText]:
     that fine-tuning draws. Raises UserError for files that cannot be read."""
     joiner = None if task.dialogue is None else TurnJoiner(task.dialogue, separator=None)
     tables: dict[str, Table] = {
-        split: read_table(Path(path), task.columns, task.file_format(), split == "train", joiner)
+        split: read_table(Path(path), task.columns, task.file_format(), split == "train", joiner, task.labels or ())
         for split, path in task.files().items()
         if split != "train" or (task.validation is None and task.is_trained)
     }

@@ -14,7 +14,7 @@ from experiment.errors import UserError
 from experiment.progress import track
 from finetune.config import TrainingConfig
 from finetune.data.columns import CONTEXT, LABEL, Columns
-from finetune.data.records import Record, Table, has_minus_one, read_table
+from finetune.data.records import Record, Table, find_labels, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, load_task_tokenizer, turn_joiner
 from finetune.encoding.examples import Example, Padding, Split
@@ -62,12 +62,13 @@ def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[st
     """
     joiner = turn_joiner(model, task)
     tables: dict[str, Table] = {}
-    minus_one = "-1" in (task.labels or ())
+    known = set(task.labels or ())
     for split, path in task.files().items():
         if split != "train" or task.is_trained:
             required = split in ("train", "validation")
-            tables[split] = read_table(Path(path), task.columns, task.file_format(), required, joiner, minus_one)
-            minus_one |= split == "train" and has_minus_one(tables[split], task.columns)
+            tables[split] = read_table(Path(path), task.columns, task.file_format(), required, joiner, known)
+            if split == "train":
+                known |= find_labels(tables[split], task.columns)
     if fit_on == "train+validation" and "train" in tables:
         if validation := tables.pop("validation", None):
             tables["train"] = _joined(tables["train"], validation, task.columns)

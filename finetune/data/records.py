@@ -1,6 +1,7 @@
 """Read the rows of a split, and their cells as the columns of the task declare. Turns of a dialogue are joined."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from finetune.data.formats import FileFormat, Row, conll_advice, read_rows, sepa
 from finetune.data.task_config import DialogueContext
 
 _MANY_ROWS = 20  # of which nearly all have one word: a line per word
+_MAX_DASHES = 0.1  # share of the rows of a training split that have no label
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,12 @@ def read_table(
     file_format: FileFormat | None = None,
     targets_required: bool = True,
     joiner: TurnJoiner | None = None,
-    minus_one: bool = False,
+    known: Collection[str] = (),
 ) -> Table:
     """Read a data file, see `formats.read_rows`.
 
-    targets_required: whether to reject a file in which the column of a target is missing or empty. minus_one: whether
-    -1 in all rows is a target; otherwise it means that a split, if it may, has none.
+    targets_required: whether to reject a file in which the column of a target is missing or empty. known: labels of
+    the task. Unless -1 is one, -1 in all rows means that a split, if it may, has no targets.
 
     Raises UserError with file and line.
     """
@@ -112,17 +114,19 @@ def read_table(
     records = list(read_records(read_rows(path, file_format), columns, targets_required, joiner))
     if not records:
         raise UserError(f"{path} has no rows")
-    if separator(path, file_format) is not None:
+    is_csv = separator(path, file_format) is not None
+    if is_csv:
         _reject_words_as_rows(path, records, columns, conll_advice(file_format.csv))
-    elif columns.roles(LABEL):
-        records = _labelled_or_all(path, records, columns.roles(LABEL))
-    return _check_targets(path, records, columns.cell_types(), targets_required, minus_one)
+    if roles := columns.roles(LABEL):
+        records = _labelled_or_all(path, records, roles, known, is_csv)
+    return _check_targets(path, records, columns.cell_types(), targets_required, "-1" in known)
 
 
-def has_minus_one(table: Table, columns: Columns) -> bool:
-    """Return whether -1 is a label of a table. As a number, it is one of many, and in all rows it means none."""
+def find_labels(table: Table, columns: Columns) -> set[str]:
+    """Return the labels of a table. A number to predict is none: -1 is one of many, and in all rows it means none."""
     targets = [role for role, cell_type in columns.cell_types().items() if cell_type.target]
-    return any(record.values.get(role) == "-1" for record in table.records for role in targets)
+    values = (record.values.get(role) for record in table.records for role in targets)
+    return {value for value in values if isinstance(value, str)}
 
 
 def _reject_words_as_rows(path: Path, records: Sequence[Record], columns: Columns, advice: str) -> None:
@@ -134,19 +138,37 @@ def _reject_words_as_rows(path: Path, records: Sequence[Record], columns: Column
             )
 
 
-def _labelled_or_all(path: Path, records: list[Record], roles: Sequence[str]) -> list[Record]:
-    """Leave out rows whose label is null, as -1 of the Hub is read, unless all are. SNLI has such rows where annotators
-    disagreed; in a CSV file, an empty cell is rather a mistake."""
+def _labelled_or_all(
+    path: Path, records: list[Record], roles: Sequence[str], known: Collection[str], is_csv: bool
+) -> list[Record]:
+    """Leave out rows whose label is null, as -1 of the Hub is read, or -, unless all are. SNLI has such rows where
+    annotators disagreed; in a CSV file, an empty cell is rather a mistake."""
+    has_dash = _dash_means_none(records, roles, known)
+    none = [*([] if is_csv else [None]), *(["-"] if has_dash else [])]
     labelled, without = [], []
     for record in records:
-        if any(record.values.get(role) is None for role in roles):
+        if any(record.values.get(role) in none for role in roles):
             without.append(record.place)
         else:
-            labelled.append(replace(record, skipped=len(without)))
-    if not labelled or not without:
+            labelled.append(replace(record, skipped=record.skipped + len(without)))
+    if not without:
         return records
-    warn_once(f"{path}: left out {counted(len(without), 'row')} without a label (null or -1), such as {without[0]}")
+    if not labelled:
+        return [replace(record, values={**record.values, **dict.fromkeys(roles)}) for record in records]
+    marks, advice = ("null, -1 or -", "; if - is a label, list it in task.labels") if has_dash else ("null or -1", "")
+    warn_once(
+        f"{path}: left out {counted(len(without), 'row')} without a label ({marks}), such as {without[0]}{advice}"
+    )
     return labelled
+
+
+def _dash_means_none(records: Sequence[Record], roles: Sequence[str], known: Collection[str]) -> bool:
+    """Return whether rows have the label - because annotators disagreed, as in SNLI, OCNLI and CMNLI: few rows, beside
+    two or more other labels, none of which is +."""
+    counts = Counter(record.values.get(role) for record in records for role in roles)
+    others = {*known, *counts} - {None, "-"}
+    is_rare = bool(known) or counts["-"] <= _MAX_DASHES * len(records)
+    return counts["-"] > 0 and "-" not in known and "+" not in others and len(others) > 1 and is_rare
 
 
 def _check_targets(

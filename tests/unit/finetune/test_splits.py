@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,20 @@ def test_minus_one_in_all_rows_of_a_test_split(
     given = {} if labels is None else {"labels": labels}
     config = find_kind(kind).config_type(**paths, **given, columns={"text": "text"})
     assert read_splits(config, tmp_path)["test"].labelled == labelled
+
+
+def test_a_dash_that_is_no_label_of_the_training_split(tmp_path: Path) -> None:
+    """Catches an unknown label where annotators disagreed, if the training split has no such rows."""
+    files = {"train": ["x", "y", "z"], "validation": ["-", "x"], "test": ["-", "-"]}
+    for split, labels in files.items():
+        rows = (json.dumps({"text": "a", "label": label}) for label in labels)
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    paths = {split: str(tmp_path / f"{split}.jsonl") for split in files}
+    read = read_splits(find_kind("classification").config_type(**paths, columns={"text": "text"}), tmp_path)
+    assert [record.values for record in read["validation"].records] == [{"label": "x", "text": "a"}]
+    assert (len(read["test"]), read["test"].labelled) == (2, False)
+    given = find_kind("classification").config_type(**paths, columns={"text": "text"}, labels=("x", "y", "z", "-"))
+    assert read_splits(given, tmp_path)["test"].labelled
 
 
 def test_too_few_rows_are_rejected() -> None:

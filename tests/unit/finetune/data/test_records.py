@@ -195,6 +195,41 @@ def test_rows_without_a_label_are_left_out(tmp_path: Path, required: bool, caplo
     assert caplog.messages == [f"{path}: left out 2 rows without a label (null or -1), such as {path}:1"]
 
 
+NLI = ["entailment", "neutral", "contradiction"] * 4
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_dash_in_a_few_rows_is_no_label(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a class of the pairs that annotators did not agree on, in the original files of SNLI, OCNLI and CMNLI."""
+    labels = ["-", *NLI]
+    rows = [json.dumps({"text": "a", "label": label}) if name == "a.jsonl" else f"a\t{label}" for label in labels]
+    path = write(tmp_path / name, "\n".join(rows if name == "a.jsonl" else ["text\tlabel", *rows]))
+    table = read_table(path, COLUMNS)
+    assert [row["label"] for row in values(table)] == NLI
+    assert caplog.messages == [
+        f"{path}: left out 1 row without a label (null, -1 or -), such as {path}:{1 + (name == 'a.txt')}; if - is a "
+        "label, list it in task.labels"
+    ]
+    assert [row["label"] for row in values(read_table(path, COLUMNS, known=("-", "entailment")))] == labels
+
+
+def test_rows_without_a_label_count_like_bad_lines(tmp_path: Path) -> None:
+    """Catches predictions with other numbers of rows than the file has, if both kinds of rows are left out."""
+    rows = ["text\tlabel", "a\tb\tx", "a\t-", *(f"a\t{label}" for label in NLI)]
+    path = write(tmp_path / "a.tsv", "\n".join(rows))
+    skipping = FileFormat(csv=CsvFormat(on_bad_lines="skip"))
+    assert {record.skipped for record in read_table(path, COLUMNS, skipping).records} == {2}
+
+
+@pytest.mark.parametrize(
+    "labels", [["+", "-"], ["+", "-", *["0"] * 9], ["-", *["x"] * 9], ["-", "-", *NLI], ["-", "-"]], ids="".join
+)
+def test_a_dash_may_be_a_label(tmp_path: Path, labels: list[str]) -> None:
+    """Catches sentiment + and - that loses half of its rows, and a class that is as frequent as others."""
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": "a", "label": label}) for label in labels))
+    assert [row["label"] for row in values(read_table(path, COLUMNS))] == labels
+
+
 def test_minus_one_may_be_a_label(tmp_path: Path) -> None:
     """Catches sentiment labels -1, 0 and 1 that are taken for missing ones."""
     path = write(tmp_path / "a.csv", "text,label\na,-1\nb,1\n")
