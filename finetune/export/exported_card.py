@@ -4,9 +4,12 @@ state.json has all that the card says, so it is complete for a checkpoint that w
 corpora. One that an older version wrote, or a folder of another origin, gets a card of the known facts.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tokenizers.decoders import ByteLevel
 
 from experiment.config import flatten
 from experiment.errors import UserError
@@ -26,8 +29,10 @@ from experiment.results.model_card import (
 )
 from experiment.run_files.checkpoints import state_around
 from experiment.run_files.provenance import describe_devices, read_origin
+from experiment.unspaced_scripts import HAN
 
 _AVERAGED = "hf-ema"
+_HAN = re.compile(f"[{HAN}]")
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths
 _CHANGES = (*(f"{section}." for section in _SETTINGS), "model.freeze", "model.ema_decay")  # without paths
 _METRICS = ("loss", "perplexity", "accuracy")
@@ -110,7 +115,8 @@ def _usage(source: Path, config: Mapping[str, Any]) -> str:
         tokenizer = load_any_tokenizer(source, ["mask_token"])
     except UserError:
         return ""
-    han = sum(any("\u4e00" <= character <= "\u9fff" for character in token) for token in tokenizer.get_vocab())
+    decode = ByteLevel().decode  # which changes no piece of another kind that has Chinese characters
+    han = sum(_HAN.search(decode([piece])) is not None for piece in tokenizer.get_vocab())
     example = "北京是中国的首{}。" if 4 * han > len(tokenizer) else "The capital of France is {}."
     return usage_section(snippet("python", _USAGE.format(model=MODEL, sentence=example.format(tokenizer.mask_token))))
 
