@@ -21,6 +21,7 @@ _LARGEST = 1e18  # of the numbers to predict
 _FLAGS = {"1": "1", "1.0": "1", "true": "1", "0": "0", "0.0": "0", "false": "0"}
 _HAN = re.compile(f"[{HAN}]")
 _HAN_IN_WORD = 4  # at most, in text of one word
+_HAN_IN_WORDS = 6  # at most, in half of the words of other text
 _CHINESE_SENTENCE = re.compile(f"[{HAN}][，。！？；：、…]")
 
 
@@ -188,10 +189,10 @@ def _read_sentence(cell: object) -> list[str]:
 
 
 def _lacks_spaces(words: list[str]) -> bool:
-    """Return whether the only word of a text is rather a clause or a sentence in Chinese."""
-    return len(words) == 1 and (
-        _CHINESE_SENTENCE.search(words[0]) is not None or len(_HAN.findall(words[0])) > _HAN_IN_WORD
-    )
+    """Return whether the only word of a text, or most of its words, are rather clauses or sentences in Chinese."""
+    most = _HAN_IN_WORD if len(words) == 1 else _HAN_IN_WORDS
+    clauses = sum(_CHINESE_SENTENCE.search(word) is not None or len(_HAN.findall(word)) > most for word in words)
+    return 2 * clauses > len(words)
 
 
 def _read_answers(cell: object) -> list[dict[str, Any]] | None:

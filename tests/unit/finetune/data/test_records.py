@@ -406,6 +406,13 @@ def test_a_chinese_sentence_is_not_one_word(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", json.dumps({"tokens": "我爱北京天安门"}))
     with pytest.raises(UserError, match=r"c\.jsonl:1: .*; in Chinese, put spaces between the words"):
         read_table(path, TokenColumns(), targets_required=False)
+    for row in ("我爱北京天安门 天安门上太阳升", "今天下雨。 我们走吧。", "李婷来了，好。 2024年3月1日，晴。 再见"):
+        path = write(tmp_path / "c.jsonl", json.dumps({"tokens": row}))
+        with pytest.raises(UserError, match=r"c\.jsonl:1: .*; in Chinese, put spaces between the words"):
+            read_table(path, TokenColumns(), targets_required=False)
+    names = ["全国人民代表大会 常务委员会", "中国人民解放军总医院 成立", "只可意会，不可言传 的 、 三、四 年 。"]
+    path = write(tmp_path / "d.jsonl", "\n".join(json.dumps({"tokens": row}) for row in names))
+    assert len(read_table(path, TokenColumns(), targets_required=False)) == len(names)
     rows = ["iPhone 在 北京 举行 发布会", "中国人民解放军总医院 成立 了", ["我爱北京天安门"], '["我爱北京天安门"]']
     path = write(tmp_path / "d.jsonl", "\n".join(json.dumps({"tokens": row}) for row in rows))
     found = values(read_table(path, TokenColumns(), targets_required=False))
