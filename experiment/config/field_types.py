@@ -70,10 +70,13 @@ def known_keys(annotation: Any, above: str = "") -> Iterator[str]:
 
 def parse_value(annotation: Any, raw: str) -> Any:
     """Return the plain value that raw text from a command line stands for, given the type of its field."""
-    if type(None) in union_members(annotation) and raw in ("null", "None"):
+    kinds = union_members(annotation)
+    if type(None) in kinds and raw in ("null", "None", ""):
         return None
     try:
         node, value = yaml.compose(raw, Loader=Loader), read_yaml(raw)
+        if value is None and str in map(_yaml_type, kinds):  # such as a comment
+            return raw
         if isinstance(node, yaml.SequenceNode | yaml.MappingNode):
             if accepts(annotation, type(value)):
                 return _value_of_node(node, annotation)

@@ -25,6 +25,7 @@ class Corpus(Section):
 class Schedule(Section):
     steps: Positive | None = None
     epochs: float | None = None
+    note: str | None = None
     unit: Literal["token", "word"] = "token"
     size: Positive | Literal["auto"] = "auto"
     betas: tuple[float, float] = (0.9, 0.98)
@@ -315,6 +316,14 @@ def test_an_override_below_a_scalar_is_rejected(key: str) -> None:
         ("run.name", "[a]", "[a]"),
         ("run.name", "a: b: c", "a: b: c"),
         ("run.name", " - *x", " - *x"),
+        ("schedule.note", "#2 String", "#2 String"),
+        ("schedule.note", "#", "#"),
+        ("schedule.note", "~", "~"),
+        ("schedule.note", "!", "!"),
+        ("schedule.note", " ", " "),
+        ("schedule.note", "", None),
+        ("schedule.note", "null", None),
+        ("schedule.note", "None", None),
         ("run.lr", "1e-3", 1e-3),
         ("run.lr", "1", 1.0),
         ("run.resume", "True", True),
@@ -352,7 +361,7 @@ def test_an_override_below_a_scalar_is_rejected(key: str) -> None:
     ],
 )
 def test_an_override_is_read_as_the_type_of_its_field(key: str, raw: str, value: Any) -> None:
-    """Catches guessed types: `2024_01` as a number, `run#1` cut off at the comment sign."""
+    """Catches guessed types: `2024_01` as a number, `run#1` cut off at the comment sign, a comment as null."""
     found = overridden(key, raw)
     assert (found, type(found)) == (value, type(value))
 
