@@ -26,6 +26,7 @@ from experiment.run_files.provenance import (
     ancestors_of,
     collect_provenance,
     has_logged_with_other_config,
+    other_version,
     separate_copy,
     wandb_id,
     write_provenance,
@@ -108,6 +109,11 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     left_out = [seed for seed in finished if seed not in seeds]
     for line in _describe_finished(list(records), left_out, resolved):
         terminal().print(line)
+    if records and missing and (version := other_version(folder)) is not None:
+        print_warning(
+            f"the finished seeds were trained with deepcloze {version}: those of this version may have other scores; "
+            "choose another run.dir to train all seeds with this version"
+        )
     changed = {seed: found for seed in missing if (found := state_file(seed, resolved).other_settings())}
     for seed, found in changed.items():
         differences = describe_differences(found)

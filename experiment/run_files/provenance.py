@@ -127,6 +127,15 @@ def read_provenance(folder: RunFolder) -> dict[str, Any] | None:
         return None
 
 
+def other_version(folder: RunFolder) -> str | None:
+    """Return the version of deepcloze in the last attempt at a run; None if it is this one, or not known."""
+    with suppress(OSError, UserError, LookupError, TypeError, AttributeError):
+        attempts = (read_provenance(folder) or {})["attempts"]
+        version = attempts[-1]["versions"]["deepcloze"]
+        return None if version in (None, _version("deepcloze")) else str(version)
+    return None
+
+
 def parse_provenance(text: bytes, name: str) -> dict[str, Any]:
     """Parse the content of a provenance.json. Raises UserError, with the name of the file, if it is damaged."""
     try:

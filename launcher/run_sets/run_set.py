@@ -28,6 +28,7 @@ from experiment.process.own_process import module_command, own_environment
 from experiment.process.signals import handle_stop_signals
 from experiment.run_files.checkpoints import mention_newer, names_model_folder
 from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_outcome
+from experiment.run_files.provenance import other_version
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, open_run_folder
 from experiment.run_files.run_lock import folder_use, lock_run
 from experiment.tracking.config import RUN_SET, WANDB_GROUP, WANDB_NAME
@@ -152,6 +153,11 @@ class RunSet:
         wait_for_other_process(child)
         if _is_finished(run, child.folder):
             inform(f"{self.command}: {label}: already finished")
+            if (version := other_version(child.folder)) is not None:
+                notify(
+                    f"{self.command}: {label} was run with deepcloze {version}; runs of this version may have other "
+                    f"scores: remove {child.folder.path} to run it again"
+                )
             return DONE
         inform(f"{self.command}: {label}: running")
         start_time = time.monotonic()

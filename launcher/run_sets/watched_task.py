@@ -44,7 +44,7 @@ _REPLACED = {
 }
 """Overrides of the task's config. Test is not even read: it must not guide decisions during pretraining."""
 _NEWER_KEYS = ("adam_eps", "grad_clip", "warmup_steps", "score_train", "eval_batch_size", "parallel_seeds")
-"""Keys of `training` that version 0.2.0 lacks: earlier scores are comparable with scores of the defaults."""
+"""Keys of `training` that version 0.2.0 lacks: scores with their defaults continue its scores."""
 
 
 class ScoringError(Exception):

@@ -32,7 +32,7 @@ _TONES: Mapping[State, Tone] = {
     "not started": "plain",
 }
 _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-_LIBRARIES = ("torch", "deepspeed", "transformers")
+_LIBRARIES = ("deepcloze", "torch", "deepspeed", "transformers")
 _ATTEMPT_COLUMNS = ("started", "host", "ranks", "commit", "device", *_LIBRARIES)
 
 

@@ -58,7 +58,7 @@ def make_run(path: Path, steps: int = 1000, lr: float = 5e-4, seed: int = 1) -> 
     write_json(bad / "fault.json", {"step": steps * 7 // 20, "what": f"step {steps * 7 // 20}: the loss is nan"})
     hardware = {"gpus": ["NVIDIA H100"] * 8, "cores": 128, "cpu": "Fast CPU"}
     git = {"commit": "0123456789abcdef", "dirty": True}
-    versions = {"torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
+    versions = {"deepcloze": "0.2.0", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
     for hour in (9, 12, 18):
         attempt = {"date": f"2026-11-20T{hour:02}:20:30+00:00", "host": "node-1", "world_size": 8, "git": git}
         write_provenance(folder, {**attempt, "hardware": hardware, "versions": versions})

@@ -97,9 +97,8 @@ def test_the_report_of_a_pretraining_run(tmp_path: Path) -> None:
     folder.config.write_text("run:\n  seed: 42\n")
     hardware = {"gpus": [], "cores": 2, "cpu": "Fast CPU"}
     git = {"commit": "0123456789abcdef", "dirty": True}
-    write_provenance(
-        folder, {"date": "2024-05-01T10:20:30+00:00", "host": "h", "world_size": 2, "git": git, "hardware": hardware}
-    )
+    attempt = {"date": "2024-05-01T10:20:30+00:00", "host": "h", "world_size": 2, "git": git, "hardware": hardware}
+    write_provenance(folder, {**attempt, "versions": {"deepcloze": "0.1.9"}})
     page = write_report(folder.path)
     assert page == folder.report / "index.html"
     assert [path.name for path in folder.report.iterdir()] == ["index.html"]
@@ -114,6 +113,7 @@ def test_the_report_of_a_pretraining_run(tmp_path: Path) -> None:
         "0123456789 (changed)",
         "2 cores, Fast CPU",
         "2024-05-01 10:20:30 UTC",
+        ">0.1.9</td>",
     ):
         assert expected in text
 

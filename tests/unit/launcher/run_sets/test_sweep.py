@@ -288,9 +288,13 @@ def test_a_sweep_with_a_failure_run_twice(
     report = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert report.index("3.5000") < report.index("4.5000") < report.index("failed")
 
+    attempt = {"versions": {"deepcloze": "0.1.9"}}
+    write_json(tmp_path / "lr=1e-4" / "provenance.json", {"run_id": "1", "ancestors": [], "attempts": [attempt]})
     repaired = plan(tmp_path, {"1e-4": "fail", "1e-3": "2.5", "1e-2": "fail", "1e-1": "6.5"})
     run_sweep(repaired)
-    assert "[1/4] lr=1e-4: already finished" in capfd.readouterr().err
+    said = capfd.readouterr()
+    assert "[1/4] lr=1e-4: already finished" in said.err
+    assert said.err.count("was run with deepcloze") == said.err.count("[1/4] lr=1e-4 was run with deepcloze 0.1.9") == 1
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert {name: run["value"] for name, run in record["runs"].items()} == {
         "lr=1e-4": 4.5,
