@@ -45,16 +45,18 @@ _SET_BY_RUN_CONFIG = {
     "scheduler": "the section 'schedule'",
     "managed_gradient_accumulation": "deepcloze itself",
     "activation_checkpointing": "deepcloze itself",
+    "prescale_gradients": "deepcloze itself",
+    "gradient_predivide_factor": "deepcloze itself",
     "wandb": "the section 'tracking'",
 }
 
 _KNOWN_KEYS = (
     *("fp16", "bf16", "torch_autocast", "data_types", "zero_optimization", "communication_data_type"),
-    *("prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "aio", "comms_logger"),
-    *("memory_breakdown", "steps_per_print", "dump_state"),
+    *("aio", "comms_logger", "memory_breakdown", "steps_per_print", "dump_state"),
 )
 
 _UNSUPPORTED_ZERO = {
+    "legacy_stage1": "was removed from DeepSpeed",
     "round_robin_gradients": "breaks DeepSpeed's parameter mapping",
     "zenflow": "replaces the optimizer and leaves out updates",
     "zero_quantized_weights": "would train with weights of 8 bits",
@@ -307,11 +309,6 @@ def _check_zero(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     if (norm := zero.get("compute_grad_norm", True)) is not True:
         raise UserError(
             f"{path}: 'compute_grad_norm' is {json.dumps(norm)}, but every update needs the norm; remove it"
-        )
-    predivided = raw.get("gradient_predivide_factor", 1) != 1
-    if predivided and zero.get("stage", 0) > 1 and zero.get("reduce_scatter", True):
-        raise UserError(
-            f"{path}: 'gradient_predivide_factor' needs \"reduce_scatter\": false at ZeRO stage 2 and 3; remove it"
         )
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         _check_offload(zero, key, lowest, path)
