@@ -20,6 +20,11 @@ def find_ds_config(name: str) -> Path:
     raise ValueError(f"there is no file and no preset '{name}'{known}")
 
 
+def preset_or_path(path: Path) -> str:
+    """Return the name of a preset, whose path depends on the installation, or the path of another file."""
+    return path.stem if path.parent == REPOSITORY / "ds_configs" else str(path)
+
+
 def _presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted((REPOSITORY / "ds_configs").glob("*.json"))}
 

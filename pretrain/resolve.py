@@ -24,6 +24,7 @@ from pretrain.batching.vocabulary import Vocabulary, build_vocabulary, check_wor
 from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, WeightedCorpus
 from pretrain.corpus.cache import open_metadata
 from pretrain.corpus.reader import Corpus, open_corpus, unique_names
+from pretrain.ds_configs import preset_or_path
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, load_settings
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model
@@ -155,8 +156,8 @@ def resolve(
 
 
 def _with_absolute_paths(config: PretrainConfig, ds_config: Path) -> PretrainConfig:
-    """Return the config with every path absolute but `model.init_from`, so that RUN/config.yaml starts the same run
-    from any directory."""
+    """Return the config with every path absolute but `model.init_from` and presets, so that RUN/config.yaml starts the
+    same run from any directory."""
     run, model, corpus = config.run, config.model, config.corpus
     train: str | tuple[WeightedCorpus, ...]
     if isinstance(corpus.train, str):
@@ -175,7 +176,7 @@ def _with_absolute_paths(config: PretrainConfig, ds_config: Path) -> PretrainCon
                 "cache": None if corpus.cache is None else _absolute(corpus.cache),
             }
         ),
-        "engine": config.engine.model_copy(update={"ds_config": str(ds_config)}),
+        "engine": config.engine.model_copy(update={"ds_config": preset_or_path(ds_config)}),
     }
     return config.model_copy(update=sections)
 

@@ -329,6 +329,8 @@ def run_identity(
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     old, new = with_defaults(flatten(before), PretrainConfig), with_defaults(flatten(now), PretrainConfig)
+    for identity in (old, new):  # the path of a preset depends on the installation
+        identity["engine.ds_config"] = Path(identity["engine.ds_config"]).stem
     # Older identities do not have these.
     unknown = tuple(part for part in (_SPECIAL_TOKENS, _DS_CONFIG) if not any(key.startswith(part) for key in old))
     keys = sorted(key for key in (old.keys() | new.keys()) - _NO_EFFECT if not key.startswith(unknown))

@@ -14,6 +14,7 @@ from launcher.hosts.machine import Machine
 from launcher.ranks.environment import Launcher, forwarded_environment
 from launcher.ranks.placement import HostOptions, is_local
 from pretrain.config import PretrainConfig
+from pretrain.ds_configs import find_ds_config
 
 # Of each parameter, in fp32. See `pretrain/training/checkpoint_tensors.py`.
 _ENGINE_BYTES = 3 * 4  # weight and two moments of the optimizer
@@ -102,7 +103,7 @@ def _required_files(config: PretrainConfig) -> tuple[Path, ...]:
     """Return the files that stand for all that the ranks read: manifests of corpora have the checksums of the
     shards."""
     files = [Path(source) / "manifest.json" for source in config.corpus.sources if not is_url(source)]
-    files.append(Path(config.engine.ds_config))
+    files.append(find_ds_config(config.engine.ds_config))
     if config.model.init_from is not None and Path(config.model.init_from).is_absolute():  # hosts download others
         files.append(Path(config.model.init_from) / "config.json")
     if config.model.added_tokens is not None:

@@ -160,9 +160,11 @@ def test_allowed_changes_are_reported(now: dict[str, Any], key: str) -> None:
 
 
 def test_a_moved_run_resumes() -> None:
-    """Catches a run that cannot resume after its folder or corpus moved, or with another version of transformers."""
+    """Catches a run that cannot resume, or reports changes, after its folder, its corpus or the installation moved, or
+    with another version of transformers."""
+    before = identity(engine__ds_config="/opt/python3.11/ds_configs/bf16_zero1.json")
     now = identity(run__dir="/elsewhere", corpus__train="/mnt/data/a", model=MODEL | {"transformers_version": "6.0"})
-    assert check_resume(identity(), now, "a checkpoint") == []
+    assert check_resume(before, now, "a checkpoint") == []
 
 
 @pytest.mark.parametrize(

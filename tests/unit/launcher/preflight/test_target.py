@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from experiment.config import build_config
+from experiment.files import REPOSITORY
 from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.machine import Devices, Machine
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
@@ -38,7 +39,7 @@ def run(folder: Path, **sections: Any) -> Target:
         "corpus": {"train": "/corpora/wiki"},
         "schedule": {"steps": 1000},
         "checkpoint": {"keep_last": 2},
-        "engine": {"ds_config": "/ds.json"},
+        "engine": {"ds_config": "fp32_zero1"},
     }
     config = build_config(PretrainConfig, {**tree, **sections})
     return target_of_run(HOSTS, config, num_parameters=1000, folder=RunFolder(folder))
@@ -52,7 +53,8 @@ def test_the_files_that_ranks_read(tmp_path: Path) -> None:
         model={"init_from": "/model", "added_tokens": "/tokenizer"},
     )
     assert list(map(str, target.files)) == [
-        *("/a/manifest.json", "/b/manifest.json", "/books/manifest.json", "/ds.json"),
+        *("/a/manifest.json", "/b/manifest.json", "/books/manifest.json"),
+        str(REPOSITORY / "ds_configs" / "fp32_zero1.json"),
         *("/model/config.json", "/tokenizer/tokenizer.json"),
     ]
     assert target.folder == tmp_path

@@ -14,7 +14,7 @@ from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import REPOSITORY
 from pretrain.config import PretrainConfig
-from pretrain.ds_configs import find_ds_config
+from pretrain.ds_configs import find_ds_config, preset_or_path
 from pretrain.engine.deepspeed_settings import (
     TESTED,
     Precision,
@@ -205,6 +205,14 @@ def test_files_are_found_here_or_in_the_repository(tmp_path: Path, monkeypatch: 
     assert find_ds_config("ds_configs/bf16_zero1.json") == tmp_path / "ds_configs" / "bf16_zero1.json"
     with pytest.raises(UserError, match=r"engine\.ds_config: .*no preset 'mine\.json'.*bf16_zero1"):
         load_settings("mine.json")
+
+
+def test_presets_are_recorded_by_name(tmp_path: Path) -> None:
+    """Catches a RUN/config.yaml that breaks when deepcloze is installed elsewhere, and a file of the user taken for a
+    preset."""
+    assert preset_or_path(find_ds_config("ds_configs/bf16_zero1.json")) == "bf16_zero1"
+    own = tmp_path / "ds_configs" / "bf16_zero1.json"
+    assert preset_or_path(own) == str(own)
 
 
 def test_an_unknown_preset_is_reported_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
