@@ -105,7 +105,11 @@ def _kept_records(files: list[Path], resumed_step: int, evaluates_again: bool) -
             elif event.HasField("summary"):
                 names = [value.tag for value in event.summary.value]
                 if is_kept(event.step, names, resumed_step, evaluates_again):
-                    kept.append(record)
+                    ungrouped = [value for value in event.summary.value if value.tag != tag_of(value.tag)]
+                    for value in ungrouped:  # of version 0.2.0
+                        value.tag = tag_of(value.tag)
+                    parts = {"wall_time": event.wall_time, "step": event.step, "summary": event.summary}
+                    kept.append(_record(**parts) if ungrouped else record)
     return kept
 
 
@@ -124,5 +128,5 @@ def _record(**fields: Any) -> bytes:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     buffer = io.BytesIO()
-    RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
+    RecordWriter(buffer).write(Event(**{"wall_time": time.time(), **fields}).SerializeToString())
     return buffer.getvalue()

@@ -59,6 +59,23 @@ def test_the_evaluation_of_the_resumed_step_is_not_doubled(tmp_path: Path) -> No
     assert scalars(tmp_path, "eval/docs/loss") == [(10, 3)]
 
 
+def test_kept_steps_of_version_0_2_0_have_the_tags_of_today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a resume after an upgrade that shows each curve as two, `loss` and `train/loss`, or at new times."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with monkeypatch.context() as patch:
+        patch.setattr(event_file, "tag_of", lambda name: name)
+        patch.setattr(event_file.time, "time", lambda: 1000.0)
+        attempt(tmp_path, -1, [{"step": 1, "loss": 2, "mfu": 0.5}, {"step": 1, "eval/docs/loss": 4}])
+    attempt(tmp_path, 1, [{"step": 2, "loss": 1, "mfu": 0.25}])
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    assert sorted(accumulator.Tags()["scalars"]) == ["eval/docs/loss", "speed/mfu", "train/loss"]
+    assert scalars(tmp_path, "train/loss") == [(1, 2), (2, 1)]
+    assert scalars(tmp_path, "speed/mfu") == [(1, 0.5), (2, 0.25)]
+    assert accumulator.Scalars("train/loss")[0].wall_time == 1000.0
+
+
 def test_kept_steps_keep_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a resume after which all earlier steps have the time of the resume."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
