@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from experiment.config.field_types import is_section
+from experiment.config.field_types import annotation_below, is_section
 from experiment.config.json_schema import json_schema
 from experiment.config.recipes import all_recipes, find_recipe
 from experiment.config.reference import find_meaning
@@ -15,6 +15,12 @@ from experiment.files import write_json, write_text
 from launcher.command_line import table
 from launcher.configs import CONFIGS
 from launcher.options import RecipesOptions
+
+_USUALLY_SET = (
+    *("model.config", "schedule.steps", "task.train", "task.columns", "task.columns.text", "task.columns.label"),
+    *("rows.NAME.init_from", "steps"),
+)
+"""Keys that are no required fields, but without which few configs are complete."""
 
 
 def recipes_command(options: RecipesOptions) -> None:
@@ -38,8 +44,8 @@ def recipes_command(options: RecipesOptions) -> None:
 
 
 def write_new_config(file: Path, kind: str) -> None:
-    """Write a config with the required keys, without values. Raises UserError for a file that exists."""
-    keys = _required_keys(CONFIGS[kind].specialize({"task": {}}))
+    """Write a config with the keys that most users set, without values. Raises UserError for a file that exists."""
+    keys = _keys_to_set(CONFIGS[kind].specialize({"task": {}}))
     _write_config(file, "".join(f"{line}\n" for line in keys), kind)
 
 
@@ -54,14 +60,17 @@ def _write_config(file: Path, text: str, kind: str) -> None:
     print(f"{file}: edit it, then run: deepcloze {kind} {flag}{shlex.quote(str(file))}")
 
 
-def _required_keys(section: type[BaseModel], indent: str = "") -> Iterator[str]:
-    """Yield a line for each required key, with its meaning as a comment."""
+def _keys_to_set(section: type[BaseModel], *above: str) -> Iterator[str]:
+    """Yield a line for each required or usual key, with its meaning as a comment. above: the keys of the section."""
     for name, field in section.model_fields.items():
-        if field.is_required():
+        if field.is_required() or ".".join((*above, name)) in _USUALLY_SET:
             meaning = find_meaning(section, name).partition(". ")[0].removesuffix(".")
-            yield f"{indent}{name}:  # {meaning}"
+            yield f"{'  ' * len(above)}{name}:  # {meaning}"
             if is_section(field.annotation):
-                yield from _required_keys(field.annotation, indent + "  ")
+                yield from _keys_to_set(field.annotation, *above, name)
+            elif is_section(value := annotation_below(field.annotation, "NAME")):
+                yield f"{'  ' * len(above)}  NAME:"
+                yield from _keys_to_set(value, *above, name, "NAME")
 
 
 def _recipe_table() -> str:

@@ -259,7 +259,7 @@ class ConfigOptions(Section):
     """Print the JSON Schema of the config instead."""
 
     new: Annotated[PathName | None, Metavar("FILE")] = None
-    """Write a config with the required keys instead, and its JSON Schema in .deepcloze beside it."""
+    """Write a config with the keys that most users set instead, and its JSON Schema in .deepcloze beside it."""
 
     @model_validator(mode="after")
     def _one_output(self) -> Self:

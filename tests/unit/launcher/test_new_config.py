@@ -11,7 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from documented import PAGES, configs
-from experiment.config import build_config
+from experiment.config import build_config, flatten
 from experiment.config.json_schema import json_schema
 from experiment.config.recipes import all_recipes
 from experiment.config.yaml_dialect import read_yaml
@@ -175,6 +175,21 @@ def test_a_new_config_names_its_schema(kind: str, tmp_path: Path, capsys: pytest
     assert {error.validator for error in validator(kind).iter_errors(read_yaml(text))} <= {"type", "anyOf"}, "no values"
     assert main(["config", kind, "--new", str(file)]) == 2
     assert "mine.yaml exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("pretrain", ["run.dir", "model.config", "corpus.train", "schedule.steps"]),
+        ("finetune", ["run.dir", "task.train", "task.columns.text", "task.columns.label", "model.init_from"]),
+        ("compare", ["run.dir", "rows.NAME.init_from", "tasks"]),
+        ("clean", ["source", "output", "steps"]),
+    ],
+)
+def test_a_new_config_has_the_keys_that_runs_need(kind: str, keys: list[str], tmp_path: Path) -> None:
+    """Catches a new config that is rejected when its keys have values."""
+    assert main(["config", kind, "--new", str(tmp_path / "mine.yaml")]) == 0
+    assert list(flatten(read_yaml((tmp_path / "mine.yaml").read_text(encoding="utf-8")))) == keys
 
 
 def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
