@@ -164,7 +164,7 @@ def _split(
     command: str, arguments: Sequence[str], options_type: type[Section]
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return (raw texts by flag, raw text by config key). Of a flag that was given several times, the last text counts,
-    unless all do."""
+    unless all do. Raises UserError for a second config."""
     flags = flags_of(options_type)
     positional = [flag.name for flag in flags.values() if flag.positional]
     texts: dict[str, list[str]] = {}
@@ -193,6 +193,10 @@ def _split(
             value = rest.pop(0)
         if is_override:
             overrides[name if is_plain else written] = value
+        elif name in ("config", "file") and name in texts:
+            raise UserError(
+                f"expected one config, found {texts[name][0]} and {value}; set further keys on the command line"
+            )
         else:
             all_count = flags[name].is_repeated or flags[name].separator
             texts[name] = [*texts.get(name, []), value] if all_count else [value]

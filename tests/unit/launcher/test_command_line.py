@@ -254,6 +254,17 @@ def test_a_file_with_a_comma_in_its_name_is_one_of_several_sources(
         assert parse_command_line(line.split(), COMMANDS)[1].source == source
 
 
+@pytest.mark.parametrize(
+    "line", ["pretrain --config=a --config b", "compare a --file=b", "validate --config=a --config=b"]
+)
+def test_a_second_config_is_rejected(line: str) -> None:
+    """Catches a run without the settings of the first file, as if files were merged."""
+    from launcher.commands import COMMANDS
+
+    with pytest.raises(UserError, match="expected one config, found a and b"):
+        parse_command_line(line.split(), COMMANDS)
+
+
 @pytest.mark.parametrize("key", ["--document_start=x", "--document-start=x"])
 def test_dashes_in_a_key_without_a_section(key: str, tmp_path: Path) -> None:
     """Catches a key of a cleaning that is unknown with a dash, unlike flags."""
