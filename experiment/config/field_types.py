@@ -213,6 +213,12 @@ def _check_path(path: str) -> str:
         raise ValueError("a path cannot contain a NUL character")
     if not path:
         raise ValueError("expected a path, found an empty text; '.' is the working directory")
+    variable = re.search(r"(?:^|/)(\$(?:\w+|\{\w+\}))", path)
+    if variable is not None and not os.path.exists(path):  # noqa: PTH110  (Path raises if it is too long)
+        raise ValueError(
+            f"only a shell replaces {variable[1]} by its value: write the path, or give it on the command line without "
+            f"single quotes; found {path}"
+        )
     return expand_home(path)
 
 

@@ -103,6 +103,17 @@ def test_a_home_folder_can_be_abbreviated(key: str, monkeypatch: pytest.MonkeyPa
         assert getattr(getattr(config, section), name) == path
 
 
+def test_a_variable_in_a_path_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a folder called `$SCRATCH` in the working directory, and a file of such a name that cannot be used."""
+    monkeypatch.chdir(tmp_path)
+    for path, variable in {"$SCRATCH/runs/a": "SCRATCH", "/data/${USER}/b": "{USER}"}.items():
+        with pytest.raises(UserError, match=rf"'run\.dir': only a shell replaces \${variable} by its value"):
+            build_config(FinetuneConfig, MINIMAL, {"run.dir": path})
+    (tmp_path / "$a.csv").touch()
+    for path in ("$a.csv", "cost$US.csv", "a/$", "a/$(b)"):
+        assert build_config(FinetuneConfig, MINIMAL, {"task.train": path}).task.train == path
+
+
 @pytest.mark.parametrize("kind", ["regression", "question_answering"])
 def test_labels_of_a_kind_without_any_are_rejected(kind: str) -> None:
     """Catches a setting that is ignored silently."""
