@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiment.errors import describe_disk_error
-from experiment.files import call_after_syncs
+from experiment.files import call_after_syncs, fsync
 from experiment.run_files.checkpoints import checkpoint_path
 from experiment.run_files.retention import Retention, discard, remove_leftovers
+from experiment.run_files.run_folder import RunFolder
 from pretrain.training.checkpoint_tensors import (
     Share,
     WriteModel,
@@ -159,6 +160,8 @@ class BackgroundSave:
             partial = self._partial(snapshot.step)
             complete_checkpoint(partial, shares, snapshot.state, snapshot.write_model)
             keep = replace(snapshot.keep, uploading=self.uploads.uploading) if self.uploads else snapshot.keep
+            with suppress(OSError):  # a resumed run does not log the steps before a checkpoint again
+                fsync(RunFolder(self.checkpoints.parent).metrics)
             publish(partial, checkpoint_path(self.checkpoints, snapshot.step), keep, before=self.saved_step)
             if self.uploads is not None:
                 self.uploads.update(snapshot.keep, snapshot.step)

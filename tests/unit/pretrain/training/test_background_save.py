@@ -1,11 +1,54 @@
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from experiment.files import call_after_syncs, fsync_tree, write_text
 from experiment.models.tensor_files import save_tensors
-from pretrain.training.background_save import ThreadWork
+from experiment.run_files.retention import Retention
+from experiment.run_files.run_folder import open_run_folder
+from pretrain.training import background_save
+from pretrain.training.background_save import BackgroundSave, Snapshot, ThreadWork
+from pretrain.training.checkpoint_tensors import Share
+from pretrain.world import World
+
+
+class OneRank:
+    """The group of a run with one rank."""
+
+    def from_rank0(self, function: Any) -> Any:
+        return function()
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    def wait_for_all(self, part: Future[Any], has_worked: Any) -> None:
+        part.exception()
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_the_metrics_are_on_disk_before_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: bool
+) -> None:
+    """Catches steps that are missing in the metrics after a power cut: the resumed run does not log them again."""
+    folder, order = open_run_folder(tmp_path / "run"), []
+    if logged:
+        folder.metrics.touch()
+
+    def fsync(path: Path) -> None:
+        path.stat()
+        order.append(path)
+
+    monkeypatch.setattr(background_save, "fsync", fsync)
+    monkeypatch.setattr(background_save, "complete_checkpoint", lambda *_: None)
+    monkeypatch.setattr(background_save, "publish", lambda partial, final, keep, before: order.append(final))
+    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), None)  # type: ignore[arg-type]
+    saves.begin(Snapshot(7, Share(0, {}, {}), {}, lambda *_: None, Retention(keep_last=1)))
+    saves.wait()
+    assert (saves.saved_step, saves.problem) == (7, "")
+    assert order == [folder.metrics] * logged + [folder.checkpoints / "step-00000007"]
 
 
 def test_a_thread_that_waits_for_a_disk_does_not_work() -> None:
