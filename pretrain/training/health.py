@@ -14,10 +14,10 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,8 @@ ADVICE = (
     "schedule.warmup_steps (it counts from step 0 in a fork, too) or a smaller optimizer.grad_clip"
 )
 
+T = TypeVar("T")
+
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -51,10 +53,11 @@ class Fault:
     loss: float  # mean over the masked tokens of the global batch
     grad_norm: float
     median: float | None  # of the recent norms; None if there are none
+    where: str = ""  # 'node-2, rank 3', whose loss is not finite; empty if that is so on all ranks, or on none
 
     def __str__(self) -> str:
         if not math.isfinite(self.loss):
-            return f"step {self.step}: the loss is {self.loss}"
+            return f"step {self.step}: the loss is {self.loss}" + (f" on {self.where}" if self.where else "")
         if not math.isfinite(self.grad_norm):
             return f"step {self.step}: the gradient norm is {self.grad_norm}, the loss {self.loss:.4g}"
         assert self.median is not None
@@ -62,6 +65,12 @@ class Fault:
             f"step {self.step}: the gradient norm is {self.grad_norm:.4g}, {self.grad_norm / self.median:.3g} times "
             f"the median of the recent steps ({self.median:.4g}); the loss is {self.loss:.4g}"
         )
+
+    def located(self, ranks: Sequence[tuple[str, Sequence[float]]]) -> "Fault":
+        """Return the fault with `where`. ranks: host and losses, by rank."""
+        found = [f"{host}, rank {rank}" for rank, (host, losses) in enumerate(ranks) if not math.isfinite(sum(losses))]
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        return replace(self, where=found[0] + more) if 0 < len(found) < len(ranks) else self
 
 
 def norm_limit(norms: Sequence[float], spike_factor: float) -> float:
@@ -191,6 +200,6 @@ def describe_sequences(
     return rows
 
 
-def _finite_or_none(value: float | None) -> float | None:
+def _finite_or_none(value: T) -> T | None:
     """Replace NaN and infinity, which JSON does not have."""
-    return value if value is not None and math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value

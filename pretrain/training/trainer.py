@@ -245,9 +245,10 @@ class Trainer:
     def _respond(self, batch: RankBatch, step: FaultyStep) -> bool:
         """Respond to a bad batch as `health.policy` says: skip it, or rewind. Returns whether the run was rewound.
         Raises AgreedFailureError if it ends."""
-        fault = step.fault
+        losses = step.losses.tolist()
+        fault = step.fault.located(self._group.all_gather_objects((platform.node(), losses)))
         with self._times.during(CHECKPOINTING):
-            dumped = self._bad_batches.dump_bad_batch(batch, step.losses.tolist(), fault)
+            dumped = self._bad_batches.dump_bad_batch(batch, losses, fault)
             self._checkpointer.wait()  # it may be the one to go back to
         what, policy = f"{fault}\n  its batch: {dumped}", self._config.health.policy
         self._reporter.alert(Alert("bad_batch", f"{what}\n  policy: {policy}"))

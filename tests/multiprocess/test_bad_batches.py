@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def test_a_bad_batch_is_logged_and_dumped_although_the_disk_is_full(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches a run that reports only the full disk and not the bad batch that made it save, and a bad batch that
-    cannot be inspected, or of which a rank's share is missing."""
+    cannot be inspected, of which a rank's share is missing, or whose rank is not named."""
     assert pools[2].run(full_disk_case, run_config(tmp_path, wordpiece_corpus)) == ["stopped", "stopped"]
     log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
     assert log.count("step 3: the loss is nan") == 1
@@ -145,7 +146,7 @@ def test_a_bad_batch_is_logged_and_dumped_although_the_disk_is_full(
     fault = json.loads((folder / "fault.json").read_text(encoding="utf-8"))
     assert fault["step"] == 3
     assert fault["loss"] is None
-    assert "the loss is nan" in fault["what"]
+    assert fault["what"] == f"step 3: the loss is nan on {platform.node()}, rank 1"
     shares = [
         [json.loads(line) for line in (folder / f"rank-0000{rank}.jsonl").read_text(encoding="utf-8").splitlines()]
         for rank in range(2)

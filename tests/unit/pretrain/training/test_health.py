@@ -63,6 +63,20 @@ def test_faults_name_the_cause(loss: float, norm: float, scaled: bool, message: 
     assert message in str(fault)
 
 
+@pytest.mark.parametrize(
+    ("losses", "where"),
+    [
+        ([[1.0], [2.0, math.nan], [3.0]], "b, rank 1"),
+        ([[], [math.inf, -math.inf], [math.nan]], "b, rank 1 and 1 more"),
+        ([[math.nan], [math.nan], [math.nan]], ""),
+        ([[1.0], [2.0], [3.0]], ""),
+    ],
+)
+def test_the_rank_whose_loss_is_not_finite(losses: list[list[float]], where: str) -> None:
+    """Catches a defective device that is not named, and a rank that is blamed for the data or the weights of all."""
+    assert Fault(7, math.nan, math.nan, None).located(list(zip("abc", losses, strict=True))).where == where
+
+
 def test_an_fp16_overflow_is_no_fault() -> None:
     """Catches an fp16 run that stops at an ordinary overflow."""
     assert diagnose(7, 2.5, math.inf, [], scaled=True) is None
