@@ -26,7 +26,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 from filelock import FileLock
 
-from experiment.errors import UserError, first_line
+from experiment.errors import UserError, first_line, warn_once
 from experiment.files import cache_folder, json_digest
 from experiment.progress import progress
 
@@ -444,7 +444,7 @@ def retry(name: str, function: Callable[[], T], explain: Callable[[str, Exceptio
                 attempts = len(_WAITS) + 1
                 raise StorageError(f"{name}: no success in {attempts} attempts: {first_line(error)}") from error
             seconds = waits.pop(0) * random.uniform(0.75, 1.25)  # hosts that failed together try again one by one
-            log.warning("%s: %s; trying again in %.0f s", name, first_line(error), seconds)
+            warn_once(f"{name}: {first_line(error)}; trying again in {seconds:.0f} s")
             time.sleep(seconds)
 
 

@@ -22,7 +22,8 @@ from experiment.tracking.alerts import Alert
 
 log = logging.getLogger(__name__)
 
-_RETRY_SECONDS = 60.0
+_RETRY_SECONDS = 60.0  # before the next attempt; twice as long after each further failure
+_MOST_RETRY_SECONDS = 900.0
 CLOSE_SECONDS = 600.0  # for the last upload
 
 
@@ -46,6 +47,8 @@ class MirrorUploads:
         self.problem: str | None = None  # of the last attempt
         self._is_transient = False  # the problem, without a change of the config or of permissions
         self._failed_at = 0.0  # as time.monotonic()
+        self._delay = retry_seconds  # before the next attempt
+        self._logged: tuple[str, int | None] | None = None  # the problem and, if it does not pass by itself, the step
         self._end = math.inf  # of the attempts while closing, as time.monotonic()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
@@ -88,7 +91,7 @@ class MirrorUploads:
     def _work(self) -> None:
         while True:
             with self._wanted:
-                timeout = None if self.problem is None else self._retry_seconds
+                timeout = None if self.problem is None else self._delay
                 self._wanted.wait_for(lambda: self._is_wanted or self._is_over(), timeout)
                 if self._is_over() and not self._is_wanted:
                     return
@@ -97,7 +100,7 @@ class MirrorUploads:
 
     def _is_over(self) -> bool:
         """Return whether there is no attempt after the last one."""
-        return self._is_closing and (not self._is_transient or self._failed_at + self._retry_seconds >= self._end)
+        return self._is_closing and (not self._is_transient or self._failed_at + self._delay >= self._end)
 
     def _try(self, keep: Retention | None, newest: int) -> None:
         try:
@@ -114,11 +117,22 @@ class MirrorUploads:
             is_refused = isinstance(error, UserError) and not isinstance(error, StorageError)
             self._is_transient = not is_refused and not isinstance(error, DeniedError)
         self.uploading = None
-        if self.problem is not None:
-            self._failed_at = time.monotonic()
-            text = f"checkpoints cannot be copied to {self._mirror.url}: {self.problem}"
-            log.warning("%s%s", text, "" if self._is_over() else f"; trying again in {self._retry_seconds:.0f} s")
-            self._alert(Alert("mirror", text))
+        if self.problem is None:
+            self._delay, self._logged = self._retry_seconds, None
+        else:
+            self._report(self.problem, newest)
+
+    def _report(self, problem: str, newest: int) -> None:
+        """Send an alert about a failure. Log it if its problem is another one than before or, if that does not pass by
+        itself, for each checkpoint."""
+        self._failed_at, before = time.monotonic(), self._logged
+        grows = before is not None and not self._is_closing
+        self._delay = min(2 * self._delay, max(_MOST_RETRY_SECONDS, self._delay)) if grows else self._retry_seconds
+        self._logged = problem, None if self._is_transient else newest
+        text = f"checkpoints cannot be copied to {self._mirror.url}: {problem}"
+        if self._logged != before:
+            log.warning("%s%s", text, "" if self._is_over() else f"; trying again in {self._delay:.0f} s")
+        self._alert(Alert("mirror", text))
 
     def _check_owner(self) -> None:
         """Raise UserError if the mirror is another run's, or was continued in another folder: two runs may have found

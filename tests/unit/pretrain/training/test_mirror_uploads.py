@@ -23,7 +23,7 @@ from experiment.run_files.run_folder import RunFolder
 from experiment.storage import DeniedError, StorageError, list_files, list_folders, write_bytes
 from experiment.tracking.alerts import Alert
 from pretrain.resume import ResumePlan
-from pretrain.training import checkpointer
+from pretrain.training import checkpointer, mirror_uploads
 from pretrain.training.checkpointer import Checkpointer
 from pretrain.training.mirror_uploads import MirrorUploads
 from pretrain.training_progress import TrainingProgress
@@ -260,6 +260,46 @@ def test_failures_alert_and_are_tried_again(
     wait_until(lambda: uploads.problem is None)
     assert steps(mirror) == [1]
     uploads.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"), [(StorageError("timed out"), ["timed out"]), (DeniedError("denied"), ["denied", "denied"])]
+)
+def test_an_outage_does_not_fill_the_log(
+    store: str,
+    run: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    logged: list[str],
+) -> None:
+    """Catches a warning each minute for days, and an attempt each minute; and a new outage that is not logged."""
+    alerts, delays, problem = list[Alert](), list[float](), list[Exception]([error])
+
+    def check(mirror: Mirror, folder: RunFolder) -> None:
+        if problem:
+            raise problem[0]
+
+    def on_alert(alert: Alert) -> None:
+        delays.append(uploads._delay)
+        alerts.append(alert)
+
+    monkeypatch.setattr(mirror_uploads, "_MOST_RETRY_SECONDS", 0.04)
+    monkeypatch.setattr(Mirror, "check_owner", check)
+    uploads = MirrorUploads(Mirror(f"{store}/run"), run, on_alert, retry_seconds=0.01)
+    for step in (1, 2):
+        save(run, step)
+        uploads.update(Retention(keep_last=1), step)
+        tries = len(alerts) + 4
+        wait_until(lambda tries=tries: len(alerts) >= tries)
+    assert delays[:4] == [0.01, 0.02, 0.04, 0.04]
+    assert [message.partition("run: ")[2].partition(";")[0] for message in caplog.messages] == logged
+    problem.clear()
+    wait_until(lambda: uploads.problem is None)
+    problem.append(error)
+    uploads.begin()
+    wait_until(lambda: len(caplog.messages) == len(logged) + 1)
+    uploads.close(seconds=0)
 
 
 def test_a_mirror_that_cannot_be_written_is_found_at_the_start(
