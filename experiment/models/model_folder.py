@@ -32,7 +32,8 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
     """Return the config of a Hugging Face folder. changes: to its settings. Raises UserError if it cannot be read.
 
     DeBERTa models of Microsoft need `legacy: false` for their masked-LM head, which their configs lack
-    (huggingface/transformers#15216).
+    (huggingface/transformers#15216). BigBird gets full attention: transformers switches to it for good at the first
+    short sequence, but keeps `block_sparse` in the config. `auto_map` names code that is never run nor copied.
     """
     if not folder.exists():
         raise missing_model(folder)
@@ -45,6 +46,9 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
         if config.model_type in ("deberta", "deberta-v2") and _has_released_head(folder):
             config.legacy = False
             config.architectures = config.architectures or [MODEL_FOR_MASKED_LM_MAPPING_NAMES[config.model_type]]
+        if config.model_type == "big_bird":
+            config.attention_type = "original_full"
+        vars(config).pop("auto_map", None)
     except Exception as error:  # transformers raises many types for values that make no config
         raise UserError(f"cannot read the model config {folder / 'config.json'}: {first_line(error)}") from None
     names = config.architectures or []

@@ -37,8 +37,8 @@ ROBERTA_TOKENS = {
 _OTHER_VOCABULARIES = ("bertweet", "esm", "funnel", "mpnet", "phobert", "roc_bert", "roformer", "splinter", "tapas")
 _PRETRAINING_NEEDS = ("pad_token", "mask_token")
 _MANY_UNKNOWN = 0.05  # share of the tokens of a text
-# Keys with which transformers records the origin of a tokenizer.
-_SOURCE_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+# Keys with which transformers records the origin of a tokenizer, or that name code, which is not saved.
+_SOURCE_KEYS = ("auto_map", "is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
 def many_unknown(text: str, share: float) -> Iterator[str]:

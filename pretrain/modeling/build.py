@@ -61,6 +61,8 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
                 "'%s' sees padding: losses depend a little on the number of ranks and on batch.microbatch_tokens",
                 config.model_type,
             )
+    if config.model_type == "big_bird":
+        log.warning("'big_bird' computes full attention: block_sparse is not supported")
     unused = unused_parameters(built, reason is None)
     if model.activation_checkpointing:
         checkpoint_activations(built)

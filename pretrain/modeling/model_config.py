@@ -134,6 +134,11 @@ def _check_settings(config: PreTrainedConfig) -> None:
         raise UserError(
             "model: its config has is_decoder: true, which means causal attention; set model.config.is_decoder to false"
         )
+    if config.model_type == "big_bird" and config.attention_type != "original_full":
+        raise UserError(
+            f"model.config.attention_type is {config.attention_type!r}; expected original_full: transformers switches "
+            "to full attention at the first short sequence"
+        )
     if config.model_type in _UNTRAINABLE:
         raise UserError(f"model: '{config.model_type}' cannot be trained: {_UNTRAINABLE[config.model_type]}")
 
@@ -149,6 +154,8 @@ def _new_config(
     text = default.get_text_config()
     known = declared_fields(text)
     ids = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKEN_IDS if name in known}
+    if default.model_type == "big_bird":  # see `load_config`
+        ids["attention_type"] = "original_full"
     of_tokenizer = {"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id} | ids
     given = of_tokenizer | dict(fields)
     if text is not default:  # a part of it, as in ModernVBERT

@@ -289,6 +289,16 @@ def test_code_in_the_folder_is_not_run(copied: Path, monkeypatch: pytest.MonkeyP
     assert not ran.exists()
 
 
+def test_big_bird_says_that_it_computes_full_attention(tmp_path: Path) -> None:
+    """Catches block-sparse attention in training and full attention in prediction, because of one short text."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "big_bird", "vocab_size": 30, **sizes}))
+    spec = start(tmp_path, pretrained=False)
+    built = build_model(spec)
+    assert built.model.bert.attention_type == "original_full"
+    assert describe_model(built, spec)[0].endswith(", with full attention, randomly initialized")
+
+
 def test_an_unknown_model_type_is_a_user_error(copied: Path) -> None:
     """Catches a traceback for a model type that transformers does not support."""
     config = json.loads((copied / "config.json").read_text())

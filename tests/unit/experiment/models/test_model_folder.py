@@ -102,6 +102,16 @@ def test_the_head_of_a_deberta_release_is_loaded(tmp_path: Path, legacy: bool, f
     assert loaded.config.architectures == (None if legacy else ["DebertaV2ForMaskedLM"])
 
 
+def test_a_config_says_what_is_computed(tmp_path: Path) -> None:
+    """Catches block-sparse attention in the config of a BigBird that computes full attention, and the names of code
+    that is not in the folders that deepcloze writes."""
+    auto_map = {"AutoModelForMaskedLM": "modeling_big_bird.BigBirdForMaskedLM"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "big_bird", "auto_map": auto_map}))
+    config = load_config(tmp_path)
+    assert config.attention_type == "original_full"
+    assert "auto_map" not in config.to_dict()
+
+
 def test_weights_that_a_layer_does_not_use_are_rejected(tmp_path: Path) -> None:
     """Catches a model of BERT without the relative positions that it was trained with, which transformers dropped, and
     buffers of older releases that are rejected."""

@@ -147,6 +147,16 @@ def test_the_head_of_a_deberta_release_is_continued(
         assert torch.equal(after(ids).logits, before.eval()(ids).logits)
 
 
+def test_big_bird_says_that_it_computes_full_attention(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a checkpoint whose config has block-sparse attention, with which it was not trained."""
+    settings = ModelConfig(config={"model_type": "big_bird", **TINY})
+    built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+    assert built.model.config.attention_type == built.model.bert.attention_type == "original_full"
+    assert "'big_bird' computes full attention: block_sparse is not supported" in caplog.messages
+
+
 def test_an_unknown_head_is_named(
     folder: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:

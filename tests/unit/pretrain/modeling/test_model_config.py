@@ -85,6 +85,10 @@ def test_special_token_ids_come_from_the_tokenizer(
             "bert' does not use it with this config; did you mean 'chunk_size_feed_forward'?",
         ),
         ({"vocab_size": 100}, "vocab_size is 100, but the tokenizer's ids go up to 199"),
+        (
+            {"model_type": "big_bird", "attention_type": "block_sparse"},
+            "model.config.attention_type is 'block_sparse'; expected original_full",
+        ),
         ({"model_type": "esm", "vocab_size": None}, "vocab_size is None, but the tokenizer's ids go up to 199"),
         ({"pad_token_id": 3}, "model.config.pad_token_id is 3"),
         ({"hidden_size": "wide"}, "model.config"),
