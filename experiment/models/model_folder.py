@@ -58,12 +58,14 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
 
 
 def _has_released_head(folder: Path) -> bool:
-    """Return whether the weights have the masked-LM head of the DeBERTa release."""
+    """Return whether the weights have the masked-LM head of the DeBERTa release, and it is trained: DeBERTa-v3 also has
+    a head for replaced tokens, and only that one is."""
     path = next((path for name in _LOADED if (path := folder / name).is_file()), None)
     if path is None:
         return False
     with path.open("rb") as file:
-        return b"lm_predictions.lm_head." in file.read(1 << 20)  # each format begins with the names of the tensors
+        names = file.read(1 << 20)  # each format begins with the names of the tensors
+    return b"lm_predictions.lm_head." in names and b"mask_predictions." not in names
 
 
 def load_weights(

@@ -102,6 +102,21 @@ def test_the_head_of_a_deberta_release_is_loaded(tmp_path: Path, legacy: bool, f
     assert loaded.config.architectures == (None if legacy else ["DebertaV2ForMaskedLM"])
 
 
+def test_deberta_v3_has_no_trained_masked_lm_head(tmp_path: Path) -> None:
+    """Catches the random masked-LM head of a discriminator of replaced tokens that is taken for a pretrained one."""
+    model = DebertaV2ForMaskedLM(DebertaV2Config(**SIZES, legacy=False))
+    model.mask_predictions = torch.nn.Linear(8, 1)
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({name: fields[name] for name in fields.keys() - {"legacy", "architectures"}})
+    )
+    config = load_config(tmp_path)
+    assert config.architectures is None
+    _, report = load_weights(AutoModelForMaskedLM, tmp_path, config)
+    assert "cls.predictions.bias" in report["missing_keys"]
+
+
 def test_a_config_says_what_is_computed(tmp_path: Path) -> None:
     """Catches block-sparse attention in the config of a BigBird that computes full attention, and the names of code
     that is not in the folders that deepcloze writes."""
