@@ -19,9 +19,9 @@ from experiment.models.model_folder import WEIGHT_FILES, build_from_config, load
 from experiment.models.tensor_files import share_tensors
 from experiment.models.tokenizer import save_tokenizer, vocabulary_size
 from experiment.models.transformers_models import (
+    PRETRAINING_HEADS,
     check_freeze,
     describe_unused_layers,
-    has_masked_lm_head,
     is_in_encoder,
     is_in_module,
     keep_fixed,
@@ -209,7 +209,8 @@ def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -
     if layers := describe_unused_layers(spec.folder, built.model, built.unused):
         return [*lines, layers]
     unused = built.unused
-    if has_masked_lm_head(load_config(spec.folder).architectures):  # a head for a task replaces it, AutoModel has none
+    architectures = load_config(spec.folder).architectures or [""]
+    if architectures[0].endswith(PRETRAINING_HEADS):  # a head for a task replaces it, AutoModel has none
         unused = tuple(name for name in unused if is_in_encoder(name, built.model))
     if unused:
         lines.append(f"{spec.folder}: tensors that the model does not use: {', '.join(unused)}")
@@ -239,7 +240,7 @@ def _fits_head(model: PreTrainedModel, spec: ModelSpec) -> bool:
     """Return whether the head in the folder, if any, is for the same labels: else its weights mean something else."""
     config = load_config(spec.folder)
     architecture = (config.architectures or ["Model"])[0]
-    if architecture.endswith("Model") or has_masked_lm_head(config.architectures):  # no head for a task
+    if architecture.endswith(("Model", *PRETRAINING_HEADS)):  # no head for a task
         return True
     same_labels = bool(spec.head.get("id2label", config.id2label) == config.id2label)
     same_problem = _problem_type(model.config) == _problem_type(config)

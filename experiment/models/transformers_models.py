@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_MASKED_LM = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
+PRETRAINING_HEADS = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
+"""Suffixes of the transformers classes that have no head for a task."""
+_DISCRIMINATORS = ("ElectraForPreTraining", "FunnelForPreTraining")  # of replaced tokens
 _MAX_LABELS = 1 << 20
 _NUMBERED = re.compile(r".+\.\d+(?=\.)")
 
@@ -66,7 +68,8 @@ def _label_counts(value: Any) -> Iterator[float]:
 
 def has_masked_lm_head(architectures: Sequence[str] | None) -> bool:
     """Return whether the model predicts masked tokens. architectures: as in the config of transformers."""
-    return isinstance(architectures, list) and any(str(name).endswith(_MASKED_LM) for name in architectures[:1])
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return name.endswith(PRETRAINING_HEADS) and name not in _DISCRIMINATORS
 
 
 def count_parameters(folder: Path) -> int | None:

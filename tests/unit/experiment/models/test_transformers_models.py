@@ -3,7 +3,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from experiment.errors import UserError
-from experiment.models.transformers_models import check_freeze, is_in_module
+from experiment.models.transformers_models import check_freeze, has_masked_lm_head, is_in_module
 
 
 def bert() -> BertForMaskedLM:
@@ -35,3 +35,16 @@ def test_unknown_modules_and_the_whole_model_are_rejected(freeze: tuple[str, ...
         check_freeze(freeze, model)
     assert message in str(error.value)
     check_freeze(("embeddings", "layer.0", "bert.encoder.layer.1.output"), model)
+
+
+def test_a_discriminator_has_no_masked_lm_head() -> None:
+    """Catches ELECTRA's head for replaced tokens that is taken for one that predicts tokens."""
+    heads = {
+        "ElectraForPreTraining": False,
+        "FunnelForPreTraining": False,
+        "BertForPreTraining": True,
+        "BertModel": False,
+    }
+    assert {name: has_masked_lm_head([name]) for name in heads} == heads
+    assert not has_masked_lm_head(None)
+    assert not has_masked_lm_head([])
