@@ -134,7 +134,10 @@ def first_position(model: "nn.Module") -> int:
 
 def max_positions(model: "PreTrainedModel") -> int | None:
     """Return the length in tokens of the longest sequence the model has positions for; None if it has no limit."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config = model.config
+    if getattr(config, "relative_attention", False) and not getattr(config, "position_biased_input", True):
+        return None  # DeBERTa: distances beyond the largest share its embedding
+    limit = getattr(config, "max_position_embeddings", None)
     return None if limit is None or limit <= 0 else int(limit) - first_position(model)
 
 

@@ -32,8 +32,9 @@ def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool)
     largest distance, which also stands for the new ones beyond it. Raises UserError for fewer positions than
     the model has, and for models whose positions are of another kind.
     """
-    config, present = model.config, max_positions(model)
+    config = model.config
     relative = getattr(config, "relative_attention", False)  # of DeBERTa
+    present = config.max_position_embeddings if relative else max_positions(model)
     if present is None or not (relative or has_learned_positions(model) or _rope_parameters(config)):
         raise UserError(
             f"model.max_positions: the positions of '{config.model_type}' are neither learned nor rotary embeddings, "

@@ -2,8 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from model_examples import TINY
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -11,7 +12,7 @@ from experiment.models.transformers_models import max_positions
 from pretrain.config import ModelConfig
 from pretrain.modeling.build import build_model
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
-from pretrain.modeling.random_model import meta_model
+from pretrain.modeling.random_model import meta_model, random_model
 
 
 def resolve(tokenizer: PreTrainedTokenizerFast, **fields: Any) -> PreTrainedConfig:
@@ -122,6 +123,17 @@ def test_max_positions(tokenizer: PreTrainedTokenizerFast, model_type: str, posi
         ModelConfig(config={"model_type": model_type, "max_position_embeddings": 70}), tokenizer
     )
     assert max_positions(meta_model(config)) == positions
+
+
+@pytest.mark.parametrize("model_type", ["deberta", "deberta-v2"])
+def test_relative_positions_have_no_limit(model_type: str) -> None:
+    """Catches DeBERTa limited to 512 tokens although it has no table of positions, or not limited where it has one."""
+    fields = TINY | {"relative_attention": True, "max_position_embeddings": 70}
+    for learned, positions in ((True, 70), (False, None)):
+        config = AutoConfig.for_model(model_type, **fields, position_biased_input=learned)
+        assert max_positions(meta_model(config)) == positions
+    ids = torch.arange(90)[None]
+    assert random_model(config)(input_ids=ids).logits.isfinite().all()
 
 
 def test_a_folder_with_a_model_of_another_type_is_rejected(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
