@@ -118,8 +118,11 @@ def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # many types, also the PanicException of tokenizers, which is no Exception
-            has_vocabulary = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
-            reason = f": {' '.join(str(error).split())}" if has_vocabulary else ""
+            has_vocabulary = any(any(folder.glob(name)) for name in ("tokenizer.json", "vocab.txt", "*.model"))
+            why = " ".join(str(error).split())
+            if "tiktoken" in why:  # which transformers tries next, and asks to install
+                why = "its SentencePiece model is damaged, or the package sentencepiece is not installed"
+            reason = f": {why}" if has_vocabulary else ""
             raise UserError(f"tokenizer: cannot load {folder}{reason}; {_expected(folder)}") from None
     # Without a vocabulary file, some tokenizers of transformers load with their special tokens and nothing else.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):

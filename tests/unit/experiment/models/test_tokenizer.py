@@ -56,6 +56,29 @@ def test_a_vocabulary_is_read_as_its_model_does(tmp_path: Path, vocabulary_folde
         assert type(load_any_tokenizer(tmp_path, needed=())).__name__ == tokenizer
 
 
+def test_a_sentencepiece_model_is_a_vocabulary(tmp_path: Path) -> None:
+    """Catches releases of DeBERTa-v3, which have no tokenizer.json, that are refused in a clean installation."""
+    from sentencepiece import SentencePieceTrainer
+
+    (tmp_path / "text").write_text("the river flows to the sea\n" * 9)
+    pieces = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "unk": "[UNK]"}
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{f"{role}_id": number for number, role in enumerate(pieces)},
+        **{f"{role}_piece": piece for role, piece in pieces.items()},
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "deberta-v2"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer("the river").input_ids) == "[CLS] the river[SEP]"
+    (tmp_path / "spm.model").write_text("damaged")
+    with pytest.raises(UserError, match=r"cannot load .*: its SentencePiece model is damaged, or .*; expected"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("decoder", [False, True])
 def test_tokens_that_were_added_to_a_vocabulary_are_kept(tmp_path: Path, decoder: bool) -> None:
     """Catches a folder of transformers 4, without tokenizer.json, whose added and special tokens are ignored."""
