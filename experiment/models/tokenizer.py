@@ -33,6 +33,8 @@ ROBERTA_TOKENS = {
     "unk_token": "<unk>",
     "mask_token": "<mask>",
 }
+# Classes of older releases of transformers that are copies of BERT's, by the beginning of their names.
+_COPIES_OF_BERT = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
 # Model types whose own tokenizer reads a vocab.txt in another way than BERT's.
 _OTHER_VOCABULARIES = ("bertweet", "esm", "funnel", "mpnet", "phobert", "roc_bert", "roformer", "splinter", "tapas")
 _PRETRAINING_NEEDS = ("pad_token", "mask_token")
@@ -144,7 +146,7 @@ def _is_bert_vocabulary(folder: Path) -> bool:
     named = _read_json(folder / "tokenizer_config.json").get("tokenizer_class") or config.get("tokenizer_class")
     if named is None:
         return config.get("model_type") not in _OTHER_VOCABULARIES
-    return named in ("BertTokenizer", "BertTokenizerFast")
+    return str(named).removesuffix("Fast").removesuffix("Tokenizer") in _COPIES_OF_BERT
 
 
 def _is_uncased(folder: Path) -> bool:

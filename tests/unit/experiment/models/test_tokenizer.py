@@ -56,6 +56,15 @@ def test_a_vocabulary_is_read_as_its_model_does(tmp_path: Path, vocabulary_folde
         assert type(load_any_tokenizer(tmp_path, needed=())).__name__ == tokenizer
 
 
+@pytest.mark.parametrize("name", ["ElectraTokenizer", "LayoutLMTokenizerFast", "DistilBertTokenizer"])
+def test_a_vocabulary_of_a_copy_of_berts_tokenizer(tmp_path: Path, name: str) -> None:
+    """Catches classes of older releases of transformers whose vocab.txt is refused, or read as uncased though it is
+    cased."""
+    (tmp_path / "vocab.txt").write_text("\n".join([*BERT_TOKENS.values(), "the", "River", "river"]) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    assert load_tokenizer(tmp_path).tokenize("the River") == ["the", "River"]
+
+
 def test_a_sentencepiece_model_is_a_vocabulary(tmp_path: Path) -> None:
     """Catches releases of DeBERTa-v3, which have no tokenizer.json, that are refused in a clean installation."""
     from sentencepiece import SentencePieceTrainer
