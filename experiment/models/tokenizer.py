@@ -183,7 +183,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write a Hugging Face folder: the same bytes for the same tokenizer, wherever it was loaded from.
 
-    transformers 4 opens it too: it does not know the name that transformers 5 gives to its general class.
+    transformers 4 opens it too: it does not know the names that transformers 5 gives to its general class and to the
+    list of further special tokens.
     """
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:  # not written in Python
         backend.no_truncation()
@@ -194,6 +195,8 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     kept = {key: value for key, value in config.items() if key not in _SOURCE_KEYS}
     if kept.get("tokenizer_class") == "TokenizersBackend":
         kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "extra_special_tokens" in kept:
+        kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
     path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     fsync_tree(folder)
 

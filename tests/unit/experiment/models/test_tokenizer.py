@@ -126,8 +126,16 @@ def test_fingerprint_is_of_what_makes_ids(tmp_path: Path, vocabulary_folder: Pat
 
 
 def test_saved_tokenizers_do_not_depend_on_their_source(tmp_path: Path, vocabulary_folder: Path) -> None:
-    """Catches paths or loading options in the files, which would make equal corpora differ."""
-    save_tokenizer(load_tokenizer(vocabulary_folder), tmp_path / "one")
+    """Catches paths or loading options in the files, which would make equal corpora differ, and what transformers 4
+    cannot read or transformers cannot find: a list of special tokens under its new name, and code."""
+    folder = Path(shutil.copytree(vocabulary_folder, tmp_path / "zero"))
+    settings = {"extra_special_tokens": ["[unused0]"], "auto_map": {"AutoTokenizer": ["tokenization.Tokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    save_tokenizer(load_tokenizer(folder), tmp_path / "one")
+    saved = json.loads((tmp_path / "one" / "tokenizer_config.json").read_text())
+    assert saved["additional_special_tokens"] == ["[unused0]"]
+    assert saved.keys().isdisjoint(settings)
+    assert load_tokenizer(tmp_path / "one").extra_special_tokens == ["[unused0]"]
     save_tokenizer(load_tokenizer(tmp_path / "one"), tmp_path / "two")
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
