@@ -238,13 +238,17 @@ class Encoder:
 
 
 def load_task_tokenizer(folder: Path, task: TaskConfig, fine_tunes: bool = False) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of a model folder. Raises UserError if it lacks a special token that the task needs: a task
-    that is not trained masks tokens.
+    """Return the tokenizer of a model folder. Raises UserError if it lacks a special token that the task needs (a task
+    that is not trained masks tokens), and for a model that needs more than token ids, such as RoCBERT.
 
     fine_tunes: truncate on the right; False: on the side saved in the tokenizer. Dialogues: always on the left.
     """
     more = {"sep_token": task.dialogue is not None, "mask_token": not task.is_trained}
     tokenizer = load_any_tokenizer(folder, ["pad_token", *(role for role, is_needed in more.items() if is_needed)])
+    if inputs := sorted(set(tokenizer("")) - {"input_ids", "token_type_ids", "attention_mask"}):
+        raise UserError(
+            f"tokenizer: {folder} holds a {type(tokenizer).__name__}; {', '.join(inputs)} are not supported"
+        )
     if task.dialogue is not None:
         tokenizer.truncation_side = "left"  # keep the text itself rather than the turns before it
     elif fine_tunes:

@@ -1,4 +1,5 @@
 import copy
+import json
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,8 @@ from transformers import (
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
-from finetune.encoding.encoder import Encoder, most_context, window_around, windows
+from finetune.encoding.encoder import Encoder, load_task_tokenizer, most_context, window_around, windows
+from finetune.kinds.classification import Config
 
 
 def xlnet() -> Encoder:
@@ -217,3 +219,14 @@ def test_windows_cover_all_positions_and_overlap(length: int, size: int) -> None
         assert len(around) == min(size, length)
         if around.start > 0 and around.stop < length:
             assert position == around.start + size // 2
+
+
+def test_a_tokenizer_with_further_ids_is_refused(tmp_path: Path) -> None:
+    """Catches RoCBERT fine-tuned with zeros for the shapes and pronunciations of all characters."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "中"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    for name in ("word_shape", "word_pronunciation"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RoCBertTokenizer"}')
+    with pytest.raises(UserError, match=r"holds a RoCBertTokenizer; input_pronunciation_ids, input_shape_ids are not"):
+        load_task_tokenizer(tmp_path, Config(train="f", validation="f"))
