@@ -133,6 +133,7 @@ def resolve(
     _check_precision(model_config.model_type, deepspeed)
     skeleton = meta_model(model_config)
     check_freeze(config.model.freeze, skeleton)
+    _check_layer_decay(config.optimizer.layer_decay, skeleton)
     _check_batches(config, max_positions(skeleton), vocabulary, world_size)
     earlier = model_source.init_from or (None if point is None else point.checkpoint / "hf")
     _limit_tokenizer(tokenizer, config, skeleton, earlier)
@@ -247,6 +248,15 @@ def _check_precision(model_type: str, deepspeed: DeepSpeedSettings) -> None:
         raise UserError(
             f"engine.ds_config: '{model_type}' computes in fp32 only, found {deepspeed.precision}; "
             f"use --engine.ds_config={deepspeed.preset('fp32', deepspeed.offload)}"
+        )
+
+
+def _check_layer_decay(layer_decay: float, model: PreTrainedModel) -> None:
+    """Raise UserError for a model with a decoder, such as Funnel and BART: its layers are numbered from 0 again."""
+    layers = ("decoder.layers.", "decoder.block.")
+    if layer_decay != 1 and any(name.startswith(layers) for name, _ in model.base_model.named_modules()):
+        raise UserError(
+            f"optimizer.layer_decay is {layer_decay}; expected 1: '{model.config.model_type}' has a decoder"
         )
 
 

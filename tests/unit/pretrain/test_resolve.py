@@ -17,6 +17,7 @@ from pretrain.corpus.options import CorpusOptions
 from pretrain.modeling.build import build_model
 from pretrain.resolve import resolve
 from pretrain.training.checkpoint_tensors import write_hugging_face_folder
+from tiny_models import tiny_fields
 
 TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -210,3 +211,15 @@ def test_a_model_that_computes_in_fp32_only(tmp_path: Path, wordpiece_corpus: Pa
     ds_config = {"ds_config": f"ds_configs/{precision}_zero2_cpu_offload.json"}
     with pytest.raises(UserError, match=r"'fnet' computes in fp32 only.*fp32_zero2_cpu_offload\.json"):
         resolve(config_of(tmp_path / "run", wordpiece_corpus, model=fnet, engine=ds_config), 1)
+
+
+def test_layers_of_a_decoder_have_no_rates_of_their_own(tmp_path: Path, wordpiece_corpus: Path) -> None:
+    """Catches the lowest learning rate for the last layers of Funnel, which are numbered from 0 again."""
+    for model_type in ("funnel", "bart"):
+        model = {"config": {"model_type": model_type, **tiny_fields(model_type)}}
+        resolve(config_of(tmp_path / "run", wordpiece_corpus, model=model), 1)
+        config = config_of(tmp_path / "run", wordpiece_corpus, model=model, optimizer={"layer_decay": 0.9})
+        with pytest.raises(
+            UserError, match=rf"optimizer\.layer_decay is 0\.9; expected 1: '{model_type}' has a decoder"
+        ):
+            resolve(config, 1)
