@@ -7,6 +7,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from experiment.files import write_json
 from experiment.models.hub_names import HubName
 from experiment.models.model_names import local_model
@@ -20,7 +22,7 @@ from pretrain.corpus.cache import CorpusCache
 from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
 from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emulation
-from pretrain.modeling.build import BuiltModel, attention_ratio, build_model, choose_rows
+from pretrain.modeling.build import BuiltModel, build_model, choose_rows
 from pretrain.modeling.output_bias import set_output_bias, token_frequencies
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.restore import repair_checkpoint, restore_run
@@ -50,7 +52,8 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
     verify_on_each_host(run.all_corpora, world, group)
     model = group.call(lambda: _build_model(run))
     rows = agreed_rows(choose_rows(model, run.deepspeed.dtype), world, group)
-    ratio = attention_ratio(model.flops)
+    on_gpu = torch.cuda.is_available()  # where no width has been measured: windows are as wide as the longest sequence
+    ratio = None if on_gpu or model.flops is None else model.flops.attention_ratio
     stream = group.call(
         lambda: open_stream(run, world, rows=rows, first_position=model.first_position, attention_ratio=ratio)
     )

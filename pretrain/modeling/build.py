@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
@@ -131,17 +130,13 @@ def unused_parameters(model: PreTrainedModel, packed: bool) -> frozenset[str]:
 
     Weight decay must not shrink them: ZeRO gives every parameter a gradient, zeros if there is none.
 
-    Empty where autograd cannot tell: a function written in Python, as in Reformer's reversible layers, may use
-    parameters that are not its arguments. `packed`: it uses the packed attention. Raises UserError for a model that
-    cannot compute.
+    `packed`: it uses the packed attention. Raises UserError for a model that cannot compute.
     """
     with torch.enable_grad(), first_use(model):
         nodes: list[Any] = [probe(model, packed).grad_fn]
     seen, used = set(nodes), set()
     while nodes:
         node = nodes.pop()
-        if isinstance(node, BackwardCFunction):
-            return frozenset()
         if hasattr(node, "variable"):
             used.add(id(node.variable))
         found = {following for following, _ in node.next_functions if following is not None} - seen
@@ -160,12 +155,6 @@ def checkpoint_activations(model: PreTrainedModel, preserve_rng_state: bool = Tr
     model._set_gradient_checkpointing(
         gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng_state)
     )
-
-
-def attention_ratio(flops: FlopsModel | None) -> float | None:
-    """Return the ratio from which the width of windows is chosen. None on CUDA, where no width has been measured:
-    windows are as wide as the longest sequence."""
-    return None if flops is None or torch.cuda.is_available() else flops.attention_ratio
 
 
 def choose_rows(model: BuiltModel, dtype: torch.dtype) -> Rows:

@@ -46,7 +46,6 @@ def _return_freed_memory() -> None:
 def _train(world: World, tree: Tree) -> None:
     from experiment.config import build_config
     from pretrain.config import PretrainConfig
-    from pretrain.modeling.build import attention_ratio
     from pretrain.modeling.random_model import meta_model
     from pretrain.modeling.structure import flops_model
     from pretrain.resolve import resolve
@@ -54,8 +53,9 @@ def _train(world: World, tree: Tree) -> None:
     from runs import build_engine
 
     run = resolve(build_config(PretrainConfig, tree), world.size)
-    ratio = attention_ratio(flops_model(meta_model(run.model_config)))
-    stream = open_stream(run, world, rows="windows", first_position=0, attention_ratio=ratio)
+    flops = flops_model(meta_model(run.model_config))
+    assert flops is not None
+    stream = open_stream(run, world, rows="windows", first_position=0, attention_ratio=flops.attention_ratio)
     engine, _ = build_engine(world, tree)
     for step in range(STEPS):
         batch = stream[step]
