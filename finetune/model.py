@@ -1,6 +1,5 @@
 """Load an encoder and put a task head on it."""
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from experiment.formatting import format_parameters
 from experiment.models.hub import TOKENIZER_FILES
 from experiment.models.model_folder import WEIGHT_FILES, build_from_config, load_config, load_weights
 from experiment.models.tensor_files import share_tensors
-from experiment.models.tokenizer import save_tokenizer, vocabulary_size
+from experiment.models.tokenizer import save_model_tokenizer, vocabulary_size
 from experiment.models.transformers_models import (
     PRETRAINING_HEADS,
     check_freeze,
     describe_unused_layers,
+    has_token_types,
     is_in_encoder,
     is_in_module,
     keep_fixed,
-    limit_tokenizer,
     max_positions,
     quiet_transformers,
 )
@@ -92,17 +91,7 @@ def read_model_inputs(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Mo
     if largest >= size:
         raise UserError(f"{spec.folder}: the tokenizer's ids go up to {largest}, vocab_size is {size}")
     check_freeze(spec.freeze, model)
-    return ModelInputs(max_positions(model), _has_token_types(model, tokenizer))
-
-
-def _has_token_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    if "token_type_ids" not in inspect.signature(model.forward).parameters:
-        return False
-    if hasattr(model.config, "type_vocab_size"):
-        return bool(model.config.type_vocab_size > 1)
-    # XLNet and Funnel tell segments apart without type embeddings, and their tokenizers give the classification token
-    # type 2. Other models that accept token types but have none (GPT-2, XLM) would add word embeddings by their ids.
-    return bool(max(tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]) > 1)
+    return ModelInputs(max_positions(model), has_token_types(model, tokenizer))
 
 
 def build_model(spec: ModelSpec) -> BuiltModel:
@@ -274,21 +263,9 @@ def _build_from_config(spec: ModelSpec) -> PreTrainedModel:
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, special_tokens_in_text: bool, folder: Path
 ) -> None:
-    """Write a Hugging Face folder whose tokenizer gives the inputs of training. `truncation=True` cuts texts at the
-    model's positions."""
-    limit_tokenizer(tokenizer, model)
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    if not _has_token_types(model, tokenizer):
-        names.remove("token_type_ids")
-    settings = {
-        "split_special_tokens": not special_tokens_in_text,
-        "model_input_names": names,
-        "truncation_side": tokenizer.truncation_side,
-    }
-    for name, value in settings.items():
-        setattr(tokenizer, name, value)
-        tokenizer.init_kwargs[name] = value  # attributes are saved only if they are also here
+    """Write a Hugging Face folder whose tokenizer gives the inputs of training."""
+    settings = {"split_special_tokens": not special_tokens_in_text, "truncation_side": tokenizer.truncation_side}
     with quiet_transformers():
         model.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder)
+        save_model_tokenizer(tokenizer, model, folder, **settings)
     share_tensors(folder)

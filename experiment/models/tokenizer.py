@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError, reason
 from experiment.files import fsync_tree, json_digest, read_json
-from experiment.models.transformers_models import check_label_count, quiet_transformers
+from experiment.models.transformers_models import (
+    check_label_count,
+    has_token_types,
+    max_positions,
+    quiet_transformers,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # The special tokens of a masked language model, under the names that BERT and RoBERTa gave them.
 BERT_TOKENS = {
@@ -199,6 +204,22 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
     path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     fsync_tree(folder)
+
+
+def save_model_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", folder: Path, **settings: Any
+) -> None:
+    """Write the tokenizer of a model so that it gives the inputs that the model has, and `truncation=True` cuts texts
+    at the model's positions, unless the tokenizer has a lower limit. settings: further ones of the tokenizer."""
+    if (limit := max_positions(model)) is not None:
+        tokenizer.model_max_length = min(limit, tokenizer.model_max_length)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    if not has_token_types(model, tokenizer):
+        names.remove("token_type_ids")
+    for name, value in {**settings, "model_input_names": names}.items():
+        setattr(tokenizer, name, value)
+        tokenizer.init_kwargs[name] = value  # attributes are saved only if they are also here
+    save_tokenizer(tokenizer, folder)
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:

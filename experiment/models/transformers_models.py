@@ -1,5 +1,6 @@
 """Models of transformers: their weights, positions and frozen modules."""
 
+import inspect
 import math
 import re
 import threading
@@ -141,11 +142,15 @@ def max_positions(model: "PreTrainedModel") -> int | None:
     return None if limit is None or limit <= 0 else int(limit) - first_position(model)
 
 
-def limit_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
-    """Let `truncation=True` cut texts at the length that the model has positions for, without which transformers fails
-    on long ones, unless the tokenizer has a lower limit."""
-    if (limit := max_positions(model)) is not None:
-        tokenizer.model_max_length = min(limit, tokenizer.model_max_length)
+def has_token_types(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether the model tells the two texts of a pair apart by `token_type_ids`."""
+    if "token_type_ids" not in inspect.signature(type(model).forward).parameters:
+        return False
+    if hasattr(model.config, "type_vocab_size"):
+        return bool(model.config.type_vocab_size > 1)
+    # XLNet and Funnel tell segments apart without type embeddings, and their tokenizers give the classification token
+    # type 2. Other models that accept token types but have none (GPT-2, XLM) would add word embeddings by their ids.
+    return bool(max(tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]) > 1)
 
 
 def keep_fixed(model: "PreTrainedModel", new: "PreTrainedModel") -> None:

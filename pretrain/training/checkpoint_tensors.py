@@ -28,8 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from experiment.errors import UserError
 from experiment.files import checksum, fsync, write_json
 from experiment.models.tensor_files import save_tensors
-from experiment.models.tokenizer import save_tokenizer
-from experiment.models.transformers_models import limit_tokenizer
+from experiment.models.tokenizer import save_model_tokenizer
 from experiment.run_files.checkpoints import checkpoint_step, mark_complete, read_state, write_best
 from experiment.run_files.retention import Retention, apply_retention, discard
 from pretrain.engine.engine import Engine
@@ -161,8 +160,7 @@ def write_hugging_face_folder(
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
     config.save_pretrained(folder)
-    limit_tokenizer(tokenizer, model)
-    save_tokenizer(tokenizer, folder)
+    save_model_tokenizer(tokenizer, model, folder)
 
 
 def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:

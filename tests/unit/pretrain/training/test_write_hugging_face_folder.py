@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from experiment.models.tokenizer import load_tokenizer
 from pretrain.training.checkpoint_tensors import PinnedMemory, write_hugging_face_folder
+from tiny_models import tiny_fields
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 
@@ -48,6 +49,17 @@ def test_a_limit_of_the_tokenizer_is_kept(tmp_path: Path, model: BertForMaskedLM
     tokenizer.model_max_length = 128
     write_hugging_face_folder(dict(model.named_parameters()), model, tokenizer, tmp_path / "hf")
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").model_max_length == 128
+
+
+@pytest.mark.parametrize(("model_type", "expected"), [("bert", True), ("distilbert", False), ("modernbert", False)])
+def test_the_tokenizer_gives_the_inputs_of_the_model(
+    tmp_path: Path, wordpiece: Path, model_type: str, expected: bool
+) -> None:
+    """Catches token types for a model that has none, with which `model(**tokenizer(text))` fails in transformers 4."""
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(model_type, **tiny_fields(model_type)))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    write_hugging_face_folder(weights, model, load_tokenizer(wordpiece), tmp_path / "hf")
+    assert ("token_type_ids" in AutoTokenizer.from_pretrained(tmp_path / "hf")("de fi")) == expected
 
 
 def test_others_can_open_the_folder(folder: Path) -> None:
