@@ -65,7 +65,7 @@ def test_sequences_that_mix_are_found_in_logits_of_any_size(scale: float) -> Non
     """Catches large logits, whose rounding is large too, that train padded, and small ones whose sequences mix."""
     model = with_scaled_logits(tiny("bert", vocab_size=2000, tie_word_embeddings=False), scale)
     for mixes in (False, True):
-        assert (why_not_packed(model) == "packed sequences would influence each other") == mixes
+        assert (why_not_packed(model) == "packed sequences would get other logits") == mixes
         model.set_attn_implementation("sdpa")
         assert ignores_padding(model) != mixes
         model.base_model.embeddings.register_forward_hook(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from model_examples import LOCAL_WINDOW, PACKED, PADDED, WIDTH, Example, make_example, sequences
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.bert import modeling_bert
 
 from pretrain.batching.batch import IGNORED
 from pretrain.batching.masking import MaskingSchedule
@@ -21,6 +22,7 @@ from pretrain.modeling import packability
 from pretrain.modeling.attention import Packing
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.modeling.random_model import meta_model, random_model
+from tiny_models import tiny_fields
 
 ALL = (*PACKED, *PADDED)
 
@@ -62,6 +64,19 @@ def test_a_plan_finds_out_which_models_are_packed(
 
     monkeypatch.setattr(packability, "random_model", build)
     assert packability.is_packed(AutoConfig.for_model(model_type, **fields)) == packed
+
+
+def test_a_model_with_attention_of_its_own_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a type whose attention has an option that the packed attention does not know, and ignores."""
+    attend = modeling_bert.eager_attention_forward
+
+    def gated(*inputs: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output, weights = attend(*inputs, **options)
+        return 2 * output, weights
+
+    model = random_model(AutoConfig.for_model("bert", **tiny_fields("bert"))).float()
+    monkeypatch.setattr(modeling_bert, "eager_attention_forward", gated)
+    assert packability.why_not_packed(model) == "packed sequences would get other logits"
 
 
 @pytest.mark.parametrize(
