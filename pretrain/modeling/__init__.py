@@ -3,7 +3,7 @@
 - model_config: the `model` section of a config -> transformers config
 - build: config or Hugging Face folder -> model, its rows, its unused parameters; resize: more tokens or
   positions
-- random_model: a model from a config alone, and which fields of the config it uses
+- random_model: a model from a config alone
 - output_bias: the decoder's initial bias, from the frequencies of tokens
 - packability: whether a model can be packed
 - masked_lm: microbatch -> loss, with the head on predicted positions only; last_layer: and the encoder's last layer too

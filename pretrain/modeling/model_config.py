@@ -1,6 +1,5 @@
 """The `model` section of a pretraining config and a tokenizer -> a transformers config, checked."""
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError, first_line, user_errors_in
+from experiment.models.config_fields import check_fields, declared_fields, with_fields
 from experiment.models.model_folder import build_from_config, load_config
 from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from experiment.models.transformers_models import quiet_transformers
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import check_extends
-from pretrain.modeling.random_model import check_fields, declared_fields, meta_model
+from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.resize import config_with_positions
 
 _UNTRAINABLE = {
@@ -47,7 +47,7 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
         check_fields(fields, partial(_new_config, default, tokenizer))
         config = _new_config(default, tokenizer, fields)
     else:
-        check_fields(fields, partial(_with_fields, default))
+        check_fields(fields, partial(with_fields, default))
         config = _resized_config(model, tokenizer)
     padding = config.get_text_config().pad_token_id
     if padding != tokenizer.pad_token_id and (model.init_from is None or "pad_token_id" in fields):
@@ -69,7 +69,7 @@ def source_config(model: ModelConfig) -> PreTrainedConfig:
     """
     assert model.init_from is not None
     folder = Path(model.init_from)
-    config = _with_fields(_read_config(folder), _fields(model))
+    config = with_fields(_read_config(folder), _fields(model))
     with quiet_transformers(), torch.device("meta"):
         build_from_config(AutoModelForMaskedLM, config, f"model.init_from: {folder / 'config.json'}", folder)
     return config
@@ -166,20 +166,6 @@ def _new_config(
         return AutoConfig.for_model(default.model_type, **given)
     except Exception as error:  # transformers raises many types
         raise UserError(f"model.config: {first_line(error)}") from None
-
-
-def _with_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return a copy with these fields set. Raises UserError for values that make no config."""
-    config = copy.deepcopy(config)
-    try:
-        for field, value in fields.items():
-            setattr(config, field, value)
-        if "num_hidden_layers" in fields and "layer_types" not in fields and hasattr(config, "layer_types"):
-            config.layer_types = config.layer_types[: config.num_hidden_layers]
-        config.validate()
-    except Exception as error:  # transformers raises many types
-        raise UserError(f"model.config: {first_line(error)}") from None
-    return config
 
 
 def _resized_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from pretrain.modeling.random_model import declared_fields
+from experiment.models.config_fields import declared_fields
 
 # Sizes by the names that transformers has for them; a type gets those that it declares.
 SMALL = (

@@ -1,9 +1,10 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_examples import TINY
+from model_examples import CONFIGS, TINY
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
@@ -194,3 +195,35 @@ def test_unsupported_activation_checkpointing_is_rejected(tokenizer: PreTrainedT
     albert = ModelConfig(config={"model_type": "albert", **TINY}, activation_checkpointing=True)
     with pytest.raises(UserError, match=r"model\.activation_checkpointing: .* 'albert'"):
         resolve_model_config(albert, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "value"), [("deberta-v2", "position_buckets", 8), ("bert", "hidden_act", "relu")]
+)
+def test_fields_of_a_folder(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str, field: str, value: Any
+) -> None:
+    """Catches checks that hold for new models only, rejection of undeclared fields that the model looks up, and keys of
+    config.json without effect that can be set in silence."""
+    given = CONFIGS[model_type] | {"vocab_size": len(tokenizer), "position_buckets": 16, "made_up": 1}
+    AutoConfig.for_model(model_type, **given).save_pretrained(tmp_path)
+    config = resolve_model_config(ModelConfig(init_from=str(tmp_path), config={field: value}), tokenizer)
+    assert getattr(config, field) == value
+    for unknown in ("made_up", "dropot"):
+        with pytest.raises(UserError, match=rf"'model\.config\.{unknown}'"):
+            resolve_model_config(ModelConfig(init_from=str(tmp_path), config={unknown: 0.1}), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("field", "instead"), [("global_attn_every_n_layers", "layer_types"), ("global_rope_theta", "rope_parameters")]
+)
+def test_older_names_of_fields_have_no_effect_on_a_folder(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, field: str, instead: str
+) -> None:
+    """Catches fields of which only a new config computes others, but which published config.json files have."""
+    given = CONFIGS["modernbert"] | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    AutoConfig.for_model("modernbert", **given).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: 3}))
+    with pytest.raises(UserError, match=f"config.{field}': 'modernbert' does not .*; set {instead}$"):
+        resolve_model_config(ModelConfig(init_from=str(tmp_path), config={field: 1}), tokenizer)

@@ -1,17 +1,12 @@
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
-from model_examples import CONFIGS
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedConfig
 
 from experiment.errors import UserError
-from pretrain.config import ModelConfig
-from pretrain.modeling.model_config import resolve_model_config
-from pretrain.modeling.random_model import check_fields
+from experiment.models.config_fields import check_fields
 
 
 def check(model_type: str, fields: Mapping[str, Any]) -> None:
@@ -123,35 +118,3 @@ def test_the_check_leaves_config_classes_as_they_were() -> None:
     config = AutoConfig.for_model("bert")
     assert not hasattr(type(config), "__getattr__")
     assert not hasattr(config, "dropout")
-
-
-@pytest.mark.parametrize(
-    ("model_type", "field", "value"), [("deberta-v2", "position_buckets", 8), ("bert", "hidden_act", "relu")]
-)
-def test_fields_of_a_folder(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str, field: str, value: Any
-) -> None:
-    """Catches checks that hold for new models only, rejection of undeclared fields that the model looks up, and keys of
-    config.json without effect that can be set in silence."""
-    given = CONFIGS[model_type] | {"vocab_size": len(tokenizer), "position_buckets": 16, "made_up": 1}
-    AutoConfig.for_model(model_type, **given).save_pretrained(tmp_path)
-    config = resolve_model_config(ModelConfig(init_from=str(tmp_path), config={field: value}), tokenizer)
-    assert getattr(config, field) == value
-    for unknown in ("made_up", "dropot"):
-        with pytest.raises(UserError, match=rf"'model\.config\.{unknown}'"):
-            resolve_model_config(ModelConfig(init_from=str(tmp_path), config={unknown: 0.1}), tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("field", "instead"), [("global_attn_every_n_layers", "layer_types"), ("global_rope_theta", "rope_parameters")]
-)
-def test_older_names_of_fields_have_no_effect_on_a_folder(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, field: str, instead: str
-) -> None:
-    """Catches fields of which only a new config computes others, but which published config.json files have."""
-    given = CONFIGS["modernbert"] | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    AutoConfig.for_model("modernbert", **given).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: 3}))
-    with pytest.raises(UserError, match=f"config.{field}': 'modernbert' does not .*; set {instead}$"):
-        resolve_model_config(ModelConfig(init_from=str(tmp_path), config={field: 1}), tokenizer)
