@@ -59,6 +59,10 @@ class ModelConfig(Section):
     max_seq_length: SequenceLength = 128
     """Maximum length of a sequence in tokens, special tokens included; longer ones are truncated."""
 
+    config: dict[str, Any] = {}
+    """Fields of the model's config to change, such as {hidden_dropout_prob: 0.1}: a model that was pretrained without
+    dropout is also fine-tuned without it. See docs/finetuning.md."""
+
     freeze: tuple[str, ...] = ()
     """Modules that are not trained: one or more whole, consecutive parts of parameter names, such as embeddings,
     layer.0 or encoder."""

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from experiment.errors import UserError
 from experiment.formatting import format_parameters
+from experiment.models.config_fields import check_fields, with_fields
 from experiment.models.hub import TOKENIZER_FILES
 from experiment.models.model_folder import WEIGHT_FILES, build_from_config, load_config, load_weights
 from experiment.models.tensor_files import share_tensors
@@ -41,6 +43,11 @@ class ModelSpec:
     auto_model: str  # transformers class, such as AutoModelForSequenceClassification
     head: Mapping[str, Any]  # settings of its config, such as num_labels
     freeze: tuple[str, ...] = ()  # modules that are not trained, see `is_in_module`
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of its config, in place of the folder's
+
+    def read_config(self) -> PreTrainedConfig:
+        """Raises UserError for a folder or fields that make no config."""
+        return with_fields(load_config(self.folder, **self.head), self.fields)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,15 @@ def pooling_of_head(folder: Path, auto_model: str, pooling: Literal["default", "
         )
     is_first = pooling == "cls" and config.model_type == "eurobert"  # which calls its first token <s>
     return {"classifier_pooling": "bos" if is_first else pooling}
+
+
+def check_config_fields(spec: ModelSpec) -> None:
+    """Raise UserError for fields of `model.config` that the model does not use, or that the task sets."""
+    of_task = {"model_type", "num_labels", "id2label", "label2id", "problem_type", *spec.head}
+    if taken := [field for field in spec.fields if field in of_task]:
+        raise UserError(f"model.config.{taken[0]}: the task and the model in {spec.folder} determine it; leave it out")
+    if spec.fields:
+        check_fields(spec.fields, partial(with_fields, load_config(spec.folder, **spec.head)))
 
 
 def model_files(folder: Path, weights: bool) -> list[Path]:
@@ -207,8 +223,7 @@ def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -
 
 
 def _load(spec: ModelSpec) -> BuiltModel:
-    config = load_config(spec.folder, **spec.head)
-    model, report = load_weights(getattr(transformers, spec.auto_model), spec.folder, config)
+    model, report = load_weights(getattr(transformers, spec.auto_model), spec.folder, spec.read_config())
     new = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
     encoder = sorted(name for name in new if not _is_in_head(name, model) and "pooler" not in name)
     if encoder:
@@ -248,7 +263,7 @@ def _renew_head(model: PreTrainedModel, spec: ModelSpec) -> set[str]:
 
 
 def _build_from_config(spec: ModelSpec) -> PreTrainedModel:
-    auto_model, config = getattr(transformers, spec.auto_model), load_config(spec.folder, **spec.head)
+    auto_model, config = getattr(transformers, spec.auto_model), spec.read_config()
     supported = auto_model._model_mapping
     if type(config) not in supported:  # its keys take 0.3 s: they are imported from 200 modules
         head = spec.auto_model.removeprefix("AutoModelFor")

@@ -24,7 +24,15 @@ from finetune.data_report import data_warnings, describe_example, print_lengths,
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.evaluation_texts import contamination_warnings
-from finetune.model import BuiltModel, ModelSpec, build_model, describe_model, model_files, pooling_of_head
+from finetune.model import (
+    BuiltModel,
+    ModelSpec,
+    build_model,
+    check_config_fields,
+    describe_model,
+    model_files,
+    pooling_of_head,
+)
 from finetune.prediction.inference import adapt_to_model
 from finetune.splits import Task, describe_task, load_inputs, make_kind, make_task, read_splits
 from finetune.task_kind import TaskKind, find_kind
@@ -178,7 +186,9 @@ def _read_data(config: FinetuneConfig) -> tuple[Mapping[str, Table], TaskKind[An
 def _model_of(config: FinetuneConfig, kind: TaskKind[Any]) -> ModelSpec:
     folder, pretrained = local_model(config.model.init_from), config.model.weights == "pretrained"
     head = {**kind.head, **pooling_of_head(folder, kind.auto_model, config.model.pooling)}
-    return ModelSpec(folder, pretrained, kind.auto_model, head, config.model.freeze)
+    model = ModelSpec(folder, pretrained, kind.auto_model, head, config.model.freeze, config.model.config)
+    check_config_fields(model)
+    return model
 
 
 def _build(model: ModelSpec, kind: TaskKind[Any]) -> BuiltModel:

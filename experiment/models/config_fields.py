@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -134,7 +135,8 @@ def _missing_lookups(config: PreTrainedConfig) -> set[str]:
     # Python calls __getattr__ for missing attributes only. Models check the exact type of their config, which rules a
     # subclass out.
     with quiet_transformers(), torch.device("meta"), patch.object(type(config), "__getattr__", record, create=True):
-        build_from_config(AutoModelForMaskedLM, config, "model.config")
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+            build_from_config(AutoModelForMaskedLM, config, "model.config")
         for models in _FINE_TUNING_HEADS:
             with suppress(Exception):  # not every type has every head
                 models[type(config)](copy.deepcopy(config))

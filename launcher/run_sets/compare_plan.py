@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from experiment.config import flatten, load_config, read_config_file
-from experiment.errors import UserError, user_errors_in
+from experiment.errors import UserError, user_errors_in, warn_once
+from experiment.formatting import shorten
+from experiment.models.model_folder import load_config as load_model_config
+from experiment.models.model_names import local_model
 from experiment.process.own_process import module_command
 from experiment.run_files.checkpoints import BEST
 from experiment.run_files.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
@@ -30,6 +33,7 @@ from pretrain.config import PretrainConfig
 
 _COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
+_ROWS_SHOWN = 150  # characters of the rows of a warning
 _PRETRAINING = "pretrain"  # folder, beside the folders of the tasks
 # Beside the folders of the rows: of the comparison, or what would make its folder one of another kind.
 _USED = (
@@ -84,6 +88,8 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
             pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement)
             cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config, models)
         runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
+    for task in tasks:
+        _warn_of_dropout(task, config, {name: found[task.name].config for name, found in cells.items()})
     run_set = RunSet("compare", folder, "run.dir", COMPARISON_RECORD, tuple(runs), configs=configs)
     return ComparePlan(run_set, cells, config.grid is not None)
 
@@ -185,6 +191,30 @@ def _plan_cells(
         all_keys = {**checked, **task.data, **origin, "model.init_from": then["model.init_from"]}
         cells[task.name] = PlannedRun(name, argv, all_keys, pretraining.name if pretraining is not None else None)
     return cells
+
+
+def _warn_of_dropout(task: _Task, config: CompareConfig, cells: Mapping[str, FlatConfig]) -> None:
+    """Warn if rows would be fine-tuned with different dropout, which is that of their models. cells: by row."""
+    values: dict[str, dict[str, object]] = {}  # field of a model's config -> row -> value
+    for row, cell in cells.items():
+        fields = load_model_config(local_model(config.rows[row].init_from)).get_text_config().to_dict()
+        for field in (name for name in fields if "drop" in name):
+            keys = (f"model.config.{field}", f"pretrain.model.config.{field}")
+            found = next((cell[key] for key in keys if key in cell), fields[field])
+            values.setdefault(field, {})[row] = found
+    in_grid = parse_grid(config.grid) if config.grid is not None else {}
+    differ = {
+        f"model.config.{field}": by_row
+        for field, by_row in values.items()
+        if len(set(map(str, by_row.values()))) > 1 and f"model.config.{field}" not in in_grid
+    }
+    if differ:
+        first, by_row = next(iter(differ.items()))
+        shown = shorten(", ".join(f"{value} in {row}" for row, value in by_row.items()), _ROWS_SHOWN)
+        warn_once(
+            f"{task.file}: the rows have different dropout: {first.removeprefix('model.config.')} is {shown}; to train "
+            f"them alike, set {', '.join(differ)}"
+        )
 
 
 def _check_cell(

@@ -15,7 +15,7 @@ from experiment.run_files.checkpoints import checkpoint_step, files_below, link_
 from experiment.run_files.run_folder import RunFolder, folder_name
 from experiment.run_files.run_lock import folder_use
 from experiment.tracking.downstream import DownstreamResult
-from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig, check_validation
+from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, ModelConfig, TrainingConfig, check_validation
 from finetune.data.task_config import data_checksums
 from finetune.task_kind import find_kind
 from launcher.run_sets.run_set import (
@@ -86,8 +86,9 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
     for key in _NEWER_KEYS:
         if key in CHANGE_ROUNDING_ONLY or settings["training"][key] == TrainingConfig.model_fields[key].default:
             del settings["training"][key]
-    if config.model.pooling == "default":  # which version 0.2.0 lacks, too
-        del settings["model"]["pooling"]
+    for key in ("pooling", "config"):  # which version 0.2.0 lacks, too
+        if getattr(config.model, key) == ModelConfig.model_fields[key].default:
+            del settings["model"][key]
     with user_errors_in(file):
         settings["data"] = data_checksums(task)
     if probe:

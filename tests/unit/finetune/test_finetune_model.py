@@ -105,6 +105,16 @@ def test_a_head_without_a_choice_of_pooling(encoder: Path) -> None:
             pooling_of_head(encoder, auto_model, "mean")
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_fields_of_the_config_are_changed(encoder: Path, tmp_path: Path, pretrained: bool) -> None:
+    """Catches dropout that is always that of pretraining, and a model folder that does not say what it was."""
+    fields = {"hidden_dropout_prob": 0.0, "classifier_dropout": 0.3}
+    model = build_model(replace(start(encoder, pretrained), fields=fields)).model
+    assert (model.bert.embeddings.dropout.p, model.dropout.p) == (0.0, 0.3)
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).hidden_dropout_prob == 0.0
+
+
 def test_the_seed_decides_the_head(encoder: Path) -> None:
     """Catches heads that do not follow the seed, which makes runs with one seed differ."""
     heads = []

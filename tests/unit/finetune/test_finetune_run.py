@@ -468,6 +468,8 @@ def test_without_a_validation_file_a_part_of_train_is_it(
         ({"model.init_from": "/none"}, r"/none does not exist"),
         ({"model.max_seq_length": "65"}, r"max_seq_length is 65, the model in .* has 64 positions"),
         ({"training.learning_rate": "1"}, r"unknown config key"),
+        ({"model.config": "{hidden_dropout: 0}"}, r"'model\.config\.hidden_dropout': .*mean 'hidden_dropout_prob'"),
+        ({"model.config": "{num_labels: 7}"}, r"model\.config\.num_labels: the task and the model in .* determine it"),
     ],
 )
 def test_bad_input_leaves_no_run(config_file: Path, tmp_path: Path, overrides: dict[str, str], message: str) -> None:

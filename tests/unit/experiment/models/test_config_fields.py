@@ -75,6 +75,7 @@ def test_fields_that_models_look_up_are_known(model_type: str, fields: dict[str,
         ("roberta", "n_layer", "num_hidden_layers"),
         ("bert", "attention", "num_attention_heads"),
         ("roberta", "position_type", "max_position_embeddings"),
+        ("gpt2", "attn_drop", "attn_pdrop"),  # without a masked-LM head
         ("bert", "temperature", None),  # transformers drops settings of text generation
         ("bert", "attn_implementation", None),  # chosen when the model is built
         ("bert", "to_dict", None),  # a method

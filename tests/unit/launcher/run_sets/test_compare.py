@@ -540,6 +540,40 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
         assert (" --task.pooling=cls" in capsys.readouterr().out) == kept, grid
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, True),
+        ({"model": {"config": {"hidden_dropout_prob": 0.1}}}, False),
+        ({"grid": "model.config.hidden_dropout_prob=0,0.1"}, False),
+    ],
+)
+def test_rows_with_different_dropout(
+    write_files: Callable[..., Path],
+    encoder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    said: bool,
+) -> None:
+    """Catches models that are fine-tuned with different dropout in silence, and advice that does not help."""
+    folder = Path(shutil.copytree(encoder, tmp_path / "fast"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.0}))
+    rows = {"BERT": {"init_from": str(encoder)}, "ours": {"init_from": str(folder)}}
+    file = write_files(rows=rows, **{key: value for key, value in changes.items() if key == "grid"})
+    tree = yaml.safe_load((tmp_path / "toy.yaml").read_text())
+    tree["model"] |= changes.get("model", {})
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["compare", str(file), "--dry_run"]) == 0
+    warning = (
+        f"{tmp_path}/toy.yaml: the rows have different dropout: hidden_dropout_prob is 0.1 in BERT, 0.0 in ours; to "
+        "train them alike, set model.config.hidden_dropout_prob"
+    )
+    assert (warning in caplog.text) == said
+    assert ("different dropout" in caplog.text) == said
+
+
 def test_a_chain_may_extend_a_model_that_is_too_short_for_the_task(
     write_files: Callable[..., Path], wordpiece_corpus: Path, encoder: Path, tmp_path: Path
 ) -> None:
