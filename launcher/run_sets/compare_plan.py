@@ -13,7 +13,7 @@ from experiment.models.model_names import local_model
 from experiment.process.own_process import module_command
 from experiment.run_files.checkpoints import BEST
 from experiment.run_files.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
-from finetune.config import FinetuneConfig, check_validation
+from finetune.config import FinetuneConfig
 from finetune.device import choose_device
 from finetune.resolve import check_data, load_run_config
 from launcher.options import CompareOptions, LaunchOptions
@@ -27,7 +27,7 @@ from launcher.run_sets.run_set import (
     recorded_configs,
     recorded_data,
 )
-from launcher.run_sets.sweep import check_differs, parse_grid, read_grid
+from launcher.run_sets.sweep import check_points, parse_grid, read_grid
 from launcher.run_validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
@@ -227,8 +227,7 @@ def _check_cell(
     for name, values in read_grid(grid, overrides).items() if grid is not None else ():
         with user_errors_in(f"grid: {name}"):
             points[name] = validate_finetuning(file, {**overrides, **values}, models)
-            check_validation(points[name], "the points of the grid are compared on validation")
-            check_differs(name, points)
+            check_points(name, points)
     config = flatten(load_run_config(file, overrides) if points else validate_finetuning(file, overrides, models))
     if config["training.precision"] == "auto":
         config["training.precision"] = choose_device("auto").precision

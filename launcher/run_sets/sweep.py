@@ -103,8 +103,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
         overrides = options.overrides | values | {"run.dir": str(folder.path / name)}
         with user_errors_in(f"sweep: {name}"):
             loaded[name] = load_config(config_type, config, overrides)
-            check_differs(name, loaded)
-            _check_comparable(name, loaded)
+            check_points(name, loaded)
             pinned = pins.overrides(loaded[name], name, values)
             if "task.test" in pinned:  # it has all of them; a key below it would come after it
                 overrides = {key: text for key, text in overrides.items() if not key.startswith("task.test.")}
@@ -124,36 +123,36 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     return SweepPlan(run_set, metric, lower_is_better)
 
 
-def check_differs(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:
-    """Raise UserError if another point has the same config, as for the values 1e-3 and 0.001."""
-    run_dir = points[name].run.dir
-    for other, config in points.items():
-        moved = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
-        if other != name and moved == points[name]:
-            raise UserError(f"same config as {other}; leave one of them out of the grid")
-
-
-def _check_comparable(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:
-    """Raise UserError if a point of fine-tuning has no validation split, or if a point of pretraining is evaluated with
-    another masking policy or sequence length, or on other corpora, than the first one."""
+def check_points(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:
+    """Raise UserError if another point has the same config as this one, as for the values 1e-3 and 0.001; if this one
+    is fine-tuned without a validation split; or if the first one is evaluated in another way or on other text."""
     point, (first_name, first) = points[name], next(iter(points.items()))
+    for other, config in points.items():
+        moved = config.model_copy(update={"run": config.run.model_copy(update={"dir": point.run.dir})})
+        if other != name and moved == point:
+            raise UserError(f"same config as {other}; leave one of them out of the grid")
     if isinstance(point, FinetuneConfig):
-        check_validation(point, "the points of a sweep are compared on validation")
-        return
-    assert isinstance(first, PretrainConfig)
+        check_validation(point, "the points of a grid are compared on validation")
+        advice = "the points would be scored on different rows; leave it out of the grid"
+    else:
+        advice = (
+            "the metrics depend on it, so these points cannot be compared by them; compare the models on tasks with "
+            "`deepcloze compare`, a row for each"
+        )
     before, now = _evaluation_settings(first), _evaluation_settings(point)
     if changed := [key for key in {**before, **now} if now.get(key) != before.get(key)]:
         key = changed[0]
-        raise UserError(
-            f"{key} is {now.get(key)}, but {before.get(key)} in {first_name}: the metrics depend on it, so these "
-            "points cannot be compared by them; compare the models on tasks with `deepcloze compare`, a row for each"
-        )
+        raise UserError(f"{key} is {now.get(key)}, but {before.get(key)} in {first_name}: {advice}")
 
 
-def _evaluation_settings(config: PretrainConfig) -> dict[str, object]:
-    """Return the keys that held-out metrics depend on; of several masking rates, the last one, as in evaluations."""
+def _evaluation_settings(config: FinetuneConfig | PretrainConfig) -> dict[str, object]:
+    """Return the keys that select the rows of the validation split, or that the metrics of pretraining depend on: of
+    several masking rates the last one, as in evaluations; without `corpus.eval` the corpora of the training loss."""
+    if isinstance(config, FinetuneConfig):
+        drawn = {"train", "validation_share", "split_seed"} if config.task.validation is None else set()
+        return flatten({"task": config.task.model_dump(include={"validation", "on_bad_lines", *drawn})})
     masking = config.masking.model_dump(exclude={"schedule"}) | {"rate": config.masking.rates[-1]}
-    corpora = {"eval": dict(config.corpus.eval)}
+    corpora = config.corpus.model_dump(include={"eval" if config.corpus.eval else "train"})
     return flatten({"masking": masking, "batch": {"max_seq_length": config.batch.max_seq_length}, "corpus": corpora})
 
 

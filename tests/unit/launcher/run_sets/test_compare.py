@@ -481,6 +481,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(
         ({"grid": "training.lr=fast"}, r"training\.lr"),
         ({"grid": "training.seeds=1,2"}, r"--grid: 'training\.seeds' is set to 1,2 for all points"),
         ({"grid": "training.lr=1e-3,0.001"}, r"grid: lr=0\.001: same config as lr=1e-3"),
+        ({"grid": "task.on_bad_lines=error,skip"}, r"grid: on_bad_lines=skip: .* would be scored on different rows"),
         ({"tasks": ["missing.yaml"]}, r"missing\.yaml"),
     ],
 )

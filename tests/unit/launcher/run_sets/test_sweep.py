@@ -164,6 +164,8 @@ def test_points_of_pretraining_are_evaluated_alike(reject: Reject, pretraining: 
     assert message in reject("masking.rate=0.15,0.3")
     assert "`deepcloze compare`" in reject("masking.unit=token,span")
     assert "batch.max_seq_length is 16, but 32 in" in reject("batch.max_seq_length=32,16", "--metric=loss")
+    corpus = load_config(PretrainConfig, pretraining).corpus.train
+    assert "corpus.train is other, but " in reject(f"corpus.train={corpus},other", "--corpus.eval={}")
     overrides = {"masking.rate": "[0.3, 0.15]"}
     options = SweepOptions(config=str(pretraining), grid="masking.schedule=linear,stepped", overrides=overrides)
     assert len(plan_sweep(options).runs.runs) == 2
@@ -723,6 +725,21 @@ def test_points_that_cannot_be_compared_are_rejected(
 ) -> None:
     """Catches a sweep that ends with a traceback after its first run has been trained."""
     assert main(["sweep", "--config", str(task), "--grid", "model.max_seq_length=64,128", *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "validation"),
+    [("split_seed", "0,1", "null"), ("train", "t.csv,b.csv", "null"), ("validation", "t.csv,b.csv", "")],
+)
+def test_points_with_other_validation_rows_are_rejected(
+    task: Path, capsys: pytest.CaptureFixture[str], key: str, values: str, validation: str
+) -> None:
+    """Catches a sweep whose best point is the one with the easiest validation rows."""
+    flags = [f"--task.validation={validation}"] if validation else []
+    assert main(["sweep", "--config", str(task), "--grid", f"task.{key}={values}", *flags]) == 2
+    first, second = values.split(",")
+    message = f"task.{key} is {second}, but {first} in {key}={first}: the points would be scored on different rows"
     assert message in capsys.readouterr().err
 
 
