@@ -24,7 +24,6 @@ TESTS = (
 )
 FAILED = "Runs that failed"
 
-_SPLIT_SHOWN = {"validation": " on validation"}
 _CSV_COLUMNS = ("row", "task", "split", "metric", "mean", "std", "values", "collapsed", "chosen", "folder")
 
 
@@ -117,11 +116,15 @@ def comparison_blocks(comparison: Comparison, failed: Mapping[str, str]) -> list
 
 
 def _columns(comparison: Comparison) -> dict[str, str]:
-    """Return the columns with their titles, which name the metric, and the split if it is not one of test."""
+    """Return the columns with their titles, which name the metric, and the split unless it is `test` or in the name of
+    the column."""
     found = {column: cell for cells in comparison.values() for column, cell in cells.items()}
-    return {
-        column: f"{column}, {cell['metric']}{_SPLIT_SHOWN.get(cell['split'], '')}" for column, cell in found.items()
-    }
+    return {column: _title(column, cell) for column, cell in found.items()}
+
+
+def _title(column: str, cell: Mapping[str, Any]) -> str:
+    split = "" if cell["split"] == "test" or column.endswith(f" {cell['split']}") else f" on {cell['split']}"
+    return f"{column}, {cell['metric']}{split}"
 
 
 def _score(cell: Mapping[str, Any] | None) -> str:

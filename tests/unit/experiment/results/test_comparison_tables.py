@@ -18,6 +18,13 @@ def test_scores_of_validation_are_marked() -> None:
     assert "|  | toy, accuracy on validation | other, accuracy |" in table
 
 
+def test_the_split_of_a_score_is_named() -> None:
+    """Catches scores on MNLI's mismatched split that are taken for those on the matched one."""
+    columns = {"mnli": "mismatched", "glue mismatched": "mismatched"}
+    table = as_markdown({"a": {column: {**CELL, "split": split} for column, split in columns.items()}}, {})
+    assert "|  | mnli, accuracy on mismatched | glue mismatched, accuracy |" in table
+
+
 def test_a_task_whose_cells_have_all_failed_is_listed() -> None:
     """Catches a task that is in no table, as if it were not in the comparison, and tables with a header only."""
     failed = {"a/other": "failed (exit code 1)", "b/other": "not run: its pretraining failed"}
