@@ -12,7 +12,7 @@ from typing import Any, Literal
 from experiment.config import flatten, load_config, read_recorded
 from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum
-from experiment.models.model_names import local_model, record_model
+from experiment.models.model_names import local_model, mention_state, record_model
 from experiment.progress import print_warning, terminal
 from experiment.run_files.checkpoints import checkpoint_step, find_model_folder, is_checkpoint_name
 from experiment.run_files.run_folder import RunFolder, check_not_moved, check_run_folder
@@ -72,6 +72,8 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
     began = earlier.get("model.init_from")
     with user_errors_in("model.init_from"):
         model = record_model(config.model.init_from, began)
+        if model != began:
+            mention_state(config.model.init_from, model)
     with user_errors_in("model.init_from, which this run has recorded" if model == began else "model.init_from"):
         folder_of_model = local_model(model)  # copies a model of the Hub to this machine
         if model == began:  # otherwise `record_model` has found it

@@ -6,17 +6,28 @@ the other returns.
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from experiment.errors import UserError
+from experiment.errors import UserError, notify
 from experiment.models.hub import download_model, resolve_commit
 from experiment.models.hub_names import HubName, meant_name
-from experiment.run_files.checkpoints import find_model_folder, mention_newer, names_model_folder
+from experiment.run_files.checkpoints import (
+    checkpoint_step,
+    find_model_folder,
+    mention_best,
+    mention_newer,
+    names_model_folder,
+)
+from experiment.run_files.goodput import read_attempt_times
 from experiment.run_files.mirror import local_checkpoint
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_life import read_life
 from experiment.storage import is_url, local_folder
 
 log = logging.getLogger(__name__)
 
+_UNFINISHED = ("running", "stopped", "failed", "killed")
 # Files that may be in the folder of a tokenizer.
 _WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".pt", ".safetensors")
 
@@ -38,6 +49,22 @@ def record_model(name: str, earlier: str | None = None) -> str:
             mention_newer(Path(name), Path(earlier))
             return earlier
     return str(find_model_folder(local_model(name)).absolute() if hub is None else resolve_commit(hub))
+
+
+def mention_state(name: str, model: str) -> None:
+    """Notify if `name` is a run that has not finished, and inform if it has a better checkpoint than the newest one, as
+    which `record_model` has returned `model`."""
+    folder = RunFolder(Path(name))
+    if not folder.checkpoints.is_dir():
+        return
+    mention_best(folder.path, Path(model))
+    step = checkpoint_step(Path(model).parent)
+    with suppress(OSError):
+        times, state = read_attempt_times(folder), read_life(folder).state
+        total = times[-1].total_steps if times else None
+        if state in _UNFINISHED and (total is None or step < total):
+            of_total = "" if total is None else f" of {total:,}"
+            notify(f"{name}: this run has not finished ({state}): its newest checkpoint is step {step:,}{of_total}")
 
 
 def local_model(

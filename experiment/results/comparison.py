@@ -1,8 +1,8 @@
 """The tables of a comparison, `deepcloze compare`: its compare.json as CSV, as Markdown, on a terminal and in a report.
 
-compare.json: row -> column -> `metric`, `split`, `values` by seed, `mean`, its 95 % `interval`, `std`, `collapsed`
-seeds, `folder`, `chosen` point of the grid, and `against`: another row -> `difference`, its 95 % `interval`, and `p`.
-Files of version 0.2.0 have no intervals of means.
+compare.json: row -> column -> `init_from`, `step` of that checkpoint, `metric`, `split`, `values` by seed, `mean`, its
+95 % `interval`, `std`, `collapsed` seeds, `folder`, `chosen` point of the grid, and `against`: another row ->
+`difference`, its 95 % `interval`, and `p`. Files of version 0.2.0 have no models and no intervals of means.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ TESTS = (
     "Differences: 95 % interval and two-sided p, the more cautious of the Multi-Bootstrap (Sellam et al. 2022) over "
     "seeds and records and of Welch's test over seeds"
 )
+MODELS = "Checkpoints"
 FAILED = "Runs that failed"
 
 _CSV_COLUMNS = ("row", "task", "split", "metric", "mean", "std", "values", "collapsed", "chosen", "folder")
@@ -32,6 +33,13 @@ def _score_cells(comparison: Comparison) -> Cells:
     columns = _columns(comparison)
     header = ["", *columns.values()]
     return [header] + [[row, *(_score(cells.get(column)) for column in columns)] for row, cells in comparison.items()]
+
+
+def _model_cells(comparison: Comparison) -> Cells:
+    """Return a row for each initialization that is a checkpoint."""
+    first = {row: next(iter(cells.values()), {}) for row, cells in comparison.items()}
+    steps = {row: (cell["init_from"], cell["step"]) for row, cell in first.items() if cell.get("step") is not None}
+    return [["", "init_from", "step"], *([row, path, f"{step:,}"] for row, (path, step) in steps.items())]
 
 
 def _test_cells(comparison: Comparison) -> Cells:
@@ -61,7 +69,7 @@ def tables(comparison: Comparison, failed: Mapping[str, str]) -> dict[str, Cells
     """Return title -> table, without empty ones. failed: name of a run -> how it failed."""
     scores = _score_cells(comparison) if any(comparison.values()) else []
     failures = [["run", "what happened"], *map(list, failed.items())]
-    found = {SCORES: scores, TESTS: _test_cells(comparison), FAILED: failures}
+    found = {SCORES: scores, TESTS: _test_cells(comparison), MODELS: _model_cells(comparison), FAILED: failures}
     return {title: cells for title, cells in found.items() if len(cells) > 1}
 
 
@@ -111,7 +119,7 @@ def comparison_blocks(comparison: Comparison, failed: Mapping[str, str]) -> list
     if charts := score_charts(comparison):
         blocks += [Text(f"{INTERVALS}."), DotCharts("scores", charts)]
     for title, (columns, *rows) in tables(comparison, failed).items():
-        blocks.append(Table(columns, rows, title, labels={TESTS: 3, FAILED: 2}.get(title, 1)))
+        blocks.append(Table(columns, rows, title, labels={TESTS: 3, MODELS: 2, FAILED: 2}.get(title, 1)))
     return blocks
 
 

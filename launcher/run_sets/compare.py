@@ -17,6 +17,7 @@ from experiment.progress import track
 from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
 from experiment.results.main_score import count_collapsed
 from experiment.results.plots import draw_dots
+from experiment.run_files.checkpoints import checkpoint_step, is_checkpoint_name
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder
 from finetune.results.predictions import DamagedPredictionsError, ScoredSplit, read_scored_split
 from finetune.scores.significance import Scores, bootstrap_scores, compare_scores, draw_records, percentile_interval
@@ -41,6 +42,8 @@ class CellScores:
     """The scores of a row for one column of the table: a task, or one of the test splits of a task."""
 
     column: str
+    init_from: str  # "random", or the folder of the model
+    step: int | None  # of its checkpoint
     folder: RunFolder  # of the fine-tuning run
     split: str
     chosen: Mapping[str, str]  # the point of the grid
@@ -119,7 +122,10 @@ def _scores(
     metric, labels = results["metric"], tuple(results["labels"])
     scores, collapsed = results["splits"][split][metric], count_collapsed(results, split)
     values, mean, std = tuple(scores["values"]), scores["mean"], scores["std"]
-    return CellScores(column, folder, split, chosen, metric, values, mean, std, collapsed, labels)
+    checkpoint = Path(results["init"]).parent
+    step = checkpoint_step(checkpoint) if is_checkpoint_name(checkpoint.name) else None
+    model = (results["init"], step)
+    return CellScores(column, *model, folder, split, chosen, metric, values, mean, std, collapsed, labels)
 
 
 def test_rows(cells: ScoresByRow) -> Tests:

@@ -23,7 +23,7 @@ from experiment.errors import StoppedError, UserError, inform, notify, reason, s
 from experiment.files import read_json, write_file, write_json
 from experiment.hub_data import PREFIX
 from experiment.models.hub_names import HubName
-from experiment.models.model_names import record_model
+from experiment.models.model_names import mention_state, record_model
 from experiment.process.own_process import module_command, own_environment
 from experiment.process.signals import handle_stop_signals
 from experiment.run_files.checkpoints import mention_newer, names_model_folder
@@ -295,7 +295,9 @@ def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig], same:
         return record_model(init_from, next(filter(name.may_mean, began), None))
     kept = [model for model in began if names_model_folder(Path(init_from), Path(model))]
     if len(kept) != 1:
-        return record_model(init_from)
+        model = record_model(init_from)
+        mention_state(init_from, model)
+        return model
     with user_errors_in("recorded by earlier runs"):
         if not Path(kept[0]).exists():
             advice = "restore it, or remove the folders of these runs to run them again from another model"

@@ -1,6 +1,6 @@
 """The tables of a comparison as text."""
 
-from experiment.results.comparison import FAILED, SCORES, TESTS, as_markdown, score_charts, tables
+from experiment.results.comparison import FAILED, MODELS, SCORES, TESTS, as_markdown, score_charts, tables
 
 CELL = {"metric": "accuracy", "split": "test", "values": [0.5], "mean": 0.5, "std": None, "collapsed": 0, "against": {}}
 
@@ -23,6 +23,15 @@ def test_the_split_of_a_score_is_named() -> None:
     columns = {"mnli": "mismatched", "glue mismatched": "mismatched"}
     table = as_markdown({"a": {column: {**CELL, "split": split} for column, split in columns.items()}}, {})
     assert "|  | mnli, accuracy on mismatched | glue mismatched, accuracy |" in table
+
+
+def test_the_steps_of_checkpoints_are_listed() -> None:
+    """Catches a model of a run that has not finished beside finished ones, without a word in the tables."""
+    checkpoint = {"init_from": "run/checkpoints/step-00060000/hf", "step": 60000}
+    models = {"a": {**CELL, **checkpoint}, "b": {**CELL, "init_from": "random", "step": None}, "of 0.2.0": CELL}
+    comparison = {row: {"toy": cell} for row, cell in models.items()}
+    assert tables(comparison, {})[MODELS][1:] == [["a", "run/checkpoints/step-00060000/hf", "60,000"]]
+    assert MODELS not in tables({"b": comparison["b"]}, {})
 
 
 def test_a_task_whose_cells_have_all_failed_is_listed() -> None:

@@ -19,7 +19,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from experiment.errors import StoppedError
 from experiment.results.plots import draw_dots
-from experiment.run_files.checkpoints import checkpoint_path, mark_complete
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete, write_best
+from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder
 from finetune.data.records import Record
 from finetune.kinds.question_answering import QuestionAnsweringColumns
@@ -179,7 +180,7 @@ def test_differences_have_the_sign_of_their_interval(tmp_path: Path, monkeypatch
     monkeypatch.setattr(compare, "_resample", lambda *_: drawn)
     means = {"good": 0.9, "bad": 0.5}
     cells = {
-        row: [CellScores("toy", RunFolder(tmp_path), "test", {}, "accuracy", (mean,), mean, None, 0, ())]
+        row: [CellScores("toy", "", None, RunFolder(tmp_path), "test", {}, "accuracy", (mean,), mean, None, 0, ())]
         for row, mean in means.items()
     }
     tests = compare.test_rows(cells)
@@ -735,6 +736,8 @@ def test_a_row_starts_from_one_checkpoint(
     assert main(["compare", str(file), "--dry_run"]) == 0
     assert f"--model.init_from={first}" in capsys.readouterr().out
     assert main(["compare", str(file)]) == 0
+    cell = read_tables(tmp_path / "compare")["ours"]["toy"]
+    assert (cell["init_from"], cell["step"]) == (str(first), 1)
     save(2)
     assert main(["compare", str(file)]) == 0
     newest = save(3, b"\1\2\3\4")
@@ -754,6 +757,31 @@ def test_a_row_starts_from_one_checkpoint(
     shutil.rmtree(tmp_path / "compare" / "ours")
     assert main(["compare", str(file), "--dry_run"]) == 0
     assert f"--model.init_from={newest}" in capsys.readouterr().out
+
+
+def test_a_run_that_has_not_finished_is_named(
+    write_files: Callable[..., Path], encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a row of half a pretraining, or of its overfitted end, beside finished ones, without a word."""
+    run = RunFolder(tmp_path / "run")
+    for step in (1000, 2000):
+        shutil.copytree(encoder, checkpoint_path(run.checkpoints, step) / "hf")
+        mark_complete(checkpoint_path(run.checkpoints, step))
+    write_best(run.checkpoints, 1000)
+    run.logs.mkdir()
+    time = {"start": 1.0, "time": 2.0, "step": 2000, "reached": 2000, "activity": "training", "seconds": {}}
+    file = write_files(rows={"ours": {"init_from": str(run.path)}})
+    line = f"{run.path}: this run has not finished (stopped): its newest checkpoint is step 2,000 of 9,000\n"
+    for outcome, steps, said in ((Outcome.STOPPED, 9000, 1), (Outcome.DONE, 9000, 0), (Outcome.STOPPED, 2000, 0)):
+        write_outcome(run, outcome)
+        run.goodput.write_text(json.dumps({**time, "total_steps": steps}) + "\n")
+        assert main(["compare", str(file), "--dry_run"]) == 0
+        error = capsys.readouterr().err
+        assert (error.count(line), error.count("has not finished")) == (said, said)
+        assert error.count("this is its newest checkpoint; the best one is step 1,000") == 1
+    file = write_files(rows={"ours": {"init_from": str(run.checkpoints / "best")}})
+    assert main(["compare", str(file), "--dry_run"]) == 0
+    assert "newest" not in capsys.readouterr().err
 
 
 def test_a_run_whose_folder_was_removed_runs_again(
