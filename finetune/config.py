@@ -133,10 +133,12 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto` is bf16 if the device supports it natively, otherwise fp32. fp16 needs CUDA. Outputs of heads are fp32."""
 
-    def warnings(self) -> Iterator[str]:
-        """Yield settings that are probably mistakes."""
+    def warnings(self, steps: int) -> Iterator[str]:
+        """Yield settings that are probably mistakes. steps: updates of each seed; 0 if nothing is trained."""
         if self.lr > _HIGH_LR:
             yield f"training.lr is {self.lr:g}: usual learning rates are 1e-5 to 1e-3, see docs/finetuning.md"
+        if self.warmup_steps is not None and 0 < steps <= self.warmup_steps:
+            yield f"training.warmup_steps is {self.warmup_steps:,}, but each seed has only {steps:,} steps"
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from experiment.config import flatten, load_config, read_recorded
 from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum
+from experiment.formatting import counted
 from experiment.models.model_names import local_model, mention_state, record_model
 from experiment.progress import print_warning, terminal
 from experiment.run_files.checkpoints import checkpoint_step, find_model_folder, is_checkpoint_name
@@ -20,6 +21,7 @@ from experiment.run_files.run_lock import Owner
 from experiment.tracking.tracker import check_tracking
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig
 from finetune.data.records import Table
+from finetune.data.task_config import TaskConfig
 from finetune.data_report import data_warnings, describe_example, print_lengths, unknown_warnings
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import load_task_tokenizer
@@ -37,6 +39,8 @@ from finetune.prediction.inference import adapt_to_model
 from finetune.splits import Task, describe_task, load_inputs, make_kind, make_task, read_splits
 from finetune.task_kind import TaskKind, find_kind
 from finetune.training.updater import total_steps
+
+_FEW_ROWS = 50  # whose accuracy has a standard error of up to 7 points
 
 OF_DATA_AND_MODEL = ("data.", "encoder.", "task.", "model.", "training.precision")
 """Prefixes of the settings of a seed that `resolve` completes, or in which it finds mistakes."""
@@ -103,12 +107,13 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     terminal().print(f"{name}: {rows}")
     for warning in (
         *data_warnings(tables, kind),
-        *training.warnings(),
+        *_split_warnings(tables, config.task),
         *_retention_warnings(model.folder),
         *(contamination_warnings(config.task, model.folder) if model.pretrained else ()),
     ):
         print_warning(f"{name}: {warning}")
     task = make_task(kind, tables, model, length, training)
+    steps = total_steps(task, training)
     built = _build(model, kind)
     task, device, changes = adapt_to_model(built.model, task, device, length)
     for line in (*describe_task(task), *describe_model(built, model, uses_head), *changes):
@@ -119,7 +124,7 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
             f"{name}: model.max_seq_length is {length}, but the tokenizer in {model.folder} cuts texts at {limit} "
             "tokens: the model may not have been trained on longer ones"
         )
-    for warning in unknown_warnings(task.splits, tokenizer.unk_token_id):
+    for warning in (*training.warnings(steps), *unknown_warnings(task.splits, tokenizer.unk_token_id)):
         print_warning(f"{name}: {warning}")
     if "train" in task.splits:
         terminal().print(f"{name}: {describe_example(task.splits['train'], tokenizer, kind.labels)}")
@@ -132,10 +137,19 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
         max_seq_length=length,
         task=task,
         training=training,
-        steps=total_steps(task, training),
+        steps=steps,
         device=device,
         settings=_result_settings(config, model, device, kind.labels, tables),
     )
+
+
+def _split_warnings(tables: Mapping[str, Table], task: TaskConfig) -> Iterator[str]:
+    """Warn of a validation split that was drawn from the training split, and is too small to choose an epoch by."""
+    if task.validation is None and "validation" in tables and (rows := len(tables["validation"])) < _FEW_ROWS:
+        yield (
+            f"validation: only {counted(rows, 'row')} of train, so that chance decides which epoch is best; set "
+            "task.validation, or train on all rows with training.fit_on: train+validation"
+        )
 
 
 def _retention_warnings(model: Path) -> Iterator[str]:

@@ -235,6 +235,24 @@ def test_an_unusual_learning_rate_is_named(config_file: Path, capsys: pytest.Cap
     assert "training.lr is 5: usual learning rates are 1e-5 to 1e-3" in capsys.readouterr().err
 
 
+def test_a_warmup_that_does_not_end_is_named(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches training that never reaches its learning rate, because a short task has the warmup of a long one."""
+    for warmup, said in (("7", True), ("6", False)):
+        finetune(config_file, {"training.steps": "7", "training.warmup_steps": warmup}, dry_run=True)
+        error = capsys.readouterr().err
+        assert ("training.warmup_steps is 7, but each seed has only 7 steps" in error) == said
+
+
+def test_a_small_validation_split_is_named(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches epochs that are chosen by a few rows in silence, and a warning about a file that the user has chosen."""
+    warning = "validation: only 8 rows of train, so that chance decides which epoch is best"
+    for overrides, said in (({"task.validation": "null"}, True), ({}, False)):
+        finetune(config_file, overrides, dry_run=True)
+        assert (warning in capsys.readouterr().err) == said
+    finetune(config_file, {"task.validation": "null", "training.fit_on": "train+validation"}, dry_run=True)
+    assert "only" not in capsys.readouterr().err
+
+
 def test_what_is_told_after_training(trained_run: Path) -> None:
     """Catches scores of labels, mistakes and calibration that contradict the predictions, or are lost."""
     found = results(trained_run)
