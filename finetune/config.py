@@ -122,7 +122,7 @@ class TrainingConfig(Section):
     """Splits to train on. With `train+validation` no split is left to choose the best weights by: the last are kept."""
 
     seeds: tuple[Seed, ...] = (42,)
-    """Train once with each of these seeds."""
+    """Train once with each of these seeds. Without training, as zero-shot, only the first one is used."""
 
     parallel_seeds: PositiveInt = 1
     """Seeds to train at a time, each in a process of its own: on a GPU of its own, or on a share of the CPU's cores."""

@@ -83,11 +83,15 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
         if model == began:  # otherwise `record_model` has found it
             find_model_folder(folder_of_model)
     task = task.for_model(model, earlier if model == began else {})
+    seeds = config.training.seeds
+    if not task.is_trained and config.model.weights == "pretrained":  # nothing depends on the seed
+        seeds = seeds[:1]
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": str(folder.path)}),
             "task": task.model_copy(update={"name": task.name or Path(file).stem}),
             "model": config.model.model_copy(update={"init_from": model}),
+            "training": config.training.model_copy(update={"seeds": seeds}),
         }
     )
 

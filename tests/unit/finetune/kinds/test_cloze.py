@@ -24,6 +24,7 @@ from finetune.encoding.examples import Example, Padding
 from finetune.kinds.cloze import Config, Kind, _excerpt
 from finetune.prediction.inference import collate
 from finetune.prediction.predictor import Predictor
+from finetune.resolve import load_run_config
 from finetune.run import finetune, run
 from finetune.task_kind import LossOptions
 
@@ -298,6 +299,17 @@ def test_blanks_are_calibrated() -> None:
     first, second = kind().calibrate(prediction, 2.0)["probabilities"]
     assert first == pytest.approx([2 / 3, 1 / 3])
     assert second == pytest.approx([2**0.5 / (2**0.5 + 2), 1 / (2**0.5 + 2), 1 / (2**0.5 + 2)])
+
+
+def test_a_model_that_is_not_trained_is_scored_once(exam: dict[str, Any], tmp_path: Path) -> None:
+    """Catches equal scores of several seeds, whose deviation of 0 looks like a result; and one random model."""
+    (tmp_path / "exam.yaml").write_text(json.dumps(exam))
+    overrides = {"training.seeds": "3,4"}
+    finetune(tmp_path / "exam.yaml", overrides)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["seeds"], results["splits"]["test"]["accuracy"]["std"]) == ([3], None)
+    random = load_run_config(tmp_path / "exam.yaml", {**overrides, "model.weights": "random"})
+    assert random.training.seeds == (3, 4)
 
 
 def test_a_dry_run_says_that_nothing_is_trained(
