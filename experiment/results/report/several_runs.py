@@ -57,6 +57,7 @@ def _overlay_charts(runs: Sequence[Run]) -> list[Charts]:
             for axis, (number, name, seed, history) in enumerate(seeds)
         ]
 
+    of_tasks = dict.fromkeys(str(run.results.get("metric")) for run in runs if run.results)
     plots = [Plot("loss", [Panel("loss", lines("loss", smoothed=True), title="Training loss")])]
     for number, corpus in enumerate(_corpora(runs), start=1):
         loss, accuracy = (lines(f"eval/{corpus}/{metric}", marked=True) for metric in ("loss", "accuracy"))
@@ -64,6 +65,8 @@ def _overlay_charts(runs: Sequence[Run]) -> list[Charts]:
             Panel("loss", loss, title=f"Loss on {corpus}"),
             Panel("accuracy", accuracy, percent=True, title=f"Accuracy on {corpus}"),
         ]
+        for metric in (name for name in of_tasks if name != "accuracy"):
+            panels.append(Panel(metric, lines(f"eval/{corpus}/{metric}", marked=True), title=f"{metric} on {corpus}"))
         plots.append(Plot(f"held-out-{number}", panels))
     return charts_block([*plots, *optimization_plots(lines)], [history.axis for *_, history in seeds])
 

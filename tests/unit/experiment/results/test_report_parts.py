@@ -183,6 +183,19 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
         write_overlay([folders[0], tmp_path / "missing"], tmp_path / "out")
 
 
+def test_the_metric_of_tasks_has_a_chart(tmp_path: Path) -> None:
+    """Catches a report on runs of F1 that shows their accuracy only."""
+    for name in ("a", "b"):
+        folder = open_run_folder(tmp_path / name)
+        event = {"seed": 1, "step": 2, "eval/validation/accuracy": 0.5, "eval/validation/f1": 0.7}
+        folder.metrics.write_text(json.dumps(event) + "\n")
+    write_json(folder.results, {"task": "toy", "init": "random", "metric": "f1", "seeds": [1], "splits": {}})
+    runs = open_runs(name_runs([tmp_path / "a", tmp_path / "b"]))
+    (charts,) = [block for block in overlay_blocks(runs) if isinstance(block, Charts)]
+    assert [panel.title for panel in charts.panels] == ["Accuracy on validation", "f1 on validation"]
+    assert [line["y"] for line in data_of(charts)["charts"][1]["lines"]] == [[0.7], [0.7]]
+
+
 def test_damaged_results_do_not_stop_a_report_of_other_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b", "c"):
         open_run_folder(tmp_path / name).metrics.write_text('{"step": 1, "loss": 1.0}\n')
