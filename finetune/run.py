@@ -146,7 +146,16 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
         records |= _train_seeds(missing, resolved, logs)
         results = write_results(resolved, {seed: records[seed] for seed in seeds})
         add_seed_scores(folder, results)
+        tracker.summarize(_summary(results))
         return results
+
+
+def _summary(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the task's metric on each split over the seeds: SPLIT/METRIC, and with several seeds SPLIT/METRIC_std."""
+    metric = results["metric"]
+    scored = {f"{split}/{metric}": scores[metric] for split, scores in results["splits"].items() if metric in scores}
+    stds = {f"{name}_std": scores["std"] for name, scores in scored.items() if scores["std"] is not None}
+    return {name: scores["mean"] for name, scores in scored.items()} | stds
 
 
 def _in_order_of_events(seeds: Sequence[int], folder: RunFolder) -> list[int]:

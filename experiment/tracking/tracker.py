@@ -106,6 +106,10 @@ class Trackers:
         if not (alert.event == "crash" and has_launcher()) and self._filter.passes(alert):
             self._each(lambda tracker: tracker.alert(alert) if isinstance(tracker, WandbTracker | Messenger) else None)
 
+    def summarize(self, scores: Mapping[str, float]) -> None:
+        """Record the results of the whole run, where other runs are compared with it."""
+        self._each(lambda tracker: tracker.summarize(scores) if isinstance(tracker, WandbTracker) else None)
+
     def close(self, outcome: Outcome, step: int | None = None) -> None:
         """`step`: the last one, if the last event may be of another step."""
         self.alert(_ending(outcome, self._last if step is None else {**self._last, "step": step}))

@@ -15,6 +15,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,13 @@ _FULL, _FIRST, _MIDDLE, _LAST = range(1, 5)
 _ROWS_PER_STEP = 10_000  # more than a step has events: scores of earlier checkpoints may come in any number
 
 
+@dataclass(frozen=True)
+class _Summary:
+    """Results of the run: name -> value."""
+
+    scores: Mapping[str, float]
+
+
 class WandbTracker:
     """Logs to the W&B run `run_id`, online or offline, with `step` as the x axis. Its files are in RUN/wandb."""
 
@@ -56,7 +64,7 @@ class WandbTracker:
         finish_seconds: float = FINISH_SECONDS,
     ) -> None:
         """`kept`: the events of earlier attempts that are not logged again."""
-        self._events: SimpleQueue[Metrics | Alert | Outcome] = SimpleQueue()
+        self._events: SimpleQueue[Metrics | _Summary | Alert | Outcome] = SimpleQueue()
         self._config = config
         self._folder = folder
         self._finish_seconds = finish_seconds
@@ -89,6 +97,11 @@ class WandbTracker:
         if not self._off:
             self._events.put(dict(metrics))
 
+    def summarize(self, scores: Mapping[str, float]) -> None:
+        """Add scores to the summary, which W&B's tables of runs show. They replace those of an earlier attempt."""
+        if not self._off:
+            self._events.put(_Summary(scores))
+
     def alert(self, alert: Alert) -> None:
         if self._config.alerts.wandb and not self._off:
             self._events.put(alert)
@@ -113,6 +126,8 @@ class WandbTracker:
             while not isinstance(event := self._events.get(), Outcome):
                 if isinstance(event, Alert):
                     send_by_wandb(run, event, self._folder.path.name)
+                elif isinstance(event, _Summary):
+                    run.summary.update(dict(event.scores))
                 else:
                     rows.log(event)
             if event is Outcome.STOPPED:

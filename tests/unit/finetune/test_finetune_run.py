@@ -122,6 +122,21 @@ def test_the_trackers_are_closed_when_there_are_scores(config_file: Path, monkey
     assert closed == [(Outcome.DONE, True)]
 
 
+def test_the_scores_of_a_run_reach_the_trackers(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches runs that cannot be compared in W&B, whose summary has the last evaluation of the last seed only."""
+    summaries: list[dict[str, float]] = []
+    monkeypatch.setattr(Trackers, "summarize", lambda _, scores: summaries.append(scores))
+    finetune(config_file, {"training.epochs": "1", "training.seeds": "[1]"})
+    finetune(config_file, {"training.epochs": "1", "training.seeds": "[1, 2]"})
+    test = results(tmp_path / "run")["splits"]["test"]["macro_f1"]
+    first, both = summaries
+    assert list(first) == ["validation/macro_f1", "test/macro_f1"]
+    assert first["test/macro_f1"] == test["values"][0]
+    assert (both["test/macro_f1"], both["test/macro_f1_std"]) == (test["mean"], test["std"])
+
+
 def test_seeds_are_curves_of_their_own_in_tensorboard(config_file: Path, tmp_path: Path) -> None:
     """Catches steps of a seed in TensorBoard that are not those of its epochs.csv, and a finished seed that is lost
     when another is added."""

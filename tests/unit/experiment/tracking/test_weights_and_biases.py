@@ -38,6 +38,7 @@ class FakeRun:
         self.starting_step = self.next_step = starting_step
         self.logged: list[Mapping[str, Any]] = []
         self.calls: list[tuple[Any, ...]] = []
+        self.summary: dict[str, float] = {}
 
     def log(self, metrics: Mapping[str, Any], step: int, commit: bool) -> None:
         assert commit, "a row that is not committed is lost by a kill"
@@ -119,6 +120,16 @@ def tracker(
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_results_are_in_the_summary(tmp_path: Path, fake: FakeWandb) -> None:
+    """Catches a table of runs in W&B without their scores, and a row that they would add to the curves."""
+    open_tracker = tracker(tmp_path)
+    open_tracker.log({"step": 20, "loss": 1.0})
+    open_tracker.summarize({"test/f1": 0.7})
+    open_tracker.close(Outcome.DONE)
+    assert fake.runs[0].summary == {"test/f1": 0.7}
+    assert fake.runs[0].logged == [{"step": 20, "loss": 1.0}]
 
 
 def test_a_run_resumes_under_its_id_with_our_step_as_axis(tmp_path: Path, fake: FakeWandb) -> None:
