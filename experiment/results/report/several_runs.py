@@ -21,6 +21,7 @@ from experiment.results.report.training import optimization_plots
 from experiment.results.sweep_summary import SweepResult, metric_title, read_results, score_charts, sort_results
 from experiment.run_files.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 
+_OF_EVALUATION = ("masking.", "batch.max_seq_length", "corpus.eval.")  # keys
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
 
@@ -33,7 +34,22 @@ def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:
 
 def overlay_blocks(runs: Sequence[Run]) -> list[Block]:
     """Return a table of the runs, charts, and the differences of their configs."""
-    return [runs_table(runs), *_overlay_charts(runs), *difference_blocks(runs)]
+    return [runs_table(runs), *_evaluation_notes(runs), *_overlay_charts(runs), *difference_blocks(runs)]
+
+
+def _evaluation_notes(runs: Sequence[Run]) -> list[Text]:
+    """Say if runs were evaluated on a corpus of the same name in different ways."""
+    if len({corpus for run in runs for corpus in run.history.corpora}) == sum(len(run.history.corpora) for run in runs):
+        return []
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in flatten(run.config).items():
+            if key.startswith(_OF_EVALUATION) and key != "masking.schedule":
+                last = value[-1] if key == "masking.rate" and isinstance(value, list) else value
+                values.setdefault(key, set()).add(str(last))
+    differing = ", ".join(key for key, found in values.items() if len(found) > 1)
+    text = f"Held-out losses and accuracies cannot be compared: the runs differ in {differing}."
+    return [Text(text)] if differing else []
 
 
 def _numbers(runs: Sequence[Run]) -> list[int]:

@@ -183,6 +183,34 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
         write_overlay([folders[0], tmp_path / "missing"], tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("config", "differing"),
+    [
+        ({"masking": {"rate": [0.4, 0.3]}}, "masking.rate"),
+        ({"batch": {"max_seq_length": 64}}, "batch.max_seq_length"),
+        ({"corpus": {"eval": {"wiki": "other"}}}, "corpus.eval.wiki"),
+        ({"corpus": {"eval": {"wiki": "wiki", "books": "books"}}}, None),
+        ({"masking": {"rate": [0.3, 0.15], "schedule": "linear"}, "optimizer": {"lr": 2.0}}, None),
+    ],
+)
+def test_losses_that_cannot_be_compared(tmp_path: Path, config: dict[str, Any], differing: str | None) -> None:
+    """Catches a chart in which the run with the fewest masks is the best, without a word; and a warning about runs
+    that are evaluated alike."""
+    tree = {"masking": {"rate": 0.15, "schedule": "constant"}, "batch": {"max_seq_length": 128}}
+    tree |= {"corpus": {"eval": {"wiki": "wiki"}}}
+    for name, changed in (("a", tree), ("b", {**tree, **config})):
+        folder = open_run_folder(tmp_path / name)
+        folder.metrics.write_text('{"step": 1, "loss": 1.0, "eval/wiki/loss": 2.0}\n')
+        folder.config.write_text(json.dumps(changed))
+    runs = open_runs(name_runs([tmp_path / "a", tmp_path / "b"]))
+    notes = [block.text for block in overlay_blocks(runs) if isinstance(block, Text)]
+    found = [note for note in notes if note.startswith("Held-out losses and accuracies cannot be compared: ")]
+    assert [note.partition(" differ in ")[2] for note in found] == ([] if differing is None else [f"{differing}."])
+    folder.metrics.write_text('{"step": 1, "loss": 1.0, "eval/books/loss": 2.0}\n')
+    runs = open_runs(name_runs([tmp_path / "a", tmp_path / "b"]))
+    assert not [block for block in overlay_blocks(runs) if isinstance(block, Text)]
+
+
 def test_the_metric_of_tasks_has_a_chart(tmp_path: Path) -> None:
     """Catches a report on runs of F1 that shows their accuracy only."""
     for name in ("a", "b"):
