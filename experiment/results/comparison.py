@@ -20,7 +20,7 @@ SCORES = "Scores: mean ± standard deviation over the seeds"
 INTERVALS = "Scores: a dot for each seed, their mean and its 95 % interval"
 TESTS = (
     "Differences: 95 % interval and two-sided p, the more cautious of the Multi-Bootstrap (Sellam et al. 2022) over "
-    "seeds and records and of Welch's test over seeds"
+    "seeds and records and of Welch's test over seeds; they do not cover other seeds of pretraining"
 )
 MODELS = "Checkpoints"
 FAILED = "Runs that failed"
@@ -62,7 +62,7 @@ def _test_cells(comparison: Comparison) -> Cells:
 def _p_value(p: float, *cells: Mapping[str, Any]) -> str:
     """Return p as text; "–" if all seeds of a cell have collapsed: its training has failed."""
     collapsed = any(cell["collapsed"] == len(cell["values"]) for cell in cells)
-    return UNKNOWN if collapsed else f"{p:.3f}"
+    return UNKNOWN if collapsed else f"{p:.{3 if p >= 0.001 else 4}f}"
 
 
 def tables(comparison: Comparison, failed: Mapping[str, str]) -> dict[str, Cells]:

@@ -50,21 +50,23 @@ def test_a_row_whose_seeds_have_all_collapsed_has_no_p_value() -> None:
     test = {"difference": 0.3, "interval": [0.2, 0.4], "p": 0.002}
     seeds = {**CELL, "values": [0.5, 0.5]}
     rows = {"a": {**seeds, "collapsed": 1}, "b": {**seeds, "collapsed": 2}, "c": seeds}
-    against = {"a": {"b": test, "c": test}, "b": {"c": test}, "c": {}}
+    against = {"a": {"b": test, "c": {**test, "p": 0.0004}}, "b": {"c": test}, "c": {}}
     comparison = {row: {"toy": {**cell, "against": against[row]}} for row, cell in rows.items()}
     _, *found = tables(comparison, {})[TESTS]
     assert [(row, other, p) for _, row, other, *_, p in found] == [
         ("a", "b", "–"),
-        ("a", "c", "0.002"),
+        ("a", "c", "0.0004"),
         ("b", "c", "–"),
     ]
 
 
 def test_the_title_of_differences_names_both_tests() -> None:
-    """Catches a paper that cites the bootstrap for intervals and p-values that are often those of Welch's test."""
+    """Catches a paper that cites the bootstrap for intervals and p-values that are often those of Welch's test, or that
+    takes a difference of two checkpoints for one of two ways to pretrain."""
     test = {"difference": 0.3, "interval": [0.2, 0.4], "p": 0.002}
     table = as_markdown({"a": {"toy": {**CELL, "against": {"b": test}}}, "b": {"toy": CELL}}, {})
     assert "more cautious of the Multi-Bootstrap (Sellam et al. 2022) over seeds and records and of Welch" in table
+    assert "they do not cover other seeds of pretraining" in table
 
 
 def test_scores_are_charts_by_task() -> None:
