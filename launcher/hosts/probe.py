@@ -31,6 +31,7 @@ FACTS_MARK = "deepcloze facts: "
 """Precedes the facts: the shell of the host may print more, even on the same line."""
 
 _TOKEN_BYTES = 4096  # so that a full disk is noticed
+_UNKNOWN = ("[N/A]", "[Not Supported]", "[Insufficient Permissions]")  # the GPU shares its host's memory, or is split
 _PCI_DEVICES, _NVIDIA = Path("/sys/bus/pci/devices"), "0x10de"
 
 
@@ -153,13 +154,14 @@ def _checksum(path: str) -> str | None:
     return digest.hexdigest()
 
 
-def _gpu_memory_used() -> tuple[list[int] | None, str | None]:
+def _gpu_memory_used() -> tuple[list[int | str] | None, str | None]:
     """Return (the bytes in use of each NVIDIA GPU, by its number, why nvidia-smi fails). 0 bytes where it is missing or
-    does not know; no list: there are GPUs of another maker, which are not counted."""
+    does not know, its message for a broken GPU; no list: there are GPUs of another maker, which are not counted."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=30)
-        return [int(line) << 20 if line.isdigit() else 0 for line in done.stdout.splitlines()], None
+        lines = done.stdout.decode(errors="replace").splitlines()
+        return [0 if line in _UNKNOWN else int(line) << 20 if line.isdigit() else line for line in lines], None
     except subprocess.TimeoutExpired as error:
         return [], f"no answer within {error.timeout:.0f} s"
     except subprocess.CalledProcessError as error:

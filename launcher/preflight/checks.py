@@ -161,10 +161,18 @@ def _device_problems(host: str, facts: HostFacts, target: Target) -> Iterator[Pr
         numbers = ",".join(map(str, missing))
         fix = f"ssh {host} nvidia-smi    # then ask for fewer slots or GPUs, or --exclude {host}:{numbers}"
         yield Problem("devices", text, fix)
-    if busy := [slot for slot in slots if slot < len(used) and used[slot] > _BUSY_BYTES]:
-        shown = ", ".join(f"{slot} ({_gigabytes(used[slot])} in use)" for slot in busy)
-        numbers = ",".join(map(str, busy))
-        yield Problem("devices", f"busy GPUs: {shown}", f"ssh {host} nvidia-smi    # or --exclude {host}:{numbers}")
+    states = {slot: _describe_use(used[slot]) for slot in slots if slot < len(used)}
+    if unusable := {slot: state for slot, state in states.items() if state}:
+        shown = ", ".join(f"{slot} ({state})" for slot, state in unusable.items())
+        fix = f"ssh {host} nvidia-smi    # or --exclude {host}:{','.join(map(str, unusable))}"
+        yield Problem("devices", f"broken or busy GPUs: {shown}", fix)
+
+
+def _describe_use(used: int | str) -> str:
+    """Describe why a GPU cannot be used; empty if it can. `used`: see `HostFacts`."""
+    if isinstance(used, str):
+        return used
+    return f"{_gigabytes(used)} in use" if used > _BUSY_BYTES else ""
 
 
 def _network_problems(host: str, facts: HostFacts, target: Target) -> Iterator[Problem]:

@@ -70,7 +70,7 @@ class HostFacts:
     free_bytes: int | None  # of the run folder's disk
     cache_bytes: int | None  # that the copies in the cache can have
     time: float  # `time.time()`
-    gpu_memory_used: tuple[int, ...] | None  # bytes, by GPU; None: unknown
+    gpu_memory_used: tuple[int | str, ...] | None  # bytes, or what is wrong, by GPU; None: unknown
     cores: int
     interfaces: tuple[str, ...]
     address: str | None  # the own one towards the peer

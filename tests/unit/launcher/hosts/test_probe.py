@@ -121,12 +121,13 @@ def test_the_way_to_another_host() -> None:
 
 
 def test_gpus_as_nvidia_smi_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches units: nvidia-smi prints MiB, a GPU that shares the memory of its host, and a driver that is broken."""
+    """Catches units: nvidia-smi prints MiB, a GPU that shares the memory of its host, a driver that is broken, and a
+    broken GPU that counts as free."""
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 3\necho 40960\necho '[Not Supported]'\n")
+    program.write_text("#!/bin/sh\necho 3\necho 40960\necho '[Not Supported]'\necho '[GPU requires reset]'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert (facts().gpu_memory_used, facts().gpu_error) == ((3 << 20, 40 << 30, 0), None)
+    assert (facts().gpu_memory_used, facts().gpu_error) == ((3 << 20, 40 << 30, 0, "[GPU requires reset]"), None)
     program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     for vendor, error in (("0x10de", "NVIDIA-SMI has failed (exit code 9)"), ("0x8086", None)):
         (tmp_path / "0000:17:00.0").mkdir(exist_ok=True)

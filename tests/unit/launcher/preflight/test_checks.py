@@ -56,6 +56,7 @@ GB = 10**9
         ({"free_bytes": 99 * GB}, "disk", "99.0 GB free at /runs/first, expected 100.0 GB", "checkpoint.keep_last"),
         ({"gpu_memory_used": (0,)}, "devices", "no GPU 1: 1 GPUs, expected 2", "or --exclude b:1"),
         ({"gpu_memory_used": (0, 9 * GB)}, "devices", "busy GPUs: 1 (9.0 GB in use)", "--exclude b:1"),
+        ({"gpu_memory_used": (0, "[Unknown Error]")}, "devices", "busy GPUs: 1 ([Unknown Error])", "--exclude b:1"),
         ({"gpu_memory_used": (), "cores": 1}, "devices", "1 CPU cores, expected 2", "tasks, or pass --oversub"),
         (
             {"gpu_memory_used": (), "gpu_error": "NVIDIA-SMI has failed (exit code 9)"},
@@ -95,7 +96,7 @@ def test_a_difference_is_one_problem_of_its_host(
         {"clock_offset": 59.0},
         {"shell": "/usr/bin/fish"},
         {"versions": {"torch": "2.13.0", "wandb": "0.31"}},  # the launching machine has none
-        {"gpu_memory_used": (0, 1 << 29, 0, 9 * GB)},  # GPU 3 is not needed
+        {"gpu_memory_used": (0, 1 << 29, "[Unknown Error]", 9 * GB)},  # GPUs 2 and 3 are not needed
         {"gpu_memory_used": None, "cores": 1},  # of a maker that is not counted
     ],
 )
