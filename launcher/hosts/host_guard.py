@@ -1,8 +1,8 @@
 """Guards one host of a launch: `guarded_hosts` runs this module there over ssh for as long as the launch lives.
 
 The processes of a launch have its name in their environment. When the launch ends, or its machine or the connection is
-lost, all of them are killed; if this process gets a signal, after they had time to save a checkpoint. Until then the
-ranks find the environment variables of the launch in a file that only the user can read.
+lost, all of them are killed. A signal to this process ends none, because they may be saving a checkpoint: it waits for
+them. The ranks find the environment variables of the launch in a file that only the user can read.
 
 Both sides send lines. From the launcher: a request as JSON, beats, perhaps `stack PID HOST` or `end`. From here: a
 reply as JSON, then as beats the number of processes, and `ended`. Imports little, so that it starts at once.
@@ -39,7 +39,6 @@ PREFIX = "deepcloze guard: "
 _COUNT_SECONDS = 5.0  # between looks at all processes of the host
 _KILL_SECONDS = 10.0
 _LEAVE = "leave"
-_LEAVE_SECONDS = 40.0
 
 
 def environment_file(launch: str) -> Path:
@@ -75,19 +74,18 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
 
 
 def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
-    last_line, leave_at = time.monotonic(), float("inf")
+    last_line, leaving = time.monotonic(), False
     processes, counted_at = 0, float("-inf")
-    while time.monotonic() - last_line < SILENCE_SECONDS and time.monotonic() < leave_at:
+    while time.monotonic() - last_line < SILENCE_SECONDS:
         with suppress(queue.Empty):
             if (line := lines.get(timeout=BEAT_SECONDS)) == END:
                 return
             if line == _LEAVE:  # the ranks may have got the signal too, as from a batch system, and save a checkpoint
-                leave_at = min(leave_at, time.monotonic() + _LEAVE_SECONDS)
+                leaving = True
             else:
                 last_line = time.monotonic()
             if line.startswith(STACK):
                 _request_stack(launch, line)
-        leaving = leave_at < float("inf")
         if leaving or time.monotonic() - counted_at >= _COUNT_SECONDS:
             processes, counted_at = sum(1 for _ in _processes(launch)), time.monotonic()
         _send(str(processes))

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -210,6 +212,20 @@ def test_a_guard_that_is_asked_to_end_gives_the_ranks_time(run: str) -> None:
     assert own.wait(LIMIT) == -15
     guard.wait(LIMIT)
     assert not environment_file(f"{run}-1").exists()
+
+
+def test_a_guard_that_is_asked_to_end_stays_while_the_launcher_lives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches ranks that are killed while they save a large checkpoint, because the guard alone got a signal."""
+    seconds = itertools.count()
+    monkeypatch.setattr(host_guard, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    monkeypatch.setattr(host_guard, "_processes", lambda _: range(1))
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for line in [host_guard._LEAVE, *[""] * 100, host_guard.END]:
+        lines.put(line)
+    host_guard._wait_for_end("launch", lines)
+    assert len(capsys.readouterr().out.splitlines()) == 101
 
 
 def test_processes_are_counted_rarely(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
