@@ -71,7 +71,7 @@ class HangWatch:
         """`end`: ends all processes of the launch."""
         self.message: str | None = None
         self._folder = folder
-        self._ranks = ranks
+        self._remaining = set(range(ranks))  # those not known to have ended
         self._request_stack = request_stack
         self._end_ranks = end
         self._limit = hung_seconds(hang_seconds)
@@ -87,12 +87,13 @@ class HangWatch:
         # while the disk did not answer.
         writable = self._can_write()
         elapsed, self._checked = min(now - self._checked, self._limit / 4) if writable else 0.0, now
-        for rank in range(self._ranks):
+        for rank in self._remaining:
             self._look_at(rank, elapsed)
-        hung = hung_ranks(list(self._lives.values()), self._ranks, self._limit)
-        ended = [life for life in hung if self._has_ended(life.beat.rank)]
-        for life in ended:
-            del self._lives[life.beat.rank]
+        hung = hung_ranks(list(self._lives.values()), len(self._remaining), self._limit)
+        ended = {life.beat.rank for life in hung if self._has_ended(life.beat.rank)}
+        self._remaining -= ended
+        for rank in ended:
+            del self._lives[rank]
         if not hung or ended or not writable:
             return False
         self._end(hung)

@@ -166,6 +166,16 @@ def test_a_rank_that_has_ended_does_not_hang(folder: RunFolder) -> None:
     assert not any(watched.after(10, beat(0, 2 + count)) for count in range(20))
 
 
+def test_a_rank_that_waits_for_one_that_has_ended_hangs(folder: RunFolder) -> None:
+    """Catches a launch that waits forever for ranks in a collective, because one has ended and is not one of them."""
+    watched = Watched(folder)
+    watched.after(1, beat(0, 1), beat(1, 1))
+    RankRecord(1, "node-1", 71, exit=75).write(folder)
+    assert any(watched.after(1, beat(0, 2 + count, stuck=81 + count, waits=True)) for count in range(3))
+    assert watched.watch.message is not None
+    assert watched.watch.message.startswith("node-0, rank 0 (process 70) hangs: no progress for")
+
+
 def test_a_machine_that_was_suspended_has_not_hung(folder: RunFolder) -> None:
     """Catches a run that ends when a laptop wakes up, or a job that was suspended continues."""
     watched = Watched(folder)
