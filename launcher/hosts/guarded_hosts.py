@@ -48,8 +48,9 @@ class Rendezvous:
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer of a host: the address by which it reaches the head, and a free port of its own."""
+    """The answer of a host: its own name, the address by which it reaches the head, and a free port of its own."""
 
+    node: str  # as `platform.node()`; the hostfile may have another name
     address: str | None
     port: int
 
@@ -58,7 +59,7 @@ class GuardedHosts:
     """Guards on all hosts of a launch, from `start` to `close`.
 
     `replies`: of the hosts whose guard has started. `lost`: host -> why, if it could not be reached or does not
-    answer any more. `processes`: host -> number of processes of the launch, from when it has any.
+    answer any more. `processes`: host -> ids of its processes of the launch, from when it has any.
     """
 
     def __init__(
@@ -66,21 +67,22 @@ class GuardedHosts:
         hosts: Sequence[str],
         launch: str,
         environment: Mapping[str, str],
-        on_change: "Callable[[GuardedHosts], object]",
+        on_lost: Callable[[], object],
     ) -> None:
         """Args:
         hosts: the first one is the one of rank 0.
         launch: name of the launch.
         environment: variables for its ranks. They travel over ssh, not in a command line.
-        on_change: called with this object, in a thread, when a host is lost or its number of processes changes.
+        on_lost: called in a thread when a host is lost.
         """
         self.replies: dict[str, Reply] = {}
         self.lost: dict[str, str] = {}
-        self.processes: dict[str, int] = {}
+        self.processes: dict[str, frozenset[int]] = {}
+        self._seen: dict[str, frozenset[int]] = {}  # host -> ids of all processes that it has had
         self._launch = launch
         request = {"launch": launch, "environment": dict(environment), "head": hosts[0]}
         self._request = json.dumps(request).encode() + b"\n"
-        self._on_change = on_change
+        self._on_lost = on_lost
         self._closing = threading.Event()
         self._connections = {host: _Connection(host) for host in hosts}
         self._threads = [threading.Thread(target=self._follow, args=(host,), daemon=True) for host in hosts]
@@ -117,6 +119,19 @@ class GuardedHosts:
             connection.close()
         _join([*self._threads, self._monitor], _CLOSE_SECONDS)  # a process outside the group may keep the output open
 
+    def ended_host(self) -> str | None:
+        """Return a host whose processes have all ended."""
+        return next((host for host, processes in self.processes.copy().items() if not processes), None)
+
+    def has_ended(self, node: str, process: int) -> bool:
+        """Return whether a process was found on the host that has this name itself, and is not there any more."""
+        hosts = [host for host in self.named(node) if process in self._seen.get(host, ())]
+        return bool(hosts) and not any(process in self.processes[host] for host in hosts)
+
+    def named(self, node: str) -> list[str]:
+        """Return the hosts that have this name themselves."""
+        return [host for host, reply in self.replies.copy().items() if reply.node == node]
+
     def rendezvous(self) -> Rendezvous:
         """Return the first host by the address that others know: on itself, its name often means a loopback address."""
         first, *others = self._connections
@@ -139,7 +154,7 @@ class GuardedHosts:
                 if line == ENDED:
                     break
                 if host in self.replies:
-                    self._count(host, int(line))
+                    self._list(host, frozenset(json.loads(line)))
                 else:
                     self.replies[host] = Reply(**json.loads(line))
                     connection.started.set()
@@ -171,12 +186,12 @@ class GuardedHosts:
     def _lose(self, host: str, reason: str) -> None:
         if host not in self.lost and not self._closing.is_set():
             self.lost[host] = reason
-            self._on_change(self)
+            self._on_lost()
 
-    def _count(self, host: str, processes: int) -> None:
-        if self.processes.get(host, 0) != processes:
+    def _list(self, host: str, processes: frozenset[int]) -> None:
+        if processes or host in self.processes:
             self.processes[host] = processes
-            self._on_change(self)
+            self._seen[host] = self._seen.get(host, frozenset()) | processes  # after `processes`, see `has_ended`
 
 
 def _join(threads: Sequence[threading.Thread], seconds: float) -> None:

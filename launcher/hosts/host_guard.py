@@ -5,7 +5,7 @@ lost, all of them are killed. A signal to this process ends none, because they m
 them. The ranks find the environment variables of the launch in a file that only the user can read.
 
 Both sides send lines. From the launcher: a request as JSON, beats, perhaps `stack PID HOST` or `end`. From here: a
-reply as JSON, then as beats the number of processes, and `ended`. Imports little, so that it starts at once.
+reply as JSON, then as beats the ids of the processes, and `ended`. Imports little, so that it starts at once.
 """
 
 import json
@@ -36,7 +36,7 @@ ENDED = "ended"
 PREFIX = "deepcloze guard: "
 """Prefix of the lines from the host, whose shell may print others, or something before the first one."""
 
-_COUNT_SECONDS = 5.0  # between looks at all processes of the host
+_LIST_SECONDS = 5.0  # between looks at all processes of the host
 _KILL_SECONDS = 10.0
 _LEAVE = "leave"
 
@@ -66,7 +66,7 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
     _end_launches(f"{run}-", keep=launch)
     try:
         _write_environment(environment_file(launch), environment)
-        _send(json.dumps({"address": _address(head), "port": free_port()}))
+        _send(json.dumps({"node": platform.node(), "address": _address(head), "port": free_port()}))
         _wait_for_end(launch, lines)
     finally:
         _end_launches(launch)
@@ -75,7 +75,7 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
 
 def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
     last_line, leaving = time.monotonic(), False
-    processes, counted_at = 0, float("-inf")
+    processes, listed_at = list[int](), float("-inf")
     while time.monotonic() - last_line < SILENCE_SECONDS:
         with suppress(queue.Empty):
             if (line := lines.get(timeout=BEAT_SECONDS)) == END:
@@ -86,10 +86,10 @@ def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
                 last_line = time.monotonic()
             if line.startswith(STACK):
                 _request_stack(launch, line)
-        if leaving or time.monotonic() - counted_at >= _COUNT_SECONDS:
-            processes, counted_at = sum(1 for _ in _processes(launch)), time.monotonic()
-        _send(str(processes))
-        if leaving and processes == 0:
+        if leaving or time.monotonic() - listed_at >= _LIST_SECONDS:
+            processes, listed_at = list(_processes(launch)), time.monotonic()
+        _send(json.dumps(processes))
+        if leaving and not processes:
             return
 
 

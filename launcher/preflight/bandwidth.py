@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.files import parse_record, temporary_folder, temporary_root
+from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import GuardedHosts, name_reasons
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
@@ -14,13 +15,14 @@ from launcher.preflight.target import Target
 from launcher.ranks.deepspeed_command import DeepSpeedCommand, command_on_hosts, command_on_this_machine
 from launcher.ranks.placement import is_local
 from launcher.ranks.start_rank import MEASURE
-from launcher.supervision.rank_processes import RankProcesses, started
+from launcher.supervision.rank_processes import ExitWatch, RankProcesses, polled, started
 
 LIMIT_SECONDS = 240.0
 """Time limit of each rank. Most of it is for the start: Python's modules may come from a slow disk."""
 
 RESULT_MARK = "deepcloze-preflight:"
 _EXIT_SECONDS = 30.0
+_POLL_SECONDS = 1.0
 _TAIL_LINES = 15
 
 
@@ -55,7 +57,7 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
             output = _run(command_on_this_machine(slots, (MEASURE,), machine), folder, processes)
         else:
             launch = f"{os.urandom(8).hex()}-0"
-            with GuardedHosts(list(slots), launch, target.host_environment, processes.check) as guards:
+            with GuardedHosts(list(slots), launch, target.host_environment, processes.kill) as guards:
                 _check_lost(guards)
                 command = command_on_hosts(
                     slots,
@@ -66,11 +68,13 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
                     target.host_environment,
                     guards.rendezvous(),
                 )
-                output = _run(command, folder, processes)
+                exits = ExitWatch(RunFolder(folder), processes, guards)
+                with polled(exits.check, _POLL_SECONDS, "exit watch"):
+                    output = _run(command, folder, processes)
                 _check_lost(guards)
-                if processes.ended_host is not None:
+                if exits.ended_host is not None:
                     raise MeasurementError(
-                        f"the ranks on {processes.ended_host} ended before the others; the end of the output of all:\n"
+                        f"the ranks on {exits.ended_host} ended before the others; the end of the output of all:\n"
                         f"{_tail(output)}"
                     )
     for line in output.splitlines():

@@ -9,14 +9,14 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
 from experiment.process.signals import kill_group
-from experiment.run_files.heartbeat import Heartbeat, beat_seconds
+from experiment.run_files.heartbeat import beat_seconds
 from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_lock import Renewal
@@ -33,21 +33,23 @@ from launcher.supervision.launch_result import (
     all_done,
     has_begun,
     log_sizes,
+    name_ranks,
     read_result,
 )
 from launcher.supervision.rank_processes import (
     EXIT_TIMEOUT_SECONDS,
+    ExitWatch,
     HeldRanks,
     RankProcesses,
     RunningRanks,
-    SurvivingRanks,
     polled,
     started,
 )
 from launcher.supervision.stop_signals import StopSignals, kill_on_early_stop
 
 _POLL_SECONDS = 0.2
-_SURVIVORS_SECONDS = 1.0
+_EXIT_POLL_SECONDS = 1.0
+_REMOTE_EXIT_POLL_SECONDS = 5.0  # reads the records of all ranks from a network disk
 _KILLED = LaunchResult(
     Outcome.STOPPED, "killed; the same command resumes from the last complete checkpoint, or starts over without one"
 )
@@ -99,20 +101,20 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
     command = held.command if held else launch.command(layout, None)
     record.start(command.argv)
     ranks = held.begin() if held else started(command, record.start_time, subprocess.DEVNULL if launch.quiet else None)
-    return _run(launch, layout, ranks, stop, processes, processes.request_stack)
+    return _run(launch, layout, ranks, stop, processes, None)
 
 
 def _run_on_hosts(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
     processes = RankProcesses()
     name = f"{xxhash.xxh3_64_hexdigest(os.fsencode(launch.folder.path))}-{os.urandom(8).hex()}"  # of this attempt
-    guards = GuardedHosts(list(layout.slots), name, launch.host_environment, processes.check)
+    guards = GuardedHosts(list(layout.slots), name, launch.host_environment, processes.kill)
     result = None
     with stop.killing(guards.cancel), kill_on_early_stop(launch.folder, stop) as stopped_early, guards:
         if not guards.lost and not stop.killed:
             command = launch.command(layout, guards.rendezvous())
             record.start(command.argv)
             ranks = started(command, record.start_time, subprocess.DEVNULL if launch.quiet else subprocess.PIPE)
-            result = _run(launch, layout, ranks, stop, processes, guards.request_stack)
+            result = _run(launch, layout, ranks, stop, processes, guards)
         lost = dict(guards.lost)
     if stopped_early.is_set():
         return STOPPED_EARLY
@@ -133,50 +135,52 @@ def _run(
     ranks: RunningRanks,
     stop: StopSignals,
     processes: RankProcesses,
-    request_stack: Callable[[Heartbeat], None],
+    guards: GuardedHosts | None,
 ) -> LaunchResult:
     """Let the ranks begin, and wait until they have exited."""
     earlier = log_sizes(launch.folder)
+    request_stack = (guards or processes).request_stack
     hang = HangWatch(launch.folder, layout.ranks, launch.hang_seconds, request_stack, processes.kill)
-    with ranks as process, polled(hang.is_settled, beat_seconds(launch.hang_seconds), "hang watch"):
-        survivors = SurvivingRanks(launch.folder, process.pid)
-        watched = polled(survivors.check, _SURVIVORS_SECONDS, "surviving ranks") if launch.local else nullcontext()
-        with processes.running(process.pid), stop.killing(processes.kill), watched:
-            exit_code = _wait(process, launch, layout.ranks)
-    return _result(launch, stop, hang.message, processes.ended_host, exit_code, earlier)
+    exits = ExitWatch(launch.folder, processes, guards)
+    exit_poll_seconds = _REMOTE_EXIT_POLL_SECONDS if guards else _EXIT_POLL_SECONDS
+    with (
+        ranks as process,
+        processes.running(process.pid),
+        stop.killing(processes.kill),
+        polled(hang.is_settled, beat_seconds(launch.hang_seconds), "hang watch"),
+        polled(exits.check, exit_poll_seconds, "exit watch"),
+    ):
+        exit_code = _wait(process, launch, layout.ranks)
+    return _result(launch, stop, hang, exits, exit_code, earlier)
 
 
 def _result(
-    launch: Launch,
-    stop: StopSignals,
-    hung: str | None,
-    left: str | None,
-    exit_code: int,
-    earlier: Mapping[Path, int],
+    launch: Launch, stop: StopSignals, hang: HangWatch, exits: ExitWatch, exit_code: int, earlier: Mapping[Path, int]
 ) -> LaunchResult:
     """Return the result of processes that have exited.
 
     Args:
-        hung: the message if they were killed because a rank hung.
-        left: the host that they were killed for: its own had ended.
         exit_code: of DeepSpeed's launcher.
         earlier: `log_sizes` when the ranks began.
     """
-    reported = read_outcome(launch.folder)
+    reported, silent = read_outcome(launch.folder), [] if stop.killed else exits.silent()
     if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):
         return _KILLED
-    if hung is not None and (reported is None or reported.outcome is Outcome.FAILED):
-        return LaunchResult(Outcome.FAILED, hung, Cause.HUNG)
-    if left is not None:
-        if reported is None:
-            message = f"the processes on {left} ended, and the ones on other hosts did not"
+    if hang.message is not None and (reported is None or reported.outcome is Outcome.FAILED):
+        return LaunchResult(Outcome.FAILED, hang.message, Cause.HUNG)
+    if exits.killed and not launch.local:
+        if reported is None and silent:
+            message = f"{name_ranks(launch.folder, silent)} ended without reporting an outcome"
             return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
-        exit_code = 1  # the exit code of DeepSpeed's launcher says only that `processes` killed it
+        if reported is None and exits.ended_host is not None:
+            message = f"the processes on {exits.ended_host} ended, and the ones on other hosts did not"
+            return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
+        exit_code = 1  # the exit code of DeepSpeed's launcher says only that `exits` killed it
     if reported is None and stop.requested and not has_begun(launch.folder):
         return STOPPED_EARLY  # DeepSpeed's launchers on other hosts exit with 1 if they get the signal too
     if not launch.local and launch.launcher == "mpich":  # DeepSpeed's helper exits with 0, whatever its rank does
         exit_code = exit_code or 1
-    return read_result(launch.folder, exit_code, earlier, remote=not launch.local)
+    return read_result(launch.folder, exit_code, earlier, silent, remote=not launch.local)
 
 
 def _wait(process: "subprocess.Popen[bytes]", launch: Launch, ranks: int) -> int:

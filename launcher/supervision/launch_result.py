@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from experiment.run_files.heartbeat import read_heartbeat
 from experiment.run_files.outcome_file import (
     Cause,
     Outcome,
+    RankRecord,
     rank_records,
     read_outcome,
     read_rank_records,
@@ -70,17 +71,21 @@ def log_sizes(folder: RunFolder) -> dict[Path, int]:
     return {path: path.stat().st_size for path in folder.logs.glob("rank-*.log")}
 
 
-def read_result(folder: RunFolder, exit_code: int, earlier: Mapping[Path, int], remote: bool) -> LaunchResult:
+def read_result(
+    folder: RunFolder, exit_code: int, earlier: Mapping[Path, int], silent: Sequence[RankRecord], remote: bool
+) -> LaunchResult:
     """Return the result of a launch whose processes have exited.
 
     Args:
         exit_code: of DeepSpeed's launcher.
         earlier: `log_sizes` when the ranks began.
+        silent: the ranks that ended without recording it, except those that were killed because another had failed.
         remote: whether ranks ran on other hosts.
     """
-    reported, silent, killer = read_outcome(folder), list(_silent_ranks(folder)), _killer(exit_code, remote)
+    reported, killer = read_outcome(folder), _killer(exit_code, remote)
     cause = Cause.KILLED if killer else Cause.ERROR
-    ending = _describe_kill(killer, silent, exit_code) if killer else ""
+    suspects = silent if len(silent) <= _MOST_NAMED else ()
+    ending = _describe_kill(killer, name_ranks(folder, suspects, " or ") or "a rank", exit_code) if killer else ""
     if remote and exit_code == SSH_FAILED:
         killer, cause, ending = None, Cause.LOST_HOST, "ssh failed or lost the connection to a host"
     # DeepSpeed's launcher exits with 0 if a signal ended the program that starts ranks on other hosts.
@@ -90,7 +95,7 @@ def read_result(folder: RunFolder, exit_code: int, earlier: Mapping[Path, int], 
         # Ranks catch stop signals when they begin, after their imports.
         if exit_code == Outcome.STOPPED.exit_code or killer in STOP_SIGNALS:
             return STOPPED_EARLY
-        message = _failure_message(folder, ending or f"exit code {exit_code}", earlier)
+        message = _failure_message(folder, ending or f"exit code {exit_code}", earlier, suspects)
         return LaunchResult(Outcome.FAILED, message, cause)
     outcome, message, reported_cause = reported
     # DeepSpeed's launcher stops the other ranks when one is killed, and before the first step they report that.
@@ -101,17 +106,20 @@ def read_result(folder: RunFolder, exit_code: int, earlier: Mapping[Path, int], 
     if ending:
         message = f"{ending}; {message}"  # the other ranks only know that they lost their peer, not why
     elif silent:
-        message = f"{message}; ended without reporting an outcome: {', '.join(silent)}"
+        message = f"{message}; ended without reporting an outcome: {name_ranks(folder, silent)}"
     return LaunchResult(outcome, message, cause if reported_cause is Cause.LOST_RANK and ending else reported_cause)
 
 
-def _silent_ranks(folder: RunFolder) -> Iterator[str]:
-    """Yield the processes of the ranks that have started and not recorded their end."""
-    for process in read_rank_records(folder):
-        if process.exit is None:
-            beat = read_heartbeat(folder, process.rank)
-            step = "" if beat is None else f" after step {beat.step}"
-            yield f"rank {process.rank} on {process.host} (process {process.pid}){step}"
+def name_ranks(folder: RunFolder, ranks: Sequence[RankRecord], separator: str = ", ") -> str:
+    """Return the processes of ranks as a text, of many only some; empty if there are none."""
+    names = []
+    for process in ranks[:_MOST_NAMED]:
+        beat = read_heartbeat(folder, process.rank)
+        step = "" if beat is None else f" after step {beat.step}"
+        names.append(f"rank {process.rank} on {process.host} (process {process.pid}){step}")
+    if more := len(ranks) - len(names):
+        names.append(f"{more} more ranks")
+    return separator.join(names)
 
 
 def _killer(exit_code: int, remote: bool) -> signal.Signals | None:
@@ -124,19 +132,20 @@ def _killer(exit_code: int, remote: bool) -> signal.Signals | None:
         return None
 
 
-def _describe_kill(killer: signal.Signals, silent: Sequence[str], exit_code: int) -> str:
-    """Describe a kill, of a rank or of DeepSpeed's launcher. `silent`: the ranks that may have been killed."""
-    killed = " or ".join(silent) if 0 < len(silent) <= _MOST_NAMED else "a rank"
+def _describe_kill(killer: signal.Signals, killed: str, exit_code: int) -> str:
+    """Describe a kill, of a rank or of DeepSpeed's launcher. `killed`: the ranks that may have been killed."""
     if exit_code < 0:
         killed = "DeepSpeed's launcher"
     reason = ", possibly because the system ran out of memory" if killer is signal.SIGKILL else ""
     return f"{killed} was killed by {killer.name}{reason}"
 
 
-def _failure_message(folder: RunFolder, reason: str, earlier: Mapping[Path, int]) -> str:
+def _failure_message(folder: RunFolder, reason: str, earlier: Mapping[Path, int], killed: Sequence[RankRecord]) -> str:
     """Return the message for ranks that exited without writing an outcome, with the end of the failed rank's log.
 
-    earlier: the bytes of each log that are from earlier attempts.
+    Args:
+        earlier: the bytes of each log that are from earlier attempts.
+        killed: the ranks that may have been killed.
     """
     message = f"the ranks exited without reporting an outcome ({reason}); their logs are in {folder.logs}"
     logs = sorted(folder.logs.glob("rank-*.log"))
@@ -145,6 +154,7 @@ def _failure_message(folder: RunFolder, reason: str, earlier: Mapping[Path, int]
         return message
     # The failed rank stops logging first; the others notice its loss later.
     failed = [path for path, tail in tails.items() if "Traceback" in tail]
+    failed = failed or [path for process in killed if (path := folder.rank_log(process.rank)) in tails]
     path = min(failed, key=_modified_ns) if failed else max(tails, key=_modified_ns)
     return f"{message}\nthe end of {path.name}:\n{tails[path]}"
 

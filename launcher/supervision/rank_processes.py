@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from experiment.files import atomic_write, temporary_folder, temporary_root
 from experiment.process.own_process import GATE_VARIABLE, START_VARIABLE
 from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, interrupt, kill_group, signals_blocked
 from experiment.run_files.heartbeat import Heartbeat, request_stack
-from experiment.run_files.outcome_file import read_rank_records
+from experiment.run_files.outcome_file import Outcome, RankRecord, read_rank_records
 from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import GuardedHosts
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
@@ -34,6 +34,9 @@ _NOISE = re.compile(
 _WATCHDOG_SECONDS = 0.5
 EXIT_TIMEOUT_SECONDS = 40.0
 """Limit for the other ranks to exit after one has failed: DeepSpeed's launcher gives each in turn 30 s."""
+
+_FIRST_SECONDS = 15.0  # after a failure, until when DeepSpeed's launcher has killed no other rank
+_FAILURES = (Outcome.FAILED.exit_code, Outcome.REFUSED.exit_code)
 
 RunningRanks = AbstractContextManager["subprocess.Popen[bytes]"]
 """Context manager that lets ranks begin and yields DeepSpeed's launcher; on exit its process group is killed."""
@@ -68,17 +71,11 @@ def watchdog(group: int) -> Iterator[None]:
 
 
 class RankProcesses:
-    """The process group of a launch on this machine. It is killed when a host is lost, or some time after the processes
-    of a host have ended.
-
-    `ended_host`: the host whose processes had ended when the others were killed.
-    """
+    """The process group of a launch on this machine."""
 
     def __init__(self) -> None:
-        self.ended_host: str | None = None
         self._group: int | None = None
         self._killed = False
-        self._timer: threading.Timer | None = None
         self._lock = threading.RLock()
 
     @contextmanager
@@ -93,8 +90,6 @@ class RankProcesses:
         finally:
             with self._lock:
                 self._group = None
-                if self._timer is not None:
-                    self._timer.cancel()
 
     def kill(self) -> None:
         with self._lock:
@@ -103,62 +98,86 @@ class RankProcesses:
                 kill_group(self._group)
 
     def request_stack(self, beat: Heartbeat) -> None:
-        """Ask a rank for its stack, unless it has ended: another process may have its process id by now."""
-        with self._lock, suppress(ProcessLookupError):
-            if os.getpgid(beat.pid) == self._group:
+        """Ask a rank for its stack, unless it has ended."""
+        with self._lock:
+            if self.has(beat.pid):
                 request_stack(beat.pid)
 
-    def check(self, guards: GuardedHosts) -> None:
-        with self._lock:
-            if guards.lost:
-                self.kill()
-            elif self._timer is None and (
-                left := [host for host, count in dict(guards.processes).items() if not count]
-            ):
-                self._timer = threading.Timer(EXIT_TIMEOUT_SECONDS, self._kill_others, left[:1])
-                self._timer.daemon = True
-                self._timer.start()
-
-    def _kill_others(self, left: str) -> None:
-        with self._lock:
-            if self._group is not None:
-                self.ended_host = left
-                self.kill()
-
-
-class SurvivingRanks:
-    """Kills the ranks of a launch on this machine alone that are still there some time after one has failed.
-
-    A rank that waits for the failed one in a collective on a GPU does not react to the signal of DeepSpeed's launcher.
-    """
-
-    def __init__(self, folder: RunFolder, group: int) -> None:
-        self._folder = folder
-        self._group = group  # of the processes of the launch
-        self._deadline: float | None = None  # as time.monotonic()
-
-    def check(self) -> bool:
-        """Call now and then. Returns whether the ranks were killed."""
-        records = read_rank_records(self._folder)
-        running = [record.pid for record in records if self._is_running(record.pid)]
-        failed = any(record.exit == 1 or (record.exit is None and record.pid not in running) for record in records)
-        if not failed:  # a rank that has just ended has not looked like one that was killed
-            self._deadline = None
-            return False
-        if self._deadline is None:
-            self._deadline = time.monotonic() + EXIT_TIMEOUT_SECONDS
-        if time.monotonic() < self._deadline:
-            return False
-        for pid in running:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return True
-
-    def _is_running(self, pid: int) -> bool:
+    def has(self, pid: int) -> bool:
         """Return whether the process runs. Another group's process may have got the number of one that has ended."""
         with suppress(ProcessLookupError):
             return os.getpgid(pid) == self._group and is_running(pid)
         return False
+
+
+class ExitWatch:
+    """Kills the processes of a launch that are left some time after a rank has failed, or all processes of a host have
+    ended: a rank that waits for another in a collective on a GPU does not react to the signal of DeepSpeed's launcher.
+
+    `killed`: whether they were. `ended_host`: the host for which they were.
+    """
+
+    def __init__(self, folder: RunFolder, processes: RankProcesses, guards: GuardedHosts | None) -> None:
+        """`guards`: None: all ranks run on this machine."""
+        self.killed = False
+        self.ended_host: str | None = None
+        self._folder = folder
+        self._processes = processes
+        self._guards = guards
+        self._failed_at: float | None = None  # as time.monotonic()
+        self._silent: set[int] = set()  # the first ranks that ended without recording it
+
+    def check(self) -> bool:
+        """Call now and then. Returns whether the processes were killed."""
+        try:
+            records = read_rank_records(self._folder)
+        except OSError:  # a network disk does not answer for a moment
+            return False
+        silent = {record.rank for record in records if record.exit is None and self._has_ended(record)}
+        ended_host = self._guards.ended_host() if self._guards else None
+        if not (silent or ended_host or any(record.exit in _FAILURES for record in records)):
+            self._failed_at, self._silent = (
+                None,
+                set(),
+            )  # a rank that has just ended has looked like one that was killed
+            return False
+        if self._failed_at is None:
+            self._failed_at = time.monotonic()
+        if self._is_first():
+            self._silent = self._silent or silent
+        if time.monotonic() - self._failed_at < EXIT_TIMEOUT_SECONDS:
+            return False
+        self.killed, self.ended_host = True, ended_host
+        self._kill(records)
+        return True
+
+    def silent(self) -> list[RankRecord]:
+        """Return the ranks that ended without recording it before others were killed for them. Call it when all have
+        ended."""
+        silent = [record for record in read_rank_records(self._folder) if record.exit is None]
+        if not (self._silent or self.killed) and self._is_first():
+            return silent
+        return [record for record in silent if record.rank in self._silent]
+
+    def _is_first(self) -> bool:
+        """Return whether a rank that ends now was not killed by DeepSpeed's launcher because another has failed."""
+        return self._failed_at is None or time.monotonic() - self._failed_at < _FIRST_SECONDS
+
+    def _has_ended(self, record: RankRecord) -> bool:
+        if self._guards:
+            return self._guards.has_ended(record.host, record.pid)
+        return not self._processes.has(record.pid)
+
+    def _kill(self, records: Sequence[RankRecord]) -> None:
+        """Kill all processes; the guards kill those on other hosts when the launch ends. On this machine alone, kill
+        only the ranks: DeepSpeed's launcher then says how the first one has ended."""
+        if self._guards:
+            self._processes.kill()
+            return
+        for record in records:
+            if self._processes.has(record.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(record.pid, signal.SIGKILL)
 
 
 def is_noise(line: bytes) -> bool:

@@ -17,7 +17,7 @@ eval "exec $2"
 
 STAND_IN_GUARD = """
 read -r request
-echo 'deepcloze guard: {"address": "10.0.0.1", "port": 4567}'
+echo 'deepcloze guard: {"node": "node", "address": "10.0.0.1", "port": 4567}'
 while read -r line; do
     case "$line" in end) echo 'deepcloze guard: ended'; exit 0;; esac
 done

@@ -58,10 +58,10 @@ def test_the_end_of_a_launch_ends_its_processes(run: str, process: "subprocess.P
     """Catches orphans, a kill of another run's processes, and a secret that stays."""
     other = start_process(f"{os.urandom(8).hex()}-1")
     try:
-        with GuardedHosts(["localhost"], f"{run}-2", ENVIRONMENT, lambda _: None) as hosts:
+        with GuardedHosts(["localhost"], f"{run}-2", ENVIRONMENT, lambda: None) as hosts:
             assert process.wait(LIMIT) == -9, "left by an earlier launch of the run"
             own = start_process(f"{run}-2")
-            wait_until(lambda: hosts.processes.get("localhost") == 1)
+            wait_until(lambda: hosts.processes.get("localhost") == {own.pid})
             assert read_environment(f"{run}-2") == {"SECRET": "two words 'quoted'"}
             assert environment_file(f"{run}-2").stat().st_mode & 0o077 == 0
         assert own.wait(LIMIT) == -9
@@ -73,14 +73,36 @@ def test_the_end_of_a_launch_ends_its_processes(run: str, process: "subprocess.P
         other.wait()
 
 
+def test_a_process_that_ends_is_noticed(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a killed rank that a launch does not know of, and one that is taken for a process of another host."""
+    lists = "".join(
+        f"until [ -e {tmp_path}/{number} ]; do sleep 0.02; done; echo 'deepcloze guard: {found}'\n"
+        for number, found in enumerate(([7, 8], [8], []))
+    )
+    guard = STAND_IN_GUARD.replace("while read", f"{lists}while read")
+    install_ssh(tmp_path / "bin", monkeypatch, before=guard)
+    with GuardedHosts(["10.0.0.1"], f"{run}-1", ENVIRONMENT, lambda: None) as hosts:
+        (tmp_path / "0").touch()
+        wait_until(lambda: hosts.processes.get("10.0.0.1") == {7, 8})
+        assert not hosts.has_ended("node", 7)
+        (tmp_path / "1").touch()
+        wait_until(lambda: hosts.has_ended("node", 7))
+        assert not hosts.has_ended("node", 8)
+        assert not hosts.has_ended("node", 9), "it was never there"
+        assert not hosts.has_ended("another", 7)
+        assert hosts.ended_host() is None
+        (tmp_path / "2").touch()
+        wait_until(lambda: hosts.ended_host() == "10.0.0.1")
+
+
 def test_hosts_reply_with_what_the_ranks_need(run: str) -> None:
-    with GuardedHosts(["localhost", "node-2"], f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
+    with GuardedHosts(["localhost", "node-2"], f"{run}-1", ENVIRONMENT, lambda: None) as hosts:
         assert {reply.address for reply in hosts.replies.values()} == {"127.0.0.1"}
         assert all(reply.port > 0 for reply in hosts.replies.values())
 
 
 def test_a_host_that_cannot_be_reached_is_lost(run: str) -> None:
-    with GuardedHosts(["missing-1", "node-2"], f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
+    with GuardedHosts(["missing-1", "node-2"], f"{run}-1", ENVIRONMENT, lambda: None) as hosts:
         assert hosts.lost == {"missing-1": "ssh: Could not resolve hostname missing-1: Name or service not known"}
         assert list(hosts.replies) == ["node-2"]
 
@@ -95,7 +117,7 @@ def test_no_signal_to_all_processes_ends_ssh(run: str, monkeypatch: pytest.Monke
         return popen(*arguments, **options)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda _: None):
+    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda: None):
         assert blocked >= set(HANDLED_SIGNALS)
 
 
@@ -104,7 +126,7 @@ def test_a_silent_host_is_lost(run: str, tmp_path: Path, monkeypatch: pytest.Mon
     install_ssh(tmp_path / "bin", monkeypatch, before=f"echo $$ > {tmp_path}/guard.pid")
     monkeypatch.setattr(guarded_hosts, "SILENCE_SECONDS", 1.0)
     lost = threading.Event()
-    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda _: lost.set()) as hosts:
+    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lost.set) as hosts:
         os.kill(int((tmp_path / "guard.pid").read_text()), 19)
         assert lost.wait(60)
         assert hosts.lost == {"localhost": "no answer within 1 s"}
@@ -120,7 +142,7 @@ def test_a_host_that_reads_nothing_disturbs_no_other_host(
     monkeypatch.setattr(guarded_hosts, "SILENCE_SECONDS", 3600.0)
     monkeypatch.setattr(guarded_hosts, "_START_SECONDS", 3600.0)
     monkeypatch.setattr(guarded_hosts, "_END_SECONDS", 0.1)
-    hosts = GuardedHosts(["hangs", "node-2"], f"{run}-1", {"LONG": "x" * (1 << 17)}, lambda _: None)
+    hosts = GuardedHosts(["hangs", "node-2"], f"{run}-1", {"LONG": "x" * (1 << 17)}, lambda: None)
     threading.Thread(target=hosts.start, daemon=True).start()
     wait_until(lambda: (tmp_path / "sent").exists() and (tmp_path / "sent").read_bytes().count(b"\n") > 10)
     hosts.close()
@@ -129,7 +151,7 @@ def test_a_host_that_reads_nothing_disturbs_no_other_host(
 def test_a_cancelled_start_waits_for_no_host(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a stop of a launch that waits for a host that hangs."""
     install_ssh(tmp_path / "bin", monkeypatch, before="exec sleep 3600")
-    hosts = GuardedHosts(["hangs"], f"{run}-1", ENVIRONMENT, lambda _: None)
+    hosts = GuardedHosts(["hangs"], f"{run}-1", ENVIRONMENT, lambda: None)
     hosts.cancel()
     started = time.monotonic()
     with hosts:
@@ -147,7 +169,7 @@ def test_a_process_that_ssh_has_started_delays_no_end(
     install_ssh(tmp_path / "bin", monkeypatch, before=f"{started} sleep 3600")
     for limit in ("_END_SECONDS", "_CLOSE_SECONDS"):
         monkeypatch.setattr(guarded_hosts, limit, 0.1)
-    hosts = GuardedHosts(["hangs"], f"{run}-1", ENVIRONMENT, lambda _: None)
+    hosts = GuardedHosts(["hangs"], f"{run}-1", ENVIRONMENT, lambda: None)
     starting, closing = (threading.Thread(target=target, daemon=True) for target in (hosts.start, hosts.close))
     starting.start()
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
@@ -164,7 +186,7 @@ def test_a_killed_guard_leaves_nothing(run: str, tmp_path: Path, monkeypatch: py
     """Catches ranks and secrets that stay on a host whose guard alone was killed, because memory ran out, and a line
     of a login banner as the reason."""
     install_ssh(tmp_path / "bin", monkeypatch, before=f"echo welcome; echo $$ > {tmp_path}/guard.pid")
-    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
+    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda: None) as hosts:
         own = start_process(f"{run}-1")
         written = environment_file(f"{run}-1").with_name(f"{environment_file(f'{run}-1').name}.7")
         written.touch()  # by a guard that was killed at once
@@ -228,16 +250,16 @@ def test_a_guard_that_is_asked_to_end_stays_while_the_launcher_lives(
     assert len(capsys.readouterr().out.splitlines()) == 101
 
 
-def test_processes_are_counted_rarely(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_processes_are_listed_rarely(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a guard that reads all of /proc for each line, and one that stays for processes that have ended."""
-    counts = iter([range(2), range(1), range(0)])
-    monkeypatch.setattr(host_guard, "_processes", lambda _: next(counts))
+    lists = iter([range(2), range(1), range(0)])
+    monkeypatch.setattr(host_guard, "_processes", lambda _: next(lists))
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     for line in ["", "", "", host_guard._LEAVE, ""]:
         lines.put(line)
     host_guard._wait_for_end("launch", lines)
     sent = [line.removeprefix(host_guard.PREFIX) for line in capsys.readouterr().out.splitlines()]
-    assert sent == ["2", "2", "2", "1", "0"]
+    assert sent == ["[0, 1]", "[0, 1]", "[0, 1]", "[0]", "[]"]
 
 
 def test_many_hosts_are_guarded_at_once(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +270,7 @@ def test_many_hosts_are_guarded_at_once(run: str, tmp_path: Path, monkeypatch: p
     guard = STAND_IN_GUARD.replace("read -r request", f"read -r request; cd {tmp_path}/connected; {wait_for_all}")
     install_ssh(tmp_path / "bin", monkeypatch, before=guard)
     monkeypatch.setattr(guarded_hosts, "_START_SECONDS", LIMIT)
-    with GuardedHosts(names, f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
+    with GuardedHosts(names, f"{run}-1", ENVIRONMENT, lambda: None) as hosts:
         assert len(hosts.replies) == len(names)
 
 
@@ -264,7 +286,7 @@ def test_a_rank_is_asked_for_its_stack(run: str, tmp_path: Path) -> None:
     code = f"import faulthandler, time; faulthandler.register({STACK_SIGNAL:d}, open({str(tmp_path / 'stack')!r}, 'w'))"
     code += f"; open({str(tmp_path / 'ready')!r}, 'w').close(); time.sleep(3600)"
     other = start_process(f"{os.urandom(8).hex()}-1")
-    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
+    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda: None) as hosts:
         own = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {LAUNCH_VARIABLE: f"{run}-1"})
         wait_until((tmp_path / "ready").exists)
         for host, pid in (("another", own.pid), (platform.node(), other.pid), (platform.node(), own.pid)):

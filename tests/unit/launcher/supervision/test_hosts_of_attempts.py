@@ -51,12 +51,18 @@ class StandInGuards:
     """Guards of hosts of which nothing is known but what a test sets."""
 
     def __init__(
-        self, hosts: Sequence[str], _launch: str, _environment: Mapping[str, str], on_change: Callable[[Self], object]
+        self, hosts: Sequence[str], _launch: str, _environment: Mapping[str, str], _on_lost: Callable[[], object]
     ) -> None:
         self.hosts = list(hosts)
         self.lost: dict[str, str] = {}
-        self.processes: dict[str, int] = {}
-        self.on_change = on_change
+        self.ended: list[RankRecord] = []
+        self.has_ended_on: str | None = None
+
+    def ended_host(self) -> str | None:
+        return self.has_ended_on
+
+    def has_ended(self, node: str, process: int) -> bool:
+        return any((record.host, record.pid) == (node, process) for record in self.ended)
 
     def rendezvous(self) -> Rendezvous:
         return Rendezvous("launch-1", "10.0.0.1", 4567)
@@ -235,16 +241,54 @@ def test_ranks_that_wait_for_a_host_without_processes_are_killed(
 
         def _watch(self) -> None:
             wait_until((folder.path / "ready").exists)
-            self.processes = {"node-1": 2, "node-2": 0}
-            self.on_change(self)
+            self.has_ended_on = "node-2"
 
     monkeypatch.setattr(attempt, "GuardedHosts", EndsOnTheSecondHost)
+    monkeypatch.setattr(attempt, "_REMOTE_EXIT_POLL_SECONDS", 0.05)
     monkeypatch.setattr(rank_processes, "EXIT_TIMEOUT_SECONDS", 0.1)
     RankRecord(0, "node-1", 7).write(folder)
     folder.rank_record(0).rename(folder.logs / "process")
     body = f"(folder.logs / 'process').rename(folder.logs / 'rank-0.json'); {reported} {HANG}"
     result = supervise(launch(folder, body))
     assert (result.outcome, result.message, result.cause) == expected
+
+
+@pytest.mark.parametrize(
+    ("failure", "message", "cause"),
+    [
+        (
+            "write_outcome(folder, Outcome.FAILED, 'node-2, rank 1: KeyError', Cause.ERROR); "
+            "RankRecord(1, 'node-2', 8, exit=1).write(folder)",
+            "node-2, rank 1: KeyError",
+            Cause.ERROR,
+        ),
+        (
+            "RankRecord(1, 'node-2', 9).write(folder)",
+            "rank 1 on node-2 (process 9) ended without reporting an outcome",
+            Cause.KILLED,
+        ),
+    ],
+)
+def test_ranks_that_wait_for_a_failed_one_on_another_host_are_killed(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, failure: str, message: str, cause: Cause
+) -> None:
+    """Catches a launch that waits for minutes while DeepSpeed's launcher ends ranks in a collective one by one, or
+    forever because `srun` ends none, and a message about ranks that the launcher itself has killed."""
+
+    class LosesAProcess(StandInGuards):
+        def __enter__(self) -> Self:
+            self.ended = [RankRecord(1, "node-2", 9)]
+            return self
+
+    monkeypatch.setattr(attempt, "GuardedHosts", LosesAProcess)
+    monkeypatch.setattr(attempt, "_REMOTE_EXIT_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(rank_processes, "EXIT_TIMEOUT_SECONDS", 0.1)
+    body = (
+        "from experiment.run_files.outcome_file import RankRecord\n"
+        f"RankRecord(0, 'node-1', 7, training=True).write(folder); {failure}; {HANG}"
+    )
+    result = supervise(launch(folder, body))
+    assert (result.outcome, result.message, result.cause) == (Outcome.FAILED, message, cause)
 
 
 @pytest.mark.parametrize("by_signal", [True, False])

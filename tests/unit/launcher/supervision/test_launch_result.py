@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiment.run_files.heartbeat import Heartbeat, write_heartbeat
-from experiment.run_files.outcome_file import Cause, Outcome, RankRecord, write_outcome
+from experiment.run_files.outcome_file import Cause, Outcome, RankRecord, read_rank_records, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.supervision.launch_result import LaunchResult, all_done, begin_attempt, read_result
 
@@ -24,8 +24,14 @@ def record(folder: RunFolder, rank: int, exit_code: int | None) -> None:
     RankRecord(rank, f"node-{rank}", 70 + rank, exit=exit_code).write(folder)
 
 
+def result_of(folder: RunFolder, exit_code: int, remote: bool = False) -> LaunchResult:
+    """All ranks have ended by themselves."""
+    silent = [process for process in read_rank_records(folder) if process.exit is None]
+    return read_result(folder, exit_code, {}, silent, remote)
+
+
 def message(folder: RunFolder, exit_code: int, remote: bool = False) -> str:
-    result = read_result(folder, exit_code, {}, remote)
+    result = result_of(folder, exit_code, remote)
     assert result.outcome is Outcome.FAILED
     return result.message
 
@@ -56,14 +62,14 @@ def test_a_killed_remote_shell_is_named(folder: RunFolder, started: bool) -> Non
     """Catches 'exit code 0' as the reason of a failure, and ranks that are restarted only once after it."""
     if started:
         record(folder, 0, None)
-    result = read_result(folder, 0, {}, remote=True)
+    result = result_of(folder, 0, remote=True)
     assert (result.outcome, result.cause) == (Outcome.FAILED, Cause.KILLED)
     assert "(pdsh, mpirun or srun, which runs the ranks on other hosts, was killed)" in result.message
     write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer", Cause.LOST_RANK)
-    result = read_result(folder, 0, {}, remote=True)
+    result = result_of(folder, 0, remote=True)
     assert (result.message.startswith("pdsh, mpirun or srun"), result.cause) == (True, Cause.KILLED)
     write_outcome(folder, Outcome.STOPPED, "saved step 7", Cause.SIGNAL)
-    assert read_result(folder, 0, {}, remote=True).message == "saved step 7"
+    assert result_of(folder, 0, remote=True).message == "saved step 7"
 
 
 @pytest.mark.parametrize(("name", "number"), [("KILL", 9), ("SEGV", 11), ("ABRT", 6), ("BUS", 7)])
@@ -74,7 +80,7 @@ def test_mpirun_and_srun_name_signals_in_another_way(folder: RunFolder, name: st
     record(folder, 1, None)
     write_outcome(folder, Outcome.STOPPED, "node-0, rank 0: SIGTERM before the first step")
     assert message(folder, 128 + number, remote=True).startswith("rank 1 on node-1 (process 71) was killed")
-    assert read_result(folder, 128 + 15, {}, remote=True).message.startswith("node-0, rank 0: SIGTERM")
+    assert result_of(folder, 128 + 15, remote=True).message.startswith("node-0, rank 0: SIGTERM")
 
 
 def test_a_rank_that_says_nothing_is_named(folder: RunFolder) -> None:
@@ -108,7 +114,7 @@ def test_the_exit_code_of_ssh_is_no_signal(folder: RunFolder) -> None:
 @pytest.mark.parametrize("exit_code", sorted(STOPPED))
 def test_a_rank_stopped_before_it_could_report(folder: RunFolder, exit_code: int) -> None:
     """Catches a failure reported for a signal to a rank that imports its modules, before it catches signals."""
-    assert read_result(folder, exit_code, {}, remote=False).outcome is Outcome.STOPPED
+    assert result_of(folder, exit_code, remote=False).outcome is Outcome.STOPPED
 
 
 def test_a_rank_killed_before_the_first_step(folder: RunFolder) -> None:
@@ -117,9 +123,9 @@ def test_a_rank_killed_before_the_first_step(folder: RunFolder) -> None:
     record(folder, 0, 75)
     record(folder, 1, None)
     assert message(folder, 247) == f"rank 1 on node-1 (process 71) {OUT_OF_MEMORY}"
-    assert read_result(folder, 241, {}, remote=False).outcome is Outcome.STOPPED
+    assert result_of(folder, 241, remote=False).outcome is Outcome.STOPPED
     record(folder, 1, 1)
-    assert read_result(folder, 250, {}, remote=False).outcome is Outcome.STOPPED, "an abort after the end"
+    assert result_of(folder, 250, remote=False).outcome is Outcome.STOPPED, "an abort after the end"
 
 
 def test_reports_of_an_earlier_launch_are_removed(folder: RunFolder) -> None:

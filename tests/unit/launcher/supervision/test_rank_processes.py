@@ -24,7 +24,7 @@ from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import rank_processes
 from launcher.supervision.attempt import Launch
-from launcher.supervision.rank_processes import SurvivingRanks, filtered_output, held_ranks, is_noise, started
+from launcher.supervision.rank_processes import ExitWatch, RankProcesses, filtered_output, held_ranks, is_noise, started
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
 
@@ -317,13 +317,43 @@ def test_ranks_that_outlive_a_failed_one_are_killed(
     try:
         RankRecord(0, "host", survivor.pid).write(folder)
         RankRecord(1, "host", other.pid, exit=0).write(folder)  # not a process of this launch
-        survivors = SurvivingRanks(folder, survivor.pid)
-        assert not survivors.check()
-        RankRecord(1, "host", other.pid, exit=failed).write(folder)
-        assert survivors.check()
+        processes = RankProcesses()
+        with processes.running(survivor.pid):
+            exits = ExitWatch(folder, processes, None)
+            assert not exits.check()
+            RankRecord(1, "host", other.pid, exit=failed).write(folder)
+            assert exits.check()
         assert survivor.wait() == -signal.SIGKILL
         assert other.poll() is None
+        assert [record.rank for record in exits.silent()] == ([] if failed else [1])
     finally:
         for process in (survivor, other):
             process.kill()
             process.wait()
+
+
+def test_only_ranks_that_end_first_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a message that names the ranks that DeepSpeed's launcher has killed, and not the one that failed."""
+    folder, ended = open_run_folder(tmp_path / "run"), 2**22 + 1  # the kernel's thread ids are at most 2^22
+    exits = ExitWatch(folder, RankProcesses(), None)
+    RankRecord(0, "host", ended, exit=1).write(folder)
+    assert not exits.check()
+    monkeypatch.setattr(rank_processes, "_FIRST_SECONDS", 0.0)
+    RankRecord(1, "host", ended).write(folder)
+    assert not exits.check()
+    assert exits.silent() == []
+    RankRecord(0, "host", ended, exit=0).write(folder)
+    RankRecord(1, "host", ended, exit=0).write(folder)
+    assert not exits.check()
+    RankRecord(1, "host", ended).write(folder)
+    assert [record.rank for record in exits.silent()] == [1], "no other has failed"
+
+
+def test_a_disk_that_does_not_answer_ends_no_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a watch that has ended because of an error of a network disk, when a rank fails later."""
+
+    def fail(_: RunFolder) -> list[RankRecord]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(rank_processes, "read_rank_records", fail)
+    assert not ExitWatch(open_run_folder(tmp_path / "run"), RankProcesses(), None).check()

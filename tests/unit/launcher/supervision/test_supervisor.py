@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking.config import AlertsConfig, TrackingConfig
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import attempt as attempt_module
-from launcher.supervision import launch_result, restarts
+from launcher.supervision import launch_result, rank_processes, restarts
 from launcher.supervision.attempt import Launch
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.stop_signals import StopSignals
@@ -219,6 +220,44 @@ def test_a_rank_killed_by_the_system_is_reported(folder: RunFolder):
     assert killed in attempt(folder, "sys.exit(-9)").message
     orphaned = attempt(folder, "write_outcome(folder, Outcome.FAILED, 'rank 0: lost rank 1'); sys.exit(-9)")
     assert orphaned.message == f"a rank was {killed}; rank 0: lost rank 1"
+
+
+# Stands for DeepSpeed's launcher of six ranks in a collective on GPUs. It waits until all have ended.
+IN_A_COLLECTIVE = """
+import subprocess
+from experiment.run_files.outcome_file import RankRecord
+waiting = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3600)"
+ranks = [subprocess.Popen([sys.executable, "-c", waiting]) for _ in range(6)]
+for number, rank in enumerate(ranks):
+    RankRecord(number, "localhost", rank.pid, training=True).write(folder)
+    folder.rank_log(number).write_text("log of rank " + str(number))
+{failure}
+for rank in ranks:
+    rank.wait()
+sys.exit({exit_code})
+"""
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_one_of_many_ranks_fails_while_the_others_wait(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    """Catches a launch that waits 30 s for each rank that hangs in a collective, a killed rank that is not named, and a
+    message that names all ranks that the launcher has killed."""
+    monkeypatch.setattr(rank_processes, "EXIT_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(attempt_module, "_EXIT_POLL_SECONDS", 0.05)
+    failure = (
+        "ranks[3].kill()"
+        if is_killed
+        else "write_outcome(folder, Outcome.FAILED, 'host, rank 3: KeyError', Cause.ERROR); ranks[3].kill(); "
+        "RankRecord(3, 'localhost', ranks[3].pid, exit=1).write(folder)"
+    )
+    result = attempt(folder, IN_A_COLLECTIVE.format(failure=failure, exit_code=-9 if is_killed else 1))
+    if is_killed:
+        assert re.search(r"\(rank 3 on localhost \(process \d+\) was killed by SIGKILL, possibly", result.message)
+        assert result.message.endswith("the end of rank-3.log:\nlog of rank 3")
+    else:
+        assert result == LaunchResult(Outcome.FAILED, "host, rank 3: KeyError", Cause.ERROR)
 
 
 def test_ranks_end_with_the_launcher_of_deepspeed(folder: RunFolder):
