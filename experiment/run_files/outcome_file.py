@@ -6,6 +6,7 @@
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from experiment.files import create_json, exists_uncached, parse_record, read_js
 from experiment.run_files.run_folder import RunFolder
 
 _RESERVED_BYTES = 4096
+_PLACE = re.compile(r"(\S+), rank \d+: ")
 _SHORT_MESSAGE = 300  # characters, of at most 12 bytes each in JSON
 
 
@@ -53,6 +55,12 @@ class ReportedOutcome(NamedTuple):
     outcome: Outcome
     message: str
     cause: Cause | None = None  # None: done
+
+
+def split_place(message: str) -> tuple[str | None, str]:
+    """Return (the host, the rest) of a message about one rank, which begins with its host and number."""
+    place = _PLACE.match(message)
+    return (place[1], message[place.end() :]) if place else (None, message)
 
 
 def reserve_outcome(folder: RunFolder) -> None:

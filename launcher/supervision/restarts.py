@@ -1,14 +1,16 @@
 """Whether a launch starts its ranks again after they have ended, and when. Pure."""
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from experiment.run_files.outcome_file import Cause, Outcome
+from experiment.run_files.outcome_file import Cause, Outcome, split_place
 from launcher.supervision.launch_result import LaunchResult
 
 WINDOW_SECONDS = 3600.0
 """`--max_restarts` counts the restarts within this time, and those since the last checkpoint."""
 
+_PROCESS = re.compile(r"\b(pid|process) \d+")
 _FIRST_WAIT_SECONDS = 5.0
 _MAX_WAIT_SECONDS = 120.0
 
@@ -81,8 +83,14 @@ def _may_succeed_again(attempts: Sequence[Attempt]) -> bool:
     if result.outcome is not Outcome.FAILED:
         return False
     if result.cause is Cause.ERROR:  # the same twice without progress is a bug
-        return last.saved or not (earlier and earlier[-1].result.message == result.message)
+        return last.saved or not (earlier and _exception(earlier[-1].result) == _exception(result))
     return True
+
+
+def _exception(result: LaunchResult) -> str:
+    """Return the message of a failure without its host, rank and processes: they differ between attempts."""
+    _, text = split_place(result.message)
+    return _PROCESS.sub("", text)
 
 
 def _advice(max_restarts: int, out_of_memory: bool, limit: str) -> str:

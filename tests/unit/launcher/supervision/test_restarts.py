@@ -30,6 +30,15 @@ def test_what_would_happen_again_is_not_restarted() -> None:
     assert isinstance(after(LOST, BUG), Restart)
 
 
+def test_an_exception_is_the_same_on_another_rank() -> None:
+    """Catches a bug that is run into until the limit is reached, because its message names another host or process."""
+    worker = "{}: the data worker (pid {}) failed at step 7: {}"
+    bug, other_bug = worker.format("node-1, rank 0", 12, "KeyError"), worker.format("node-1, rank 0", 12, "ValueError")
+    again = LaunchResult(Outcome.FAILED, worker.format("node-2, rank 9", 34, "KeyError"), Cause.ERROR)
+    assert after(LaunchResult(Outcome.FAILED, bug, Cause.ERROR), again) == End()
+    assert isinstance(after(LaunchResult(Outcome.FAILED, other_bug, Cause.ERROR), again), Restart)
+
+
 def test_a_refusal_after_a_checkpoint_is_restarted_once() -> None:
     """Catches a run of weeks that ends because one host cannot read its data, and one that repeats a mistake."""
     assert after(LOST, REFUSED, saved=True) == Restart()
