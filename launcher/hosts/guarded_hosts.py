@@ -128,7 +128,7 @@ class GuardedHosts:
         hosts = [host for host in self.named(node) if process in self._seen.get(host, ())]
         return bool(hosts) and not any(process in self.processes[host] for host in hosts)
 
-    def named(self, node: str) -> list[str]:
+    def named(self, node: str | None) -> list[str]:
         """Return the hosts that have this name themselves."""
         return [host for host, reply in self.replies.copy().items() if reply.node == node]
 

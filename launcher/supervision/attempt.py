@@ -10,14 +10,14 @@ import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import xxhash
 
 from experiment.process.signals import kill_group
 from experiment.run_files.heartbeat import beat_seconds
-from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
+from experiment.run_files.outcome_file import Cause, Outcome, read_outcome, split_place
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_lock import Renewal
 from experiment.tracking.config import TrackingConfig
@@ -151,7 +151,24 @@ def _run(
         polled(exits.check, exit_poll_seconds, "exit watch"),
     ):
         exit_code = _wait(process, launch, layout.ranks)
-    return _result(launch, stop, hang, exits, exit_code, earlier)
+    result = _result(launch, stop, hang, exits, exit_code, earlier)
+    return replace(result, failed_on=_failed_on(result, hang, exits, guards)) if guards else result
+
+
+def _failed_on(result: LaunchResult, hang: HangWatch, exits: ExitWatch, guards: GuardedHosts) -> frozenset[str]:
+    """Return the host of a failure, if it is known. Of a collective that fails it is not: a rank reports the error of
+    another."""
+    nodes = set[str | None]()
+    if result.cause is Cause.HUNG:
+        nodes |= hang.hosts
+    elif result.cause is Cause.KILLED:
+        nodes |= {record.host for record in exits.silent()}
+    elif result.cause in (Cause.ERROR, Cause.LOST_HOST):
+        nodes.add(split_place(result.message)[0])
+    hosts = {host for node in nodes for host in guards.named(node)}
+    if result.cause is Cause.KILLED and not nodes and exits.ended_host is not None:
+        hosts = {exits.ended_host}
+    return frozenset(hosts) if len(hosts) == 1 else frozenset()
 
 
 def _result(

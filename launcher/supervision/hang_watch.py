@@ -57,7 +57,7 @@ def _is_stuck(life: RankLife, limit: float) -> bool:
 
 
 class HangWatch:
-    """Watches the ranks of an attempt. `message`: which rank hangs; None: none does."""
+    """Watches the ranks of an attempt. `message`: which rank hangs; None: none does. `hosts`: those of hung ranks."""
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class HangWatch:
     ) -> None:
         """`end`: ends all processes of the launch."""
         self.message: str | None = None
+        self.hosts: set[str] = set()
         self._folder = folder
         self._remaining = set(range(ranks))  # those not known to have ended
         self._request_stack = request_stack
@@ -125,6 +126,7 @@ class HangWatch:
         return True
 
     def _end(self, hung: Sequence[RankLife]) -> None:
+        self.hosts = {life.beat.host for life in hung}
         named = hung[:_MOST_NAMED]
         self._get_stacks(named)
         more = f"; and {len(hung) - len(named)} more ranks" if len(hung) > len(named) else ""

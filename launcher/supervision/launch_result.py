@@ -40,6 +40,7 @@ class LaunchResult:
     message: str = ""
     cause: Cause | None = None  # of a failure or stop
     lost: frozenset[str] = frozenset()  # hosts
+    failed_on: frozenset[str] = frozenset()  # the host of a failure, if it is known
 
 
 STOPPED_EARLY = LaunchResult(Outcome.STOPPED, "stopped before the first step; run the same command again", Cause.SIGNAL)

@@ -111,7 +111,9 @@ class _Supervisor:
         self._attempts: list[Attempt] = []
         self._unusable: dict[str, str] = {}  # host -> why, as printed at the last look
         self._halvings: dict[int, int] = {}  # ranks -> how often the microbatch was halved, which fewer ranks need too
-        self._failures: dict[str, int] = {}  # host that has rejoined -> failures since; until a checkpoint with it
+        # Host that has rejoined, or that two failures in a row were on -> failures; until a checkpoint with it
+        self._failures: dict[str, int] = {}
+        self._last_failed_on: frozenset[str] = frozenset()  # hosts; until a checkpoint
 
     def run(self) -> LaunchResult:
         layout = Layout(self._launch.slots)
@@ -170,13 +172,13 @@ class _Supervisor:
         return Attempt(result, time.monotonic(), has_saved, joins_hosts, self._leave_out(layout, result, has_saved))
 
     def _leave_out(self, layout: Layout, result: LaunchResult, has_saved: bool) -> set[str]:
-        """Count an attempt that has failed before a checkpoint was saved against the hosts that have rejoined: the run
-        was fine without them. If all of several have rejoined, one is tried alone. Returns those to leave out; none if
-        there are no others."""
-        hosts = layout.slots.keys() & self._failures.keys()
+        """Count an attempt that has failed before a checkpoint was saved against the hosts that it has failed on, from
+        the second time in a row, or if that is unknown, against those that have rejoined: the run was fine without
+        them. If all of several have rejoined, one is tried alone. Returns those to leave out; none if there are no
+        others."""
         if has_saved:
-            for host in hosts:
-                del self._failures[host]
+            self._last_failed_on = frozenset()
+            self._failures = {host: count for host, count in self._failures.items() if host not in layout.slots}
             return set()
         if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
             return set()
@@ -184,8 +186,13 @@ class _Supervisor:
             return set()
         if result.cause is Cause.OUT_OF_MEMORY and layout.microbatch_halvings < max(self._halvings.values(), default=0):
             return set()  # the microbatch has grown again, and is too large
-        if result.lost:
-            hosts &= result.lost
+        if failed_on := result.lost or result.failed_on:
+            if len(layout.slots) > 1:
+                self._failures = dict.fromkeys(failed_on & self._last_failed_on, 0) | self._failures
+            self._last_failed_on = failed_on
+        hosts = layout.slots.keys() & self._failures.keys()
+        if failed_on:
+            hosts &= failed_on
         if len(hosts) > 1 and hosts == layout.slots.keys():
             hosts.remove(min(layout.slots, key=self._failures.__getitem__))
         for host in hosts:

@@ -98,6 +98,7 @@ def test_a_rank_that_has_stopped_is_named_with_its_stack(folder: RunFolder, caps
     assert not watched.ended
     assert watched.after(10, beat(0, 20))
     assert watched.ended
+    assert watched.watch.hosts == {"node-1"}
     summary = "node-1, rank 1 (process 71) hangs: no sign of life for 80 s (after step 57, training)"
     assert watched.watch.message is not None
     first, header, *frames = watched.watch.message.splitlines()

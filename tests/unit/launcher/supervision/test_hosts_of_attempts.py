@@ -61,6 +61,9 @@ class StandInGuards:
     def ended_host(self) -> str | None:
         return self.has_ended_on
 
+    def named(self, node: str | None) -> list[str]:
+        return [host for host in self.hosts if host == node]
+
     def has_ended(self, node: str, process: int) -> bool:
         return any((record.host, record.pid) == (node, process) for record in self.ended)
 
@@ -101,6 +104,7 @@ class Ending:
     outcome: Outcome
     cause: Cause | None = None
     lost: str = ""
+    failed_on: str = ""
     saves: bool = False
     returns: bool = False  # whether a host that is missing is usable after a checkpoint
 
@@ -152,7 +156,8 @@ def supervise_endings(
             (checkpoint / "COMPLETE").touch()
         if ending.returns:
             on_return[0]()
-        return LaunchResult(ending.outcome, f"ending {len(hosts)}", ending.cause, frozenset(ending.lost.split()))
+        lost, failed_on = frozenset(ending.lost.split()), frozenset(ending.failed_on.split())
+        return LaunchResult(ending.outcome, f"ending {len(hosts)}", ending.cause, lost, failed_on)
 
     monkeypatch.setattr(supervisor, "watch_for_hosts", watch)
     monkeypatch.setattr(supervisor, "run_attempt", end)
@@ -288,7 +293,56 @@ def test_ranks_that_wait_for_a_failed_one_on_another_host_are_killed(
         f"RankRecord(0, 'node-1', 7, training=True).write(folder); {failure}; {HANG}"
     )
     result = supervise(launch(folder, body))
-    assert (result.outcome, result.message, result.cause) == (Outcome.FAILED, message, cause)
+    assert result == LaunchResult(Outcome.FAILED, message, cause, failed_on=frozenset({"node-2"}))
+
+
+@pytest.mark.parametrize(
+    ("message", "cause", "host"),
+    [
+        ("node-2, rank 1: this GPU cannot be used", Cause.LOST_HOST, {"node-2"}),
+        ("node-2, rank 1: RuntimeError: CUDA error", Cause.ERROR, {"node-2"}),
+        ("elsewhere, rank 1: RuntimeError: CUDA error", Cause.ERROR, set()),
+        ("node-2, rank 1: DistBackendError: connection closed by peer", Cause.LOST_RANK, set()),
+        ("node-2, rank 1: OutOfMemoryError", Cause.OUT_OF_MEMORY, set()),
+        ("step 7: the loss is NaN", Cause.AGREED, set()),
+    ],
+)
+def test_the_host_of_a_failure_is_known(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, message: str, cause: Cause, host: set[str]
+) -> None:
+    """Catches a host that is left out although another one has failed, and a broken host that is never left out."""
+    monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
+    body = f"write_outcome(folder, Outcome.FAILED, {message!r}, Cause.{cause.name}); sys.exit(1)"
+    result = supervise(launch(folder, body))
+    assert (result.cause, result.failed_on) == (cause, host)
+
+
+ON_2 = Ending(Outcome.FAILED, Cause.KILLED, failed_on="node-2")
+
+
+@pytest.mark.parametrize("failure", [ON_2, replace(ON_2, cause=Cause.HUNG), Ending(ON_2.outcome, ON_2.cause, "node-2")])
+def test_a_host_that_the_run_fails_on_twice_is_left_out(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failure: Ending
+) -> None:
+    """Catches a run that ends because of one host that answers, passes preflight and does not work, although it was
+    never lost, and one that never takes the host back."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
+    unknown = Ending(Outcome.FAILED, Cause.LOST_RANK)
+    endings = [failure, unknown, failure, JOINS, failure, JOINS, DONE]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["12", "12", "12", "1", "12", "1", "12"])
+    err = capsys.readouterr().err
+    assert "ending 1\nrestarting\n" in err
+    assert "ending 3\nrestarting without node-2 until the next checkpoint if others work\n" in err
+
+
+def test_a_host_that_the_run_fails_on_once_is_used_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches hosts that are left out after failures of others, or after a checkpoint, and a run without any host."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*[""] * 5, *["node-1"] * 9))
+    on_1, saves = replace(ON_2, failed_on="node-1"), replace(ON_2, saves=True)
+    endings = [on_1, ON_2, on_1, saves, ON_2, replace(LOST, lost="node-1", saves=False), *[ON_2] * 4, DONE]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=20)
+    assert (result.outcome, hosts) == (Outcome.DONE, [*["12"] * 6, *["2"] * 5])
 
 
 @pytest.mark.parametrize("by_signal", [True, False])
@@ -354,8 +408,9 @@ def test_a_host_that_was_lost_has_to_pass_preflight(
     monkeypatch.setattr(supervisor, "unusable_hosts", lambda *_: {})
     body = f"write_outcome(folder, Outcome.FAILED, '', Cause.{'LOST_RANK' if is_named else 'LOST_HOST'})"
     supervise(replace(launch(folder, body, layouts), max_restarts=1, preflight_problems=preflight_problems))
-    assert checked == [{"node-2"} if is_named else set(SLOTS)]
-    assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"]]
+    without = [["node-1"]] if is_named and passes else []  # it is lost again, and left out
+    assert checked == [{"node-2"} if is_named else set(SLOTS)] * (1 + len(without))
+    assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"], *without]
 
 
 @pytest.mark.parametrize("failure", [REFUSED, Ending(Outcome.FAILED, Cause.LOST_RANK)])
