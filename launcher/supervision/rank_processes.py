@@ -18,7 +18,7 @@ from experiment.files import atomic_write, temporary_folder, temporary_root
 from experiment.process.own_process import GATE_VARIABLE, START_VARIABLE
 from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, interrupt, kill_group, signals_blocked
 from experiment.run_files.heartbeat import Heartbeat, request_stack
-from experiment.run_files.outcome_file import Outcome, RankRecord, read_rank_records
+from experiment.run_files.outcome_file import RankRecord, read_rank_records
 from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import GuardedHosts
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
@@ -36,7 +36,6 @@ EXIT_TIMEOUT_SECONDS = 40.0
 """Limit for the other ranks to exit after one has failed: DeepSpeed's launcher gives each in turn 30 s."""
 
 _FIRST_SECONDS = 15.0  # after a failure, until when DeepSpeed's launcher has killed no other rank
-_FAILURES = (Outcome.FAILED.exit_code, Outcome.REFUSED.exit_code)
 
 RunningRanks = AbstractContextManager["subprocess.Popen[bytes]"]
 """Context manager that lets ranks begin and yields DeepSpeed's launcher; on exit its process group is killed."""
@@ -111,8 +110,8 @@ class RankProcesses:
 
 
 class ExitWatch:
-    """Kills the processes of a launch that are left some time after a rank has failed, or all processes of a host have
-    ended: a rank that waits for another in a collective on a GPU does not react to the signal of DeepSpeed's launcher.
+    """Kills the processes of a launch that are left some time after a rank has failed or stopped, or all of a host have
+    ended: ranks in a collective on a GPU wait for them, and do not react to the signal of DeepSpeed's launcher.
 
     `killed`: whether they were. `ended_host`: the host for which they were.
     """
@@ -135,11 +134,9 @@ class ExitWatch:
             return False
         silent = {record.rank for record in records if record.exit is None and self._has_ended(record)}
         ended_host = self._guards.ended_host() if self._guards else None
-        if not (silent or ended_host or any(record.exit in _FAILURES for record in records)):
-            self._failed_at, self._silent = (
-                None,
-                set(),
-            )  # a rank that has just ended has looked like one that was killed
+        if not (silent or ended_host or any(record.exit for record in records)):
+            # A rank that had just ended may have looked like one that was killed.
+            self._failed_at, self._silent = None, set()
             return False
         if self._failed_at is None:
             self._failed_at = time.monotonic()

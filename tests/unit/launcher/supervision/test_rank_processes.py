@@ -305,7 +305,7 @@ def test_both_streams_are_printed(
     assert capfdbinary.readouterr() == (b"a\nc", b"b\n")
 
 
-@pytest.mark.parametrize("failed", [1, None], ids=["failed", "killed"])
+@pytest.mark.parametrize("failed", [1, 75, None], ids=["failed", "stopped", "killed"])
 def test_ranks_that_outlive_a_failed_one_are_killed(
     failed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
