@@ -77,11 +77,6 @@ class ResolvedRun:
         """The corpora of the training mixture, then the held-out ones."""
         return [*(given.corpus for given in self.corpora), *self.held_out.values()]
 
-    @property
-    def longest_sequence(self) -> int:
-        """Tokens of the longest sequence of any stage or evaluation, special tokens included."""
-        return max(self.config.batch.max_seq_length, *(stage.max_seq_length for stage in self.config.stages))
-
 
 class Decide(Protocol):
     """Calls a function that chooses among checkpoints, and returns the choice."""

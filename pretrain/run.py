@@ -71,7 +71,7 @@ def pretrain(
         group = CpuGroup(_timeout(config), times.make_progress)
     try:
         run, model, stream = prepare(config, world, group)
-        module = MaskedLanguageModel(model.model, model.packed, run.longest_sequence)
+        module = MaskedLanguageModel(model.model, model.packed, run.config.batch.max_seq_length)
         compiled: set[type[nn.Module]] = set()
         if _compiles(run.config.engine):
             from pretrain.modeling.compiled_layers import compile_layers  # takes seconds

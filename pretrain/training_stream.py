@@ -43,7 +43,14 @@ class TrainingStream:
     begin: int  # the step that the run began with: of its parent if it is a fork, else 0
 
     def __getitem__(self, step: int) -> RankBatch:
-        return self.makers[bisect_right(self.first_steps, step) - 1][step]
+        return self._maker(step)[step]
+
+    def max_seq_length(self, step: int) -> int:
+        """Return the tokens of the longest sequence of the step's stage, special tokens included."""
+        return self._maker(step).layout.max_seq_length
+
+    def _maker(self, step: int) -> BatchMaker:
+        return self.makers[bisect_right(self.first_steps, step) - 1]
 
     @property
     def ends(self) -> tuple[int | None, ...]:

@@ -129,9 +129,11 @@ class Engine:
     def device(self) -> torch.device:
         return torch.device(self._deepspeed.device)
 
-    def begin_step(self, step: int, learning_rate: float) -> None:
-        """Call before the first microbatch of `step`. `learning_rate`: `optimizer.lr` after the schedule."""
+    def begin_step(self, step: int, learning_rate: float, max_length: int | None = None) -> None:
+        """Call before the first microbatch of `step`. `learning_rate`: `optimizer.lr` after the schedule. `max_length`:
+        of the step's sequences, which attention need not look beyond; None: as given to the model."""
         self._step = step
+        self._deepspeed.module.trained_length = max_length
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
             group["frozen"] = step < group["frozen_until"]

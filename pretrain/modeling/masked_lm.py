@@ -32,12 +32,13 @@ class MaskedLanguageModel(nn.Module):
     def __init__(
         self, model: PreTrainedModel, packed: bool, max_length: int | None = None, head: Head | None = None
     ) -> None:
-        """`packed`: it uses the packed attention. `max_length`: of all sequences; None: as wide as the rows. `head`:
-        None: the fastest for this process's device."""
+        """`packed`: it uses the packed attention. `max_length`: of sequences; None: as wide as the rows. `head`: None:
+        the fastest for this process's device."""
         super().__init__()
         self.model = model
         self.packed = packed
         self._max_length = max_length
+        self.trained_length: int | None = None  # in place of `max_length` while training; None: the same
         self._masked_positions: Tensor | None = None
         self._width = 0  # of the rows
         self.windows = {None} | {getattr(module, "sliding_window", None) for module in model.modules()}
@@ -68,7 +69,8 @@ class MaskedLanguageModel(nn.Module):
                 if self.packed:
                     width = segments.shape[1]
                     predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
-                    longest = min(width, self._max_length or width)
+                    max_length = (self.training and self.trained_length) or self._max_length or width
+                    longest = min(width, max_length)
                     varlen = varlen_kernels(self.model.config, self.model.dtype, self.windows != {None})
                     packing = Packing(segments, cu_seqlens, longest, predicted, varlen)
                     if not uses_flash(self.model.config, packing.capability, self.model.dtype):

@@ -198,7 +198,7 @@ class Trainer:
         engine, norms = self._engine, self._progress.grad_norms
         scaler = engine.loss_scaler_state()
         if not self._started:
-            engine.begin_step(batch.step, rate)
+            engine.begin_step(batch.step, rate, self._stream.max_seq_length(batch.step))
         left = range(len(self._started), len(batch.microbatches))
         losses = torch.stack(self._started + [self._accumulate(batch, global_masked, number) for number in left])
         self._started = []
@@ -235,7 +235,8 @@ class Trainer:
         batch, totals = upcoming
         if totals.stop_requests or not self._is_trained_on(batch, totals.masked_tokens):
             return
-        self._engine.begin_step(batch.step, self._learning_rate(batch.step, totals.seconds))
+        rate = self._learning_rate(batch.step, totals.seconds)
+        self._engine.begin_step(batch.step, rate, self._stream.max_seq_length(batch.step))
         self._started = [self._accumulate(batch, totals.masked_tokens, 0)]
 
     def _is_trained_on(self, batch: RankBatch, global_masked: int) -> bool:

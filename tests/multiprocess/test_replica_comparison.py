@@ -17,9 +17,9 @@ def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> st
     """A run in which a bit of one rank's weights flips after step 2. Returns the message of AgreedFailureError."""
     from pretrain.engine.engine import Engine
 
-    def begin_step(self: Engine, step: int, learning_rate: float) -> None:
+    def begin_step(self: Engine, step: int, *others: Any) -> None:
         steps.append(step + 1)
-        began(self, step, learning_rate)
+        began(self, step, *others)
 
     def step(self: Engine, limit: float) -> Any:
         result = stepped(self, limit)

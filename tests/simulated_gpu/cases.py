@@ -89,6 +89,30 @@ def varlen_kernel_case(_world: World) -> list[bool]:
     return used
 
 
+def lengths_case(world: World, tree: Tree) -> list[tuple[int | None, int]]:
+    """The step of each microbatch, None in an evaluation, and the length beyond which attention does not look."""
+    from pretrain.engine.engine import Engine
+    from pretrain.modeling import masked_lm
+
+    steps: list[int | None] = []
+    found: list[tuple[int | None, int]] = []
+    accumulate, packing = Engine.accumulate, masked_lm.Packing
+
+    def begin(engine: Engine, microbatch: Any, masked: int, step: int, number: int) -> torch.Tensor:
+        steps.append(step)
+        return accumulate(engine, microbatch, masked, step, number)
+
+    def pack(segments: torch.Tensor, bounds: torch.Tensor, longest: int, *others: Any) -> Any:
+        found.append((steps[-1] if torch.is_grad_enabled() else None, longest))
+        return packing(segments, bounds, longest, *others)
+
+    with pytest.MonkeyPatch.context() as patch, simulated_gpu():
+        patch.setattr(Engine, "accumulate", begin)
+        patch.setattr(masked_lm, "Packing", pack)
+        pretrain_case(world, tree)
+    return found
+
+
 @contextlib.contextmanager
 def _counted_waits(gpu: SimulatedGpu, findings: Findings) -> Iterator[Findings]:
     """Sort the waits of the host by where the engine is."""

@@ -58,8 +58,8 @@ def others(code: "Lowered") -> Counter[str]:
 
 
 def test_layers_of_bert(device: Path) -> None:
-    """Catches a graph for each layer, one that breaks, operators that the compiler cannot write, separate products for
-    query, key and value, and more kernels than on the GPU for which they were counted."""
+    """Catches a graph for each layer or stage, one that breaks, operators that the compiler cannot write, separate
+    products for query, key and value, and more kernels than on the GPU for which they were counted."""
     layer, last = lower(device, model_type="bert", num_hidden_layers=4, vocab_size=512)
     assert others(layer[0]) == LAYER + Counter({"deepcloze.random_numbers.default": 2})
     fused = {"deepcloze.bias_gelu_backward.default": 1, "deepcloze.norm_backward.default": 2}

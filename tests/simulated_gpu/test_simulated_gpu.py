@@ -15,7 +15,15 @@ from pretrain.engine.deepspeed_settings import find_ds_config
 from rank_pool import ForkServer, RankError, RankPool
 from runs import NO_DROPOUT, Tree, evaluation_events, logged, pretrain_case, run_config, soak
 from simulated_gpu import faults
-from simulated_gpu.cases import Fault, Findings, evaluation_case, gpu_case, other_dropout_case, varlen_kernel_case
+from simulated_gpu.cases import (
+    Fault,
+    Findings,
+    evaluation_case,
+    gpu_case,
+    lengths_case,
+    other_dropout_case,
+    varlen_kernel_case,
+)
 
 pytest.importorskip("triton")
 
@@ -211,6 +219,22 @@ def test_a_whole_run(
     assert_same_losses(tmp_path, expected, "bf16")
     scores = [[event["eval/held/loss"] for event in evaluation_events(folder)] for folder in (expected, tmp_path)]
     assert scores[1] == pytest.approx(scores[0], rel=1e-2)
+
+
+def test_attention_looks_no_further_than_the_sequences_of_a_stage(
+    ranks: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches short sequences that are computed as the longest of the run, and another length after an evaluation or in
+    the microbatch that is queued before the stage ends."""
+    evaluation = {"corpus__eval": {"held": str(heldout_corpus)}, "evaluation__every_steps": 1}
+    tree = tiny_run(tmp_path, wordpiece_corpus, "bf16_zero1", **evaluation)
+    tree["schedule"]["stages"] = [{"steps": 2, "max_seq_length": 20}, {}]
+    (found,) = ranks[1].run(lengths_case, tree)
+    longest = tree["batch"]["max_seq_length"]
+    assert set(found) == {(0, 20), (1, 20), (2, longest), (None, longest)}
+    queued = found.index((2, longest))
+    assert (None, longest) in found[queued:-1], "evaluated between two microbatches of a step"
+    assert found.count((2, longest)) > 1
 
 
 def test_evaluation_is_that_of_a_cpu(ranks: dict[int, RankPool], reference: Reference, heldout_corpus: Path) -> None:
