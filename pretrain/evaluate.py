@@ -37,6 +37,7 @@ from pretrain.config import BatchConfig, MaskingConfig, ModelConfig, RunConfig
 from pretrain.corpus.cache import open_local
 from pretrain.corpus.reader import Corpus, unique_names
 from pretrain.corpus.verification import verified_shards
+from pretrain.engine.host_copy import read_numbers
 from pretrain.modeling.build import build_model, choose_rows
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.modeling.model_config import resolve_model_config
@@ -145,7 +146,7 @@ def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.dev
         totals[2] += batch.masked_tokens
     if dist.is_initialized():
         dist.all_reduce(totals)
-    total_loss, total_correct, masked = totals.tolist()
+    total_loss, total_correct, masked = read_numbers(totals)
     if masked == 0:
         return Scores(math.nan, math.nan, math.nan, 0)
     loss = total_loss / masked

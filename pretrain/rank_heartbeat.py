@@ -15,8 +15,11 @@ from experiment.run_files.goodput import STARTING, ActivityTimer, CurrentActivit
 from experiment.run_files.heartbeat import STACK_SIGNAL, Heartbeat, beat_seconds, hung_seconds, write_heartbeat
 from experiment.run_files.run_folder import RunFolder
 
-# Code in which the innermost frame of a rank that waits for others is.
-_COLLECTIVES = ("/torch/distributed/", "/pretrain/training/cpu_group.py", "/pretrain/engine/host_copy.py")
+# Code in which the innermost frame of a rank that waits for others is: on a GPU, for its device, which does.
+_COLLECTIVES = (
+    *("/torch/distributed/", "/torch/cuda/"),
+    *("/pretrain/training/cpu_group.py", "/pretrain/engine/host_copy.py"),
+)
 # Code that is on the stack while torch compiles, and not while compiled code runs.
 _COMPILERS = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/compile_fx.py")
 

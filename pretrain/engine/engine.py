@@ -23,7 +23,7 @@ from pretrain.batching.batch import Microbatch
 from pretrain.batching.counter_rng import make_key
 from pretrain.config import ModelConfig
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
-from pretrain.engine.host_copy import HostCopy
+from pretrain.engine.host_copy import HostCopy, read_numbers
 from pretrain.engine.initialization import initialize, install_loss_scaler
 from pretrain.engine.muon import Muon
 from pretrain.engine.optimizers import AdamW, ExponentialMovingAverage, PerParameterOptimizer
@@ -264,7 +264,7 @@ class Engine:
                 self._deepspeed.buffered_allreduce_fallback()
         groups = self._deepspeed.optimizer.param_groups
         gradients = [weight.grad for group in groups for weight in group["params"] if weight.grad is not None]
-        norm = math.sqrt(sum_of_squares(gradients).item())
+        norm = math.sqrt(read_numbers(sum_of_squares(gradients)))
         applied = self._is_within_limit(norm)
         if applied:
             self._update_allowed = True

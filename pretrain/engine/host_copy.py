@@ -1,4 +1,8 @@
-"""Copies of a GPU's numbers in host memory, read without waiting for the work that was queued after them."""
+"""Numbers of a device, read by the host.
+
+While the host waits in this file, `RankHeartbeat` sees that the rank waits: perhaps for another rank, whose part of a
+collective its GPU needs.
+"""
 
 import time
 from typing import Any
@@ -9,8 +13,14 @@ from torch import Tensor
 _POLL_SECONDS = 0.0001
 
 
+def read_numbers(tensor: Tensor) -> Any:
+    """Like `Tensor.tolist`."""
+    return tensor.tolist()
+
+
 class HostCopy:
-    """A copy of a tensor, which the current stream makes when it comes to it."""
+    """A copy of a tensor, which the current stream makes when it comes to it. Reading it does not wait for later
+    work."""
 
     def __init__(self, tensor: Tensor) -> None:
         """`tensor`: on a GPU."""
@@ -20,8 +30,7 @@ class HostCopy:
         self._copied.record()
 
     def wait(self) -> list[Any]:
-        """Return the numbers, as `Tensor.tolist` returns them. Polls in this file, which tells `RankHeartbeat` that the
-        rank waits."""
+        """Return the numbers, as `Tensor.tolist` returns them."""
         while not self._copied.query():  # type: ignore[no-untyped-call]
             time.sleep(_POLL_SECONDS)
         return self._host.tolist()

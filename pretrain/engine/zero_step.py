@@ -28,6 +28,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from pretrain.engine.host_copy import read_numbers
 from pretrain.engine.shared_memory import SharedMemory, open_shared_memory, sum_in_order
 
 _EPSILON = 1e-6  # added to the norm that gradients are divided by, as torch does
@@ -272,7 +273,7 @@ def _measure(optimizer: Any, gradients: list[Tensor]) -> float:
     """Unscaled norm of a gradient of which each rank holds some tensors. Stores the norm and whether gradients
     overflowed in DeepSpeed's optimizer, and updates the loss scale. Collective."""
     squares = _sum_of_squares_over_ranks(gradients)
-    norm = math.sqrt(squares.item()) / float(optimizer.loss_scale)  # the only read from the device in a step
+    norm = math.sqrt(read_numbers(squares)) / float(optimizer.loss_scale)  # the only read from the device in a step
     optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
     optimizer._update_scale(optimizer.overflow)
     return norm

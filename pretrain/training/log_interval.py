@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiment.run_files.goodput import CHECKPOINTING, DATA, TRAINING, ActivityTimer
+from pretrain.engine.host_copy import read_numbers
 from pretrain.modeling.structure import FlopsModel
 from pretrain.training.step_agreement import StepTotals
 from pretrain.training_progress import TrainingProgress
@@ -74,7 +75,7 @@ class LogInterval:
         if self._pending:
             summed = torch.stack([loss.to(self._device, torch.float64) for loss in self._pending])
             dist.all_reduce(summed)
-            self.losses += summed.tolist()
+            self.losses += read_numbers(summed)
             self._pending.clear()
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 from experiment.errors import AgreedFailureError
 from pretrain.batching.batch import RankBatch
 from pretrain.engine.engine import Engine
+from pretrain.engine.host_copy import read_numbers
 from pretrain.training.cpu_group import CpuGroup
 
 
@@ -69,7 +70,7 @@ def _hash_weights(engine: Engine) -> dict[str, int]:
     """Return hashes of the bits, by their name in messages. One wait for the device."""
     weights = dict(engine.partitions.replicated_weights())
     hashes = [hash_bits(tensor).to(engine.device) for tensor in weights.values()]
-    values = torch.stack(hashes).tolist() if hashes else []
+    values = read_numbers(torch.stack(hashes)) if hashes else []
     return {f"the weights of {name.removeprefix('model.')}": value for name, value in zip(weights, values, strict=True)}
 
 

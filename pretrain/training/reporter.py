@@ -33,6 +33,7 @@ from experiment.tracking.downstream import DownstreamLog, drop_results
 from experiment.tracking.jsonl import SLOW_RATIO, Metrics
 from experiment.tracking.tracker import CLOSE_SECONDS, TrackedRun, Trackers, open_trackers
 from pretrain.engine.engine import Engine
+from pretrain.engine.host_copy import read_numbers
 from pretrain.modeling.structure import FlopsModel
 from pretrain.resolve import ResolvedRun
 from pretrain.training.cpu_group import CpuGroup
@@ -219,7 +220,7 @@ class Reporter:
         seconds = torch.zeros(world.size, dtype=torch.float64, device=self.engine.device)
         seconds[world.rank] = forward_seconds + data_seconds if forward_seconds else 0.0
         dist.all_reduce(seconds)
-        slowest = self._slow_ranks.update(seconds.tolist()) if self.tracker is not None else None
+        slowest = self._slow_ranks.update(read_numbers(seconds)) if self.tracker is not None else None
         if slowest is None:
             return {"slowest_rank": None, "slowest_rank_ratio": None}
         return {"slowest_rank": slowest.rank, "slowest_rank_ratio": slowest.ratio}

@@ -17,6 +17,7 @@ from experiment.run_files.provenance import read_provenance
 from experiment.tracking.alerts import Alert
 from pretrain.batching.batch import RankBatch
 from pretrain.engine.engine import Engine, StepResult
+from pretrain.engine.host_copy import read_numbers
 from pretrain.evaluate import open_evaluator
 from pretrain.modeling.build import BuiltModel
 from pretrain.resolve import ResolvedRun
@@ -212,7 +213,7 @@ class Trainer:
             return TrainedStep(result, losses)
         loss = losses.sum(dtype=torch.float64)
         dist.all_reduce(loss)
-        mean_loss = loss.item() / global_masked
+        mean_loss = read_numbers(loss) / global_masked
         fault = diagnose(batch.step + 1, mean_loss, result.grad_norm, norms, scaled=engine.loss_scale is not None)
         if fault is None:
             engine.check_loss_scale()

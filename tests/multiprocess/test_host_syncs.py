@@ -117,12 +117,14 @@ def _reads(world: World, tree: Tree) -> tuple[list[str], list[list[str]]]:
 def test_at_most_one_read_per_step_and_none_in_a_microbatch(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, rule: str, ds_config: str
 ) -> None:
-    """Catches `.item()`, `float(tensor)`, `.tolist()` and boolean indexing in a step: a GPU would run dry."""
+    """Catches `.item()`, `float(tensor)`, `.tolist()` and boolean indexing in a step: a GPU would run dry. And a read
+    in which the rank does not seem to wait, so that it could be named as the one that hangs."""
     tree = run_config(tmp_path, wordpiece_corpus, ds_config)
     tree["optimizer"] = {"name": rule, "lr": 3e-3}
     for in_microbatches, in_steps in pools[2].run(reads_case, tree):
         assert in_microbatches == []
         assert all(len(reads) <= 1 for reads in in_steps), in_steps
+        assert all(read.startswith("host_copy.py:") for reads in in_steps for read in reads), in_steps
 
 
 class _Stream:

@@ -26,8 +26,10 @@ looks = itertools.count()
 rank_heartbeat.time = SimpleNamespace(monotonic=lambda: 0.025 * next(looks), sleep=time.sleep)
 heartbeat, times = RankHeartbeat(RunFolder(Path({path!r})), 3, hang_seconds=1.0), ActivityTimer(time.time())
 heartbeat.start()
-def blocked():
+def mark():
     Path({path!r}, "blocked").touch()
+def blocked():
+    mark()
     threading.Event().wait(600)
 {body}
 """
@@ -82,7 +84,8 @@ def test_a_rank_that_has_stopped_writes_its_stack_when_asked(
     wait_until(lambda: any("in blocked" in frame for frame in main_stack(folder.rank_log(3), 0)), processes[0])
 
 
-WAITS_FOR_GPUS = """
+WAITS_FOR_GPUS = [
+    """
 import torch
 from pretrain.engine.host_copy import HostCopy
 class Event:
@@ -91,16 +94,38 @@ class Event:
         return False
 torch.cuda.Event = Event
 torch.Tensor.pin_memory = lambda tensor: tensor
-HostCopy(torch.zeros(1)).wait()
-"""
+copy = HostCopy(torch.zeros(1))
+mark()
+copy.wait()
+""",
+    """
+from pretrain.engine.host_copy import read_numbers
+lock = threading.Lock()
+lock.acquire()
+mark()
+read_numbers(SimpleNamespace(tolist=lock.acquire))
+""",
+    """
+import contextlib, torch
+lock = threading.Lock()
+lock.acquire()
+torch.cuda._lazy_init, torch.cuda.device = lambda: None, contextlib.nullcontext
+torch._C._cuda_synchronize = lock.acquire
+mark()
+torch.cuda.synchronize()
+""",
+]
 
 
+@pytest.mark.parametrize("body", WAITS_FOR_GPUS, ids=["copy", "read", "synchronize"])
 def test_a_rank_that_waits_for_its_gpu_is_not_to_blame(
-    folder: RunFolder, processes: "list[subprocess.Popen[bytes]]"
+    folder: RunFolder, processes: "list[subprocess.Popen[bytes]]", body: str
 ) -> None:
     """Catches a rank that is named in place of the one that it waits for."""
-    processes.append(rank(folder, TRAINS + WAITS_FOR_GPUS))
-    wait_until(lambda: last_beat(folder).waits, processes[0])
+    processes.append(rank(folder, TRAINS + body))
+    wait_until((folder.path / "blocked").exists, processes[0])
+    imported = last_beat(folder).number + 1  # modules of torch.distributed, too
+    wait_until(lambda: last_beat(folder).number > imported and last_beat(folder).waits, processes[0])
 
 
 @pytest.mark.parametrize(
