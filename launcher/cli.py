@@ -12,7 +12,7 @@ from pathlib import Path
 import fire
 
 from experiment.csv_and_jsonl import is_unicode
-from experiment.errors import StoppedError, UserError, describe_disk_error, notify
+from experiment.errors import StoppedError, UserError, describe_disk_error, is_out_of_memory, notify
 from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, ignore_stop_signals, interrupt
 from launcher.command_line import help_text, is_help_request, parse_command_line, terminal_width
 from launcher.commands import COMMANDS
@@ -59,9 +59,10 @@ def _run(argv: Sequence[str]) -> int:
         if not _reader_has_ended():
             raise
         return 141  # as a shell reports a program that ends by SIGPIPE
-    except MemoryError:
-        return _fail("memory ran out", 1)
     except Exception as error:
+        if is_out_of_memory(error):
+            advice = "; other programs may use the GPU, see nvidia-smi" if "CUDA" in str(error) else ""
+            return _fail(f"memory ran out{advice}", 1)
         if (message := describe_disk_error(error)) is None:
             raise
         return _fail(message, 2)

@@ -196,6 +196,8 @@ def test_exceptions_become_exit_codes(
     assert capsys.readouterr().err == "deepcloze: runs/a/launch.jsonl: disk full\n"
     assert ends_with(MemoryError()) == 1
     assert capsys.readouterr().err == "deepcloze: memory ran out\n"
+    assert ends_with(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")) == 1
+    assert capsys.readouterr().err.startswith("deepcloze: memory ran out; other programs may use the GPU")
     for bug in (ZeroDivisionError(), FileNotFoundError(2, "No such file or directory", "x")):
         with pytest.raises(type(bug)):
             ends_with(bug)
