@@ -56,7 +56,7 @@ class MicrobatchSize:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._warned = False
+        self.reduced: int | None = None  # the size after memory has run out
 
     def compute(self, examples: Sequence[T], compute: Callable[[Sequence[Sequence[T]]], None]) -> None:
         """Call `compute` with the examples in microbatches, and again with smaller ones whenever memory runs out.
@@ -71,10 +71,14 @@ class MicrobatchSize:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if size < min(self.size, len(examples)):
-            if not self._warned:
-                message = "out of memory: computing %d examples at once, not %d; scores stay the same"
+            if self.reduced is None:
+                message = "out of memory: computing %d examples at once, not %d; results are equal up to dropout masks"
                 log.warning(message, size, self.size)
-            self.size, self._warned = size, True
+            self.reduce(size)
+
+    def reduce(self, size: int) -> None:
+        """Compute at most `size` examples from now on."""
+        self.size = self.reduced = min(size, self.size)
 
 
 def _fits(compute: Callable[[Sequence[Sequence[T]]], None], parts: Sequence[Sequence[T]]) -> bool:

@@ -70,6 +70,7 @@ class Updater:
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "random": self._random_state(),  # for dropout
+            "microbatch_size": self._microbatch.reduced,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -78,6 +79,8 @@ class Updater:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self._set_random_state(state["random"])
+        if (size := state.get("microbatch_size")) is not None:  # version 0.2.0 did not save it
+            self._microbatch.reduce(size)
 
     def _random_state(self) -> list[torch.Tensor]:
         on_gpu = self._device.device.type == "cuda"
@@ -91,11 +94,12 @@ class Updater:
     def _backward(self, examples: Sequence[Example]) -> Loss:
         """Add up the gradients of the summed loss, divided by the batch size to keep them within the range of fp16."""
         losses: list[Loss] = []
-        compares = self._task.kind.compares_examples
+        compares, random_state = self._task.kind.compares_examples, self._random_state()
 
         def compute(parts: Sequence[Sequence[Example]]) -> None:
             losses.clear()
             self._optimizer.zero_grad()  # of a computation that ran out of memory
+            self._set_random_state(random_state)
             if compares and len(parts) > 1:
                 losses.append(self._backward_cached(parts))
                 return

@@ -272,9 +272,33 @@ def test_running_out_of_memory_changes_no_loss(error: RuntimeError, caplog: pyte
         row["label"] for row in expected.evaluations["validation"].predictions
     ]
     training, evaluation = caplog.messages
-    assert training == "out of memory: computing 5 examples at once, not 20; scores stay the same"
+    assert training == "out of memory: computing 5 examples at once, not 20; results are equal up to dropout masks"
     assert "computing 5 examples at once" in evaluation
     assert model.failures == 2 + 3  # 20, 10; 37, 19, 10
+
+
+def test_running_out_of_memory_is_like_a_smaller_microbatch() -> None:
+    """Catches dropout that depends on what was computed before memory ran out."""
+    config = TrainingConfig(lr=0.01, epochs=2, batch_size=20)
+    found = fit(SmallMemory(6, OUT_OF_MEMORY[0]), task(), config, 7, CPU, ignore)
+    expected = fit(Bag(), task(), config.model_copy(update={"microbatch_size": 5}), 7, CPU, ignore)
+    assert losses(found) == pytest.approx(losses(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_resumed_training_keeps_the_smaller_microbatch(saved: bool) -> None:
+    """Catches a resumed run with the dropout masks of another size, and a state of version 0.2.0 that does not load."""
+    config, ready = TrainingConfig(lr=0.01, batch_size=20), task()
+    models = [SmallMemory(6, OUT_OF_MEMORY[0]) for _ in range(2)]
+    updater, resumed = (Updater(model, ready, config, CPU) for model in models)
+    examples = ready.splits["train"].examples[:20]
+    updater.step(examples)
+    state = updater.state()
+    if not saved:
+        del state["microbatch_size"]
+    resumed.load_state(state)
+    resumed.step(examples)
+    assert [model.failures for model in models] == [2, 0 if saved else 2]
 
 
 def test_too_little_memory_for_one_example_is_a_user_error() -> None:
