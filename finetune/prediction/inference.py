@@ -228,7 +228,7 @@ def computes(
             if options is not None:
                 kind.loss(outputs, batch, options).sum.backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):  # the device has failed, not the model
             raise
         return False
     return True

@@ -92,6 +92,18 @@ def test_models_that_ignore_padding_keep_dynamic_padding() -> None:
     assert adapt_to_model(Model(uses_mask=True), made, BF16, max_length=16) == (made, BF16, [])
 
 
+def test_a_device_that_fails_is_not_taken_for_a_missing_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run in fp32 after an error of the GPU, whose next computation fails with another message."""
+
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")
+
+    made = make_task()
+    monkeypatch.setattr(Kind, "loss", fail)
+    with pytest.raises(torch.AcceleratorError, match="no kernel image"):
+        adapt_to_model(Model(uses_mask=True), made, BF16, max_length=16)
+
+
 def test_a_model_without_autocast_is_trained_in_fp32() -> None:
     """Catches the traceback of DeBERTa (v1) in bf16: it fills a mask with the minimum of another type."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
