@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiment.errors import warn_once
+from experiment.errors import UserError, warn_once
 from experiment.process.own_process import given_environment, hide_gpus, use_cpu
 from experiment.process.shared_cores import share_cores
 
@@ -60,15 +60,38 @@ def return_freed_memory() -> None:
 
 def available_device() -> "torch.device":
     """Return CUDA if torch can use a GPU, else the CPU, with a warning if there is one; with DS_ACCELERATOR=cpu the
-    CPU."""
+    CPU. Raises UserError as `check_gpu`."""
     import torch
 
     hide_gpus()
     if torch.cuda.is_available():
+        check_gpu()
         return torch.device("cuda")
     if problem := unusable_gpus(given_environment()):
         warn_once(f"computing on the CPU: {problem}")
     return torch.device("cpu")
+
+
+def check_gpu() -> None:
+    """Raise UserError if this build of torch is one for AMD's GPUs or has no code for the current GPU.
+
+    Code for a device, sm, also runs on those of the same major and a higher minor number; PTX, compute, on all later
+    ones (CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility").
+    """
+    import torch
+
+    if torch.version.hip is not None:
+        raise UserError("AMD GPUs are not supported: set DS_ACCELERATOR=cpu to compute on the CPU")
+    device = torch.cuda.get_device_capability()
+    found = [match for name in torch.cuda.get_arch_list() if (match := re.match(r"(sm|compute)_(\d+)(\d)", name))]
+    built = [(kind, (int(major), int(minor))) for kind, major, minor in (match.groups() for match in found)]
+    if not built or any(code <= device and (kind == "compute" or code[0] == device[0]) for kind, code in built):
+        return
+    index = "cu126" if device < (7, 5) else "cu130"
+    raise UserError(
+        f"torch {torch.__version__} has no code for this GPU, {torch.cuda.get_device_name()} of compute capability "
+        f"{device[0]}.{device[1]}; install torch from another index, such as https://download.pytorch.org/whl/{index}"
+    )
 
 
 def peak_memory() -> int:
@@ -160,6 +183,4 @@ _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bA10\b", {"fp16": 125.0, "bf16": 125.0, "fp32": 31.2}),
     # NVIDIA Ada GPU architecture, white paper, appendix A
     (r"\bRTX ?4090\b(?! D| Laptop)", {"fp16": 165.2, "bf16": 165.2, "fp32": 82.6}),
-    # AMD Instinct MI300X accelerator, data sheet
-    (r"\bMI300X\b", {"fp16": 1307.4, "bf16": 1307.4, "fp32": 163.4}),
 )

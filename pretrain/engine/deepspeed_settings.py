@@ -7,7 +7,6 @@ are rejected.
 import json
 import logging
 import os
-import re
 import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from xxhash import xxh64_hexdigest
 from experiment.config import did_you_mean, flatten
 from experiment.errors import UserError, reason
 from experiment.files import read_json
-from experiment.process.hardware import has_native_bf16
+from experiment.process.hardware import check_gpu, has_native_bf16
 from pretrain.ds_configs import find_ds_config
 
 log = logging.getLogger(__name__)
@@ -184,11 +183,11 @@ def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
 
 def check_device_support(settings: DeepSpeedSettings) -> None:
     """Raise UserError where this machine lacks the precision, or a requirement of NVMe offload, naming the file to
-    use, and where this build of torch has no code for its GPU."""
+    use, and where torch cannot use its GPU."""
     accelerator = get_accelerator()
     on_gpu = accelerator.device_name() == "cuda"
     if on_gpu:
-        _check_torch_build()
+        check_gpu()
     supported: dict[Precision, bool] = {
         "bf16": has_native_bf16("cuda") if on_gpu else accelerator.is_bf16_supported(),  # DeepSpeed counts emulation
         "fp16": accelerator.is_fp16_supported(),
@@ -206,24 +205,6 @@ def unsupported_precision(settings: DeepSpeedSettings, device: str, instead: Pre
     return UserError(
         f"engine.ds_config: {device} cannot train in {settings.precision}; "
         f"use --engine.ds_config={settings.preset(instead, settings.offload)}"
-    )
-
-
-def _check_torch_build() -> None:
-    """Raise UserError if this build of torch has no code for the current GPU.
-
-    Code for a device, sm, also runs on those of the same major and a higher minor number; PTX, compute, on all later
-    ones (CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility").
-    """
-    device = torch.cuda.get_device_capability()
-    found = [match for name in torch.cuda.get_arch_list() if (match := re.match(r"(sm|compute)_(\d+)(\d)", name))]
-    built = [(kind, (int(major), int(minor))) for kind, major, minor in (match.groups() for match in found)]
-    if not built or any(code <= device and (kind == "compute" or code[0] == device[0]) for kind, code in built):
-        return  # for AMD's devices the names are others
-    index = "cu126" if device < (7, 5) else "cu130"
-    raise UserError(
-        f"torch {torch.__version__} has no code for this GPU, {torch.cuda.get_device_name()} of compute capability "
-        f"{device[0]}.{device[1]}; install torch from another index, such as https://download.pytorch.org/whl/{index}"
     )
 
 

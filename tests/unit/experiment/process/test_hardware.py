@@ -1,10 +1,11 @@
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiment.errors import warn_once
+from experiment.errors import UserError, warn_once
 from experiment.process import hardware, own_process
 from experiment.process.hardware import available_device, known_devices, peak_flops, peak_memory, unusable_gpus
 
@@ -60,6 +61,32 @@ def test_the_cpu_beside_a_gpu_is_taken_with_a_warning(
 
 
 @pytest.mark.parametrize(
+    ("hip", "built", "expected"),
+    [
+        (None, "sm_80", ""),
+        (None, "sm_90", "torch .* has no code for this GPU, an A100 of compute capability 8.0; "),
+        ("7.2", "gfx942", "AMD GPUs are not supported: set DS_ACCELERATOR=cpu"),
+    ],
+)
+def test_a_gpu_that_torch_has_no_code_for_is_not_available(
+    hip: str | None, built: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback of the first kernel in fine-tuning, and an AMD GPU that is taken for one of NVIDIA's with the
+    same capability."""
+    monkeypatch.setattr(hardware, "hide_gpus", lambda: None)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    for name, value in {
+        "is_available": True,
+        "get_device_capability": (8, 0),
+        "get_device_name": "an A100",
+        "get_arch_list": [built],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    with pytest.raises(UserError, match=expected) if expected else nullcontext():
+        assert available_device().type == "cuda"
+
+
+@pytest.mark.parametrize(
     ("name", "precision", "teraflops"),
     [
         ("NVIDIA H100 80GB HBM3", "bf16", 989.5),
@@ -74,7 +101,6 @@ def test_the_cpu_beside_a_gpu_is_taken_with_a_warning(
         ("NVIDIA L40S", "bf16", 362.05),
         ("NVIDIA A10", "fp16", 125.0),
         ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
-        ("AMD Instinct MI300X", "bf16", 1307.4),
         ("h100", "bf16", 989.5),
         ("rtx4090", "bf16", 165.2),
     ],
