@@ -56,6 +56,8 @@ def host_environment(environ: Mapping[str, str], cores: int, ranks: int, device:
     wanted = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     if device == "cpu":
         wanted["GLIBC_TUNABLES"] = GLIBC_TUNABLES
+    else:
+        wanted["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # of nvidia-smi, which preflight and plans ask
     return _missing(environ, wanted)
 
 

@@ -35,7 +35,7 @@ def test_a_cpu_run_sets_the_allocator_and_the_device():
     """Catches a missing setting on CPUs, or one that slows down the hosts of GPU runs."""
     cpu, gpu = (host_environment({}, 2, 2, device) for device in ("cpu", "cuda"))
     assert cpu["GLIBC_TUNABLES"].startswith("glibc.malloc.mmap_threshold=4294967296:")
-    assert gpu.keys() == {"OMP_NUM_THREADS"}
+    assert gpu == {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert launch_environment({}, "cpu")["DS_ACCELERATOR"] == "cpu"
 
 
