@@ -5,6 +5,7 @@ output to RUN/logs/seed-N.log and its events to RUN/logs/seed-N.jsonl, from wher
 when the seed is finished. It ends when this process does, and saves its state.
 """
 
+import gc
 import math
 import os
 import signal
@@ -52,6 +53,8 @@ def train_seeds_in_parallel(run: ResolvedRun, logs: Mapping[int, Log]) -> dict[i
 
     logs: of all seeds, in the order of their events.
     """
+    gc.collect()
+    torch.cuda.empty_cache()  # of the model that `resolve` has tried: the seeds need the memory
     waiting = [seed for seed in logs if not is_finished(seed, run)]
     unlogged, running = list(logs), dict[int, _SeedProcess]()  # by slot, one for each seed that runs at a time
     slots = min(run.training.parallel_seeds, len(waiting))

@@ -16,7 +16,7 @@ from experiment.files import write_json
 from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
-from finetune.parallel_seeds import _share, log_events_of_process
+from finetune.parallel_seeds import _share, log_events_of_process, train_seeds_in_parallel
 from finetune.run import finetune
 from launcher.cli import main
 from launches import patched
@@ -150,6 +150,16 @@ def test_events_are_logged_once(tmp_path: Path) -> None:
         log_events_of_process(1, SimpleNamespace(folder=folder, steps=2), log)  # type: ignore[arg-type]
     assert logged == [1, 2]
     assert not list(folder.logs.iterdir())
+
+
+def test_the_memory_of_the_inspected_model_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a command that keeps gigabytes of a GPU while the processes of seeds train on it."""
+    freed: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    run = SimpleNamespace(folder=open_run_folder(tmp_path), training=SimpleNamespace(parallel_seeds=2), steps=0)
+    run.settings = {}
+    assert train_seeds_in_parallel(run, {}) == {}  # type: ignore[arg-type]
+    assert freed == [True]
 
 
 def test_each_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
