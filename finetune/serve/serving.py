@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -33,6 +34,14 @@ _BATCH_COST = {"cpu": 64, "cuda": 4096}  # tokens that take as long to compute a
 ResultT = TypeVar("ResultT")
 
 
+def _computes(device: torch.device) -> bool:
+    """Return whether a device computes. After some errors of a GPU, all that its process computes there fails."""
+    try:
+        return torch.ones(1, device=device).tolist() == [1]
+    except RuntimeError as error:
+        return is_out_of_memory(error)
+
+
 class Services:
     """A model that answers requests of many clients. Belongs to the running event loop."""
 
@@ -51,15 +60,18 @@ class Services:
         self._unused = asyncio.Event()
         self._padded = served.loaded.padding.length
         self._warned = False
+        device = served.loaded.device.device
         self.device_failed = False  # nothing can be computed in this process any more
 
         def batcher(compute: Callable[[list[Example]], Sequence[ResultT]]) -> Batcher[Example, ResultT]:
             async def in_thread(items: list[Example]) -> Sequence[ResultT]:
+                run = partial(asyncio.get_running_loop().run_in_executor, thread)
                 try:
-                    return await asyncio.get_running_loop().run_in_executor(thread, compute, items)
+                    return await run(compute, items)
                 except Exception as error:
                     if not is_out_of_memory(error):
-                        self.device_failed |= isinstance(error, torch.AcceleratorError)
+                        if isinstance(error, torch.AcceleratorError) and not await run(_computes, device):
+                            self.device_failed = True
                         raise
                     if len(items) == 1:
                         log.exception("out of memory")

@@ -513,17 +513,23 @@ def test_outputs_that_are_not_finite(
         caplog.clear()
 
 
-def test_a_device_that_fails_is_not_healthy(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a server that nothing restarts, though it answers all requests with 500 after an error of its GPU."""
+@pytest.mark.parametrize(("computes", "status"), [(False, 503), (True, 200)])
+def test_a_device_that_fails_is_not_healthy(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, computes: bool, status: int
+) -> None:
+    """Catches a server that nothing restarts, though it answers all requests with 500 after an error of its GPU. And
+    one that is restarted although only one request has failed."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     assert client.get("/healthz").status_code == 200
     monkeypatch.setattr(Inference, "compute_batch", fail)
+    if not computes:
+        monkeypatch.setattr(torch, "ones", fail)
     assert client.post("/v1/predict", json={"texts": ["a"]}).status_code == 500
     for method in ("GET", "HEAD"):
-        assert client.request(method, "/healthz").status_code == 503
+        assert client.request(method, "/healthz").status_code == status
 
 
 def test_a_bug_is_a_500_without_texts_in_the_log(
