@@ -218,7 +218,7 @@ class Reporter:
             return {}
         forward_seconds = timer.take()
         seconds = torch.zeros(world.size, dtype=torch.float64, device=self.engine.device)
-        seconds[world.rank] = forward_seconds + data_seconds if forward_seconds else 0.0
+        seconds[world.rank].fill_(forward_seconds + data_seconds if forward_seconds else 0.0)  # `=` waits for a GPU
         dist.all_reduce(seconds)
         slowest = self._slow_ranks.update(read_numbers(seconds)) if self.tracker is not None else None
         if slowest is None:

@@ -202,8 +202,9 @@ def test_a_whole_run(
     tmp_path: Path,
     ds_config: str,
 ) -> None:
-    """Catches checkpoints that are read before they are copied, weights that are used before they are loaded, and
-    evaluation and comparison of ranks that fail on a GPU."""
+    """Catches checkpoints that are read before they are copied, weights that are used before they are loaded,
+    evaluation and comparison of ranks that fail on a GPU, and a rank that waits for another one there without showing
+    it."""
     evaluation = {
         "corpus__eval": {"held": str(heldout_corpus)},
         "evaluation__every_steps": 1,
@@ -216,6 +217,9 @@ def test_a_whole_run(
         findings = ranks[2].run(gpu_case, tree, stop_after)
         assert [found.outcome for found in findings] == ["stopped" if stop_after else "done"] * 2
         assert [(found.mixed, found.races) for found in findings] == [([], [])] * 2
+        waits = " ".join(wait for found in findings for wait in found.waits_elsewhere)
+        assert "host_copy.py" in waits
+        assert not re.search(r"\((log_interval|reporter|evaluate|replicas|trainer)\.py", waits), "it seems to work"
     assert_same_losses(tmp_path, expected, "bf16")
     scores = [[event["eval/held/loss"] for event in evaluation_events(folder)] for folder in (expected, tmp_path)]
     assert scores[1] == pytest.approx(scores[0], rel=1e-2)
