@@ -1,7 +1,7 @@
 """Recipes and new configs, to edit. Editors complete and check their keys by the JSON Schema beside them."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -16,11 +16,13 @@ from launcher.command_line import table
 from launcher.configs import CONFIGS
 from launcher.options import RecipesOptions
 
-_USUALLY_SET = (
-    *("model.config", "schedule.steps", "task.train", "task.columns", "task.columns.text", "task.columns.label"),
-    *("rows.NAME.init_from", "steps"),
-)
-"""Keys that are no required fields, but without which few configs are complete."""
+_USUALLY_SET: dict[str, tuple[str, ...]] = {
+    "pretrain": ("model.config", "schedule.steps"),
+    "finetune": ("task.train", "task.columns", "task.columns.text", "task.columns.label"),
+    "compare": ("rows.NAME.init_from",),
+    "clean": ("steps",),
+}
+"""Kind of config -> keys that are no required fields, but without which few configs are complete."""
 
 
 def recipes_command(options: RecipesOptions) -> None:
@@ -45,7 +47,7 @@ def recipes_command(options: RecipesOptions) -> None:
 
 def write_new_config(file: Path, kind: str) -> None:
     """Write a config with the keys that most users set, without values. Raises UserError for a file that exists."""
-    keys = _keys_to_set(CONFIGS[kind].specialize({"task": {}}))
+    keys = _keys_to_set(CONFIGS[kind].specialize({"task": {}}), _USUALLY_SET[kind])
     _write_config(file, "".join(f"{line}\n" for line in keys), kind)
 
 
@@ -60,17 +62,17 @@ def _write_config(file: Path, text: str, kind: str) -> None:
     print(f"{file}: edit it, then run: deepcloze {kind} {flag}{shlex.quote(str(file))}")
 
 
-def _keys_to_set(section: type[BaseModel], *above: str) -> Iterator[str]:
+def _keys_to_set(section: type[BaseModel], usual: Collection[str], *above: str) -> Iterator[str]:
     """Yield a line for each required or usual key, with its meaning as a comment. above: the keys of the section."""
     for name, field in section.model_fields.items():
-        if field.is_required() or ".".join((*above, name)) in _USUALLY_SET:
+        if field.is_required() or ".".join((*above, name)) in usual:
             meaning = find_meaning(section, name).partition(". ")[0].removesuffix(".")
             yield f"{'  ' * len(above)}{name}:  # {meaning}"
             if is_section(field.annotation):
-                yield from _keys_to_set(field.annotation, *above, name)
+                yield from _keys_to_set(field.annotation, usual, *above, name)
             elif is_section(value := annotation_below(field.annotation, "NAME")):
                 yield f"{'  ' * len(above)}  NAME:"
-                yield from _keys_to_set(value, *above, name, "NAME")
+                yield from _keys_to_set(value, usual, *above, name, "NAME")
 
 
 def _recipe_table() -> str:

@@ -541,7 +541,7 @@ def test_trials_are_refused_with_nvme_offload(config: str) -> None:
         launch_pretraining(PretrainOptions(config=config, autotune=True, overrides=overrides))
 
 
-@pytest.mark.parametrize("name", ["it's", "$HOME", "100%n", "a;b"])
+@pytest.mark.parametrize("name", ["it's", "my$HOME", "100%n", "a;b"])
 def test_paths_that_other_hosts_would_interpret_are_refused(config: str, name: str) -> None:
     """Catches ranks that look for their config at another path, and commands in the name of a folder."""
     Path("hosts").write_text("192.0.2.1 slots=1\n192.0.2.2 slots=1\n")
