@@ -248,12 +248,12 @@ def read_items(path: Path | str, key: str) -> list[tuple[int, str]]:
 
 
 def text_lines(
-    lines: Iterable[bytes], origin: str, first: int = 1, on_invalid: Callable[[int, str, UserError], None] | None = None
+    lines: Iterable[bytes], origin: str, first: int = 1, on_invalid: Callable[[int, UserError], None] | None = None
 ) -> Iterator[str]:
     """Decode the lines of a UTF-8 file. They keep their line ends, but not a byte order mark.
 
-    first: number of the first line. on_invalid: called for a line with bytes that are not UTF-8, with its number, its
-    text with U+FFFD for them, and the error to raise; if it returns, the text is used.
+    first: number of the first line. on_invalid: called for a line with bytes that are not UTF-8, with its number and
+    the error to raise; if it returns, they become U+FFFD.
     """
     for number, raw in enumerate(lines, first):
         try:
@@ -272,8 +272,8 @@ def text_lines(
             refusal = UserError(f"{problem}; convert the file first, {advice}")
             if on_invalid is None:
                 raise refusal from None
+            on_invalid(number, refusal)
             line = raw.decode("utf-8", "replace")
-            on_invalid(number, line, refusal)
         yield line.removeprefix("\ufeff") if number == 1 else line
 
 

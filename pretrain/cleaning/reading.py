@@ -53,6 +53,9 @@ def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Docu
                     raise UserError(f"{raw.place}: expected Unicode text in 'metadata', found half of a surrogate pair")
                 yield Document(raw.place, raw.origin, text, metadata, raw.markup)
     check_read(sources, config, stats.start_matches, stats.archives)
+    if 2 * stats.invalid > stats.lines:
+        advice = "convert the files first, for instance with iconv -f ENCODING -t UTF-8"
+        raise UserError(f"source: most lines are not UTF-8 text, such as in {min(invalid)}; {advice}")
     if replaced := invalid + halves:
         warn_once(
             f"{min(replaced)}{f' and {len(replaced) - 1:,} more' if len(replaced) > 1 else ''}: U+FFFD replaces bytes "

@@ -45,8 +45,7 @@ _SUFFIXES = {
     "parquet": "parquet",
 }
 _MAX_DOCUMENT = 1 << 30  # characters; a text without the expected blank lines may be larger than memory
-_FEW_INVALID, _SHARE_INVALID = 10, 0.05  # lines that are not UTF-8; a file with more has another encoding
-_FEW_REPLACED, _SHARE_REPLACED = 4, 0.1  # characters; a line with more U+FFFD is no damage: one byte gives up to 4
+_FEW_INVALID, _SHARE_INVALID = 10, 0.05  # lines that are not UTF-8; text with more has another encoding
 _MATCH_SECONDS = 10.0  # for a line; a pattern that tries all ways to split a line may take years
 _CONVERSIONS = {
     "convert it to text, for instance with pandoc": "docx epub odt rtf",
@@ -138,6 +137,8 @@ class ReadStats:
     start_matches: int = 0  # lines that matched `document_start`
     archives: dict[str, Members] = field(default_factory=dict)  # by name::selection
     invalid_lines: Counter[str] | None = None  # lines that are not UTF-8, by file; None: they are rejected
+    invalid: int = 0  # lines that are not UTF-8, of all files
+    lines: int = 0  # of all files but those of Parquet
     file_position: Callable[[], int] = lambda: 0  # bytes read of the current file
 
     @property
@@ -178,10 +179,10 @@ def parse_documents(
         elif file_format in ("csv", "tsv"):
             separator = options.sep or ("," if file_format == "csv" else "\t")
             csv_format = CsvFormat(separator, options.quoting, options.header != "none", options.are_flags, section="")
-            lines = Lines(decompress(stream, compression), lambda: None, origin, WHOLE, stats.invalid_lines)
+            lines = Lines(decompress(stream, compression), lambda: None, origin, WHOLE, stats)
             yield from _parse_csv(lines, csv_format, options, part)
         else:
-            lines = Lines(*_open_range(stream, compression, part), origin, part, stats.invalid_lines)
+            lines = Lines(*_open_range(stream, compression, part), origin, part, stats)
             if file_format == "jsonl":
                 yield from _parse_json_lines(lines, options)
             else:
@@ -232,37 +233,31 @@ class Lines:
     """The lines of a range, decoded, and those after it for as long as they are read."""
 
     def __init__(
-        self,
-        content: IO[bytes],
-        end: Callable[[], int | None],
-        origin: str,
-        part: Range,
-        invalid_lines: Counter[str] | None,
+        self, content: IO[bytes], end: Callable[[], int | None], origin: str, part: Range, stats: ReadStats
     ) -> None:
         """`content`: at the start of the range; `end`: returns the position in it where the range ends, None if it has
-        not been reached or is the end of the file; `invalid_lines`: counts those that are not UTF-8, or None to reject
-        them."""
+        not been reached or is the end of the file."""
         self.origin = origin
         self.first = 1 if part.start == 0 else 2 + (part.line_breaks or 0)
         self.position = 0  # in the content, after the line that was read last
         self.ended = False  # whether that line belongs to a later range
         self._content, self._end, self._in_line = content, end, part.start > 0
-        self._invalid_lines = invalid_lines
-        self._foreign_lines = 0  # in another encoding
+        self._stats = stats
 
     def __iter__(self) -> Iterator[str]:
         return text_lines(self._read(), self.origin, self.first, self._take_invalid)
 
-    def _take_invalid(self, line: int, text: str, error: UserError) -> None:
-        """Count a line that is not UTF-8. Raises UserError if it is rejected, or if there are so many that the file has
-        another encoding."""
-        if self._invalid_lines is None:
+    def _take_invalid(self, line: int, error: UserError) -> None:
+        """Count a line that is not UTF-8. Raises UserError if it is rejected, or if there are so many in this file, or
+        in all files, that they have another encoding."""
+        stats = self._stats
+        if stats.invalid_lines is None:
             raise UserError(f"{error}; `deepcloze clean` replaces single bytes") from None
-        self._invalid_lines[self.origin] += 1
-        self._foreign_lines += text.count("\ufffd") > max(_FEW_REPLACED, len(text) * _SHARE_REPLACED)
-        many = line * _SHARE_INVALID
-        if self._foreign_lines > many or self._invalid_lines[self.origin] > max(_FEW_INVALID, many):
-            raise error from None
+        stats.invalid_lines[self.origin] += 1
+        stats.invalid += 1
+        for invalid, lines in ((stats.invalid_lines[self.origin], line), (stats.invalid, stats.lines)):
+            if invalid > max(_FEW_INVALID, lines * _SHARE_INVALID):
+                raise error from None
 
     def in_range(self) -> Iterator[str]:
         """Yield the lines of the range only."""
@@ -277,6 +272,7 @@ class Lines:
         for line in raw_lines(self._content, self.origin, self.first):
             self.ended = self._is_over()
             self.position += len(line)
+            self._stats.lines += 1
             yield line
 
     def _is_over(self) -> bool:

@@ -451,24 +451,27 @@ def test_single_bytes_that_are_not_utf8_are_replaced(tmp_path: Path, caplog: pyt
 
 def test_a_file_in_another_encoding_is_rejected(tmp_path: Path) -> None:
     """Catches Chinese that becomes U+FFFD, where the user should name the encoding."""
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n" * 50)
+    (tmp_path / "a.txt").write_text("龙虾生活在海里\n" * 50, encoding="gb18030")
     with pytest.raises(UserError, match=r"a\.txt:11: not UTF-8 text .*iconv.*GB18030 or BIG5$"):
         read(tmp_path)
     (tmp_path / "a.txt").write_bytes((b"text\n" * 30 + b"caf\xe9\n") * 50)
     assert len(read(tmp_path)) == 31 * 50
 
 
-def test_a_short_file_in_another_encoding_is_rejected(tmp_path: Path) -> None:
-    """Catches a folder of short Chinese files that all become U+FFFD, and a file that is rejected because of a damaged
-    byte, or of a single line in another encoding."""
-    for encoding in ("gb18030", "big5"):
-        (tmp_path / "a.txt").write_text("# news\n龍蝦生活在海裡\n", encoding=encoding)
-        with pytest.raises(UserError, match=r"a\.txt:2: not UTF-8 text .*iconv.*GB18030 or BIG5$"):
-            read(tmp_path)
-    (tmp_path / "a.txt").write_bytes("🦞\n".encode().replace(b"\xf0", b"\xff") + b"text\n")
-    assert list(read(tmp_path).values()) == ["\ufffd" * 4, "text"]
-    (tmp_path / "a.txt").write_bytes(b"text\n" * 30 + "龙虾生活在海里\n".encode("gb18030"))
-    assert len(read(tmp_path)) == 31
+def test_short_files_in_another_encoding_are_rejected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a folder of short Chinese files that all become U+FFFD, and a source that is rejected because of a single
+    one."""
+    for name in "abcdef":
+        (tmp_path / f"{name}.txt").write_text(
+            "# news\n龍蝦生活在海裡\n大蝦生活在海裡\n牠們也生活在河裡\n", encoding="big5"
+        )
+    with pytest.raises(UserError, match=r"d\.txt:3: not UTF-8 text .*iconv.*GB18030 or BIG5$"):
+        read(tmp_path)
+    with pytest.raises(UserError, match=r"source: most lines are not UTF-8 text, such as in .*/a\.txt; .* iconv"):
+        read(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("text\n" * 400)
+    assert len(read(tmp_path)) == 400 + 5 * 4
+    assert "in 15 lines" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.zip"])
