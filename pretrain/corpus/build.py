@@ -213,7 +213,7 @@ def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finis
             (split.spans[0].source, record.pieces[part]) for split, record in zip(plan.splits, records, strict=True)
         ),
         unknown_texts=dict(unknown.most_common(_NAMED)) if part == MAIN else {},
-        chinese_characters=sum(piece.chinese for record in records for piece in record.pieces[part]),
+        unspaced_characters=sum(piece.unspaced for record in records for piece in record.pieces[part]),
     )
 
 

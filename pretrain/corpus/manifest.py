@@ -19,7 +19,7 @@ TOKENIZER = "tokenizer"
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
 _MAX_TOKENS_PER_WORD = 5.0  # higher values are rare in text that is written with spaces
-_FEW_CHINESE = 0.05  # characters per token
+_FEW_UNSPACED = 0.05  # characters per token
 _NO_OTHER_KEYS = ConfigDict(extra="forbid")
 
 
@@ -78,7 +78,7 @@ class Manifest:
     decontaminated: dict[str, str] | None = None  # task -> digest of its texts; None: not known, see docs/cleaning.md
     sources: tuple[SourceShare, ...] = ()  # in order; empty: not known, or only one
     unknown_texts: dict[str, int] = field(default_factory=dict)  # the most frequent unknown ones of a sample
-    chinese_characters: int = 0  # of all documents; 0: none, or not known
+    unspaced_characters: int = 0  # without words, see `EncodedBatch`; 0: none, or not known
 
     @property
     def documents(self) -> int:
@@ -112,8 +112,8 @@ class Manifest:
     def lacks_words(self) -> bool:
         """Whether text, or a part of it, seems to be written without spaces, and no segmenter has found its words."""
         has_few_spaces = self.tokens_per_word > _MAX_TOKENS_PER_WORD
-        has_chinese = self.chinese_characters > _FEW_CHINESE * self.tokens
-        return self.recipe.segmenter is None and (has_few_spaces or has_chinese)
+        has_unspaced = self.unspaced_characters > _FEW_UNSPACED * self.tokens
+        return self.recipe.segmenter is None and (has_few_spaces or has_unspaced)
 
     @property
     def fingerprint(self) -> str:
@@ -153,7 +153,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         **({} if manifest.decontaminated is None else {"decontaminated": manifest.decontaminated}),
         **({"sources": [asdict(source) for source in manifest.sources]} if manifest.sources else {}),
         **({"unknown_texts": manifest.unknown_texts} if manifest.unknown_texts else {}),
-        **({"chinese_characters": manifest.chinese_characters} if manifest.chinese_characters else {}),
+        **({"unspaced_characters": manifest.unspaced_characters} if manifest.unspaced_characters else {}),
         "shards": [asdict(shard) for shard in manifest.shards],
     }
     write_json(folder / MANIFEST, content, indent=1)

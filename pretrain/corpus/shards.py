@@ -34,7 +34,7 @@ class Piece:
     words: int
     text_bytes: int
     checksum: str  # XXH3-128 of the file
-    chinese: int = 0  # characters
+    unspaced: int = 0  # characters, see `EncodedBatch`
 
 
 class PieceWriter:
@@ -88,7 +88,7 @@ class PieceWriter:
             tokens=int(kept.sum()),
             unknown_tokens=int(batch.unknown[documents].sum()),
             words=int(batch.words[documents].sum()),
-            chinese=int(batch.chinese[documents].sum()),
+            unspaced=int(batch.unspaced[documents].sum()),
         )
 
     def _close(self) -> None:

@@ -6,6 +6,7 @@ needed.
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from experiment.models.tokenizer import special_token_ids, vocabulary_size
+from experiment.unspaced_scripts import HAN
 from pretrain.corpus.word_cache import WordCache, encodes_words_independently
 from pretrain.corpus.words import (
     BoolArray,
     Segmenter,
     SegmenterSpec,
     WordBoundaries,
-    is_chinese,
     load_segmenter,
     segmented_word_starts,
     word_boundaries,
@@ -37,6 +38,8 @@ TokenIds = npt.NDArray[np.unsignedinteger]
 Counts = npt.NDArray[np.int64]
 
 _SAMPLED_CHARACTERS, _LONGEST_UNKNOWN = 10_000, 40  # of a batch, to count unknown texts, and of such a text
+# More than a word in a script without spaces. `re` with ranges takes half of the time of `regex` with UNSPACED.
+_UNSPACED_WORDS = re.compile(rf"[{HAN}\u3041-\u30ff\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff]{{7,}}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class EncodedBatch:
     lengths: Counts  # [D] tokens
     unknown: Counts  # [D] unknown tokens
     words: Counts  # [D] words of the segmenter; without one, those separated by whitespace
-    chinese: Counts  # [D] Chinese characters
+    unspaced: Counts  # [D] characters of scripts without spaces, in text that is not divided into words
     special: int | None  # index of the first document with a special token, which a corpus must not have
     word_starts: BoolArray | None  # [tokens of all documents] tokens that begin a word; None: no segmenter
 
@@ -108,7 +111,7 @@ class DocumentEncoder:
         flat, lengths, word_starts = self._tokenize(texts)
         ends = np.cumsum(lengths)
         words = np.array([len(text.split()) for text in texts], dtype=np.int64)
-        chinese = [0 if text.isascii() else np.count_nonzero(is_chinese(text)) for text in texts]
+        unspaced = [0 if text.isascii() else sum(map(len, _UNSPACED_WORDS.findall(text))) for text in texts]
         special = np.flatnonzero(np.isin(flat, self._spec.special_ids))
         return EncodedBatch(
             ids=flat,
@@ -117,7 +120,7 @@ class DocumentEncoder:
             if self._spec.unknown_id is not None
             else np.zeros_like(lengths),
             words=words if word_starts is None else _count_per_document(word_starts, ends),
-            chinese=np.array(chinese, dtype=np.int64),
+            unspaced=np.array(unspaced, dtype=np.int64),
             special=int(np.searchsorted(ends, special[0], side="right")) if len(special) else None,
             word_starts=word_starts,
         )

@@ -133,7 +133,7 @@ def segmented_word_starts(
         ids: token ids, [T].
         offsets: index in `text` of each token's first character, and of the one after its last, [T, 2].
     """
-    chinese = is_chinese(text)
+    chinese = _is_chinese(text)
     segment_starts = np.zeros(len(chinese), dtype=np.bool_)
     segment_starts[np.cumsum([0, *map(len, segmenter(text))])[:-1]] = True
     first = np.minimum(offsets[:, 0], len(chinese) - 1)
@@ -146,7 +146,7 @@ def segmented_word_starts(
     return boundaries.attach_spaces(starts, ids)
 
 
-def is_chinese(text: str) -> BoolArray:
+def _is_chinese(text: str) -> BoolArray:
     """Mark the characters of a text that are CJK ideographs; Japanese and Korean syllables are not included."""
     characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     found = np.zeros(len(characters), dtype=np.bool_)

@@ -64,11 +64,11 @@ def test_a_special_token_that_merges_give_is_detected() -> None:
 def test_counts_per_document(vocabulary_folder: Path) -> None:
     """Catches counts assigned to the wrong document when one has no token."""
     tokenizer = load_tokenizer(vocabulary_folder)
-    encoded = DocumentEncoder(tokenizer_spec(tokenizer)).encode(["\x00", "the ŧ 中", "\x01", "a river", ""])
-    assert encoded.lengths.tolist() == [0, 3, 0, 2, 0]
-    assert encoded.unknown.tolist() == [0, 2, 0, 0, 0]
+    encoded = DocumentEncoder(tokenizer_spec(tokenizer)).encode(["\x00", "the ŧ 我们去北京大学", "\x01", "a river", ""])
+    assert encoded.lengths.tolist() == [0, 9, 0, 2, 0]
+    assert encoded.unknown.tolist() == [0, 8, 0, 0, 0]
     assert encoded.words.tolist() == [1, 3, 1, 2, 0]
-    assert encoded.chinese.tolist() == [0, 1, 0, 0, 0]
+    assert encoded.unspaced.tolist() == [0, 7, 0, 0, 0]
 
 
 def test_unknown_texts_are_those_of_a_sample(vocabulary_folder: Path) -> None:

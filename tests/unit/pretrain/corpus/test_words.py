@@ -280,15 +280,19 @@ def test_chinese_text_without_words(
     tmp_path: Path, chinese: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches whole-word masking with words that are unknown, which neither the build nor the run says, also if only a
-    part of the text has no spaces."""
+    part of the text has no spaces; and such a warning for text with spaces between its words."""
     (tmp_path / "a.txt").write_text("天气很好，我们去北京大学。\n", encoding="utf-8")
-    (tmp_path / "b.txt").write_text("the knowns of film " * 2 + "天气\n", encoding="utf-8")
-    (tmp_path / "c.txt").write_text("the knowns of film " * 10 + "天气\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("the knowns of film " * 2 + "我们去北京大学\n", encoding="utf-8")
+    (tmp_path / "c.txt").write_text("the knowns of film " * 50 + "我们去北京大学\n", encoding="utf-8")
+    (tmp_path / "d.txt").write_text("天气 很 好 ， 我们 去 北京大学 。\n", encoding="utf-8")
+    (tmp_path / "e.txt").write_text("the knowns of film " * 2 + "วันนี้อากาศดี\n", encoding="utf-8")
     vocabulary = build_vocabulary(load_tokenizer(chinese))
     for source, segmenter, is_known in (
         ("a", None, False),
         ("b", None, False),
         ("c", None, True),
+        ("d", None, True),
+        ("e", None, False),
         ("a", "jieba", True),
     ):
         file, output = tmp_path / f"{source}.txt", tmp_path / f"{source}-{segmenter}"
