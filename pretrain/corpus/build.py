@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_uppercase
 
 from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import fsync, names_in
@@ -87,7 +88,8 @@ def _print_summaries(plan: BuildPlan, manifests: Mapping[Part, Manifest]) -> Non
         print(summary(plan.folder_of(part), manifest))
         for line in manifest.unknown_warnings(plan.folder_of(part)):
             notify(f"warning: {line}")
-    if any(manifest.unknown_token_rate for manifest in manifests.values()) and plan.tokenizer.spec.loses_capitals:
+    unknown = "".join(text for manifest in manifests.values() for text in manifest.unknown_texts)
+    if not {*ascii_uppercase}.isdisjoint(unknown) and plan.tokenizer.spec.loses_capitals:
         notify(
             f"warning: --tokenizer {plan.options.tokenizer} keeps capital letters, but its vocabulary has none, so "
             "words with capitals are unknown tokens; lowercase the text, or use a tokenizer that does"

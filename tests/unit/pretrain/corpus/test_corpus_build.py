@@ -229,11 +229,11 @@ def test_capitals_that_become_unknown_tokens(
     tmp_path: Path, vocabulary_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches words with capitals that are lost without a warning, as with bert-base-chinese, and a warning about text
-    that has none."""
+    that has none, also if it has other unknown tokens."""
     cased = tmp_path / "cased"
     shutil.copytree(vocabulary_folder, cased)
     (cased / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
-    for name, text in (("few", "the GPU\n"), ("none", "the river\n")):
+    for name, text in (("few", "the GPU\n"), ("none", "the river\n"), ("other", "the ŧ\n")):
         (tmp_path / name).write_text(text)
         for tokenizer in (cased, vocabulary_folder):
             output = tmp_path / f"{name}-{tokenizer.name}"
