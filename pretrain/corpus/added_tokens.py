@@ -41,8 +41,8 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
             raise UserError(f"--added: all {len(words)} words of {added} are one token in {extend} already")
         # `tokenizers` gives added tokens ids after the vocabulary, so entries come first.
         new_ids = {token: vocabulary_size(old) + index for index, token in enumerate([*entries, *added_tokens])}
-        if entries:
-            state["model"]["vocab"] |= {token: new_ids[token] for token in entries}
+        if _can_grow(state):  # it has the added tokens too, so that it can grow again
+            state["model"]["vocab"] |= new_ids
         extended = Tokenizer.from_str(json.dumps(state))
         extended.add_tokens([_added_token(token, state) for token in added_tokens])
         save_tokenizer(old, partial)
@@ -127,13 +127,11 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
     if prefix is None:
         return normal, False
     normal = normal.strip()  # BERT puts spaces around Chinese characters
-    # If added tokens have ids after the vocabulary, `tokenizers` would renumber them when the vocabulary grows.
-    can_grow = all(token["id"] < len(state["model"]["vocab"]) for token in state["added_tokens"])
     split = backend.pre_tokenizer.pre_tokenize_str
     whole = [piece for piece, _ in split(normal)] == [normal]
     if rest != word and not whole:
         raise UserError(f"{where}: '{word}' can never match: the tokenizer splits text inside it")
-    if rest != word and not can_grow:
+    if rest != word and not _can_grow(state):
         raise UserError(
             f"{where}: '{word}': the tokenizer has added tokens after its vocabulary, so the vocabulary cannot grow"
         )
@@ -142,7 +140,13 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
     # BERT does not split text at emoji: 🤣🤣 and ok🤣 are looked up as whole words.
     is_word = _has_letters(normal) or [piece for piece, _ in split(f"{normal}a")] == [normal, "a"]
     # The content of an added token is normalized again.
-    return (normal if whole or normalize(normal) == normal else rest), whole and can_grow and is_word
+    return (normal if whole or normalize(normal) == normal else rest), whole and is_word and _can_grow(state)
+
+
+def _can_grow(state: dict[str, Any]) -> bool:
+    """Return whether the tokenizer is a WordPiece whose vocabulary has all added tokens: others would be renumbered."""
+    size = len(state["model"]["vocab"])
+    return _continuation_prefix(state) is not None and all(token["id"] < size for token in state["added_tokens"])
 
 
 def _is_one_token(token: str, tokenizer: "PreTrainedTokenizerFast") -> bool:

@@ -152,10 +152,11 @@ def test_added_words_are_not_special(kind: str, request: pytest.FixtureRequest, 
 
 
 def test_extend_twice(wordpiece: Path, tmp_path: Path) -> None:
-    """Catches a second extension that changes the ids of the first one's words."""
-    for name in ("a", "b", "c"):
+    """Catches a second extension that changes the ids of the first one's words, and an emoji or a word with a hyphen
+    that keeps the vocabulary from growing."""
+    for name in ("a", "b", "c", "d", "e"):
         (tmp_path / name).mkdir()
-    first = extend(wordpiece, tmp_path / "a", "zedwilmar", "re-zed")
+    first = extend(wordpiece, tmp_path / "a", "zedwilmar", "re-zed", "🤣")
     second = extend(tmp_path / "a" / "extended", tmp_path / "b", "lumarfigo", "ba-de")
     check_extends(second, first)
     assert second.tokenize("re-zed lumarfigo, zedwilmar ba-de") == [
@@ -165,8 +166,14 @@ def test_extend_twice(wordpiece: Path, tmp_path: Path) -> None:
         "zedwilmar",
         "ba-de",
     ]
+    third = extend(tmp_path / "b" / "extended", tmp_path / "c", "##zzed")
+    check_extends(third, second)
+    assert third.tokenize("lumarfigozzed🤣 re-zed ba-de") == ["lumarfigo", "##zzed", "🤣", "re-zed", "ba-de"]
+    old = load_tokenizer(wordpiece)
+    old.add_tokens("🤣")
+    save_tokenizer(old, tmp_path / "d")
     with pytest.raises(UserError, match="line 1: '##zzed': the tokenizer has added tokens"):
-        extend(tmp_path / "a" / "extended", tmp_path / "c", "##zzed")
+        extend(tmp_path / "d", tmp_path / "e", "##zzed")
 
 
 def test_same_words_give_same_bytes(wordpiece: Path, tmp_path: Path) -> None:
