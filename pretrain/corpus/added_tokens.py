@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _UNSPACED = regex.compile(f"[{UNSPACED}]")
+_KEYCAP = "\u20e3"  # the end of emoji such as 1️⃣, which begin with a digit
 
 
 def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
@@ -25,7 +26,7 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
 
     In a WordPiece tokenizer, words and continuations (`##itis`) become entries of the vocabulary. Words that the
     pre-tokenizer splits (`covid-19`), emoji, and all words of other tokenizers, become added tokens, which match whole
-    words of the text, or anywhere if they have no letters, or their script is written without spaces. None of them is a
+    words of the text, or anywhere if they are emoji, or their script is written without spaces. None of them is a
     special token. Words that are one token already are skipped. The same input gives the same bytes.
 
     Raises UserError for a file that cannot be read, a line with more than one word, and a word that would not become
@@ -138,7 +139,7 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
     if rest != word:
         return prefix + normal, True
     # BERT does not split text at emoji: 🤣🤣 and ok🤣 are looked up as whole words.
-    is_word = _has_letters(normal) or [piece for piece, _ in split(f"{normal}a")] == [normal, "a"]
+    is_word = not _is_symbol(normal) or [piece for piece, _ in split(f"{normal}a")] == [normal, "a"]
     # The content of an added token is normalized again.
     return (normal if whole or normalize(normal) == normal else rest), whole and is_word and _can_grow(state)
 
@@ -161,14 +162,19 @@ def _in_text(word: str) -> str:
     return word if _UNSPACED.match(word) else f" {word}"
 
 
-def _has_letters(token: str) -> bool:
-    return any(map(str.isalnum, token))
+def _is_symbol(token: str) -> bool:
+    """Return whether the token is an emoji, or of other symbols than those of ASCII."""
+    return token.endswith(_KEYCAP) or not any(character.isascii() or character.isalnum() for character in token)
+
+
+def _matches_anywhere(token: str) -> bool:
+    """Return whether letters may stand beside an added token, as beside emoji and in scripts without spaces."""
+    return _is_symbol(token) or _UNSPACED.search(token[0] + token[-1]) is not None
 
 
 def _added_token(token: str, state: dict[str, Any]) -> AddedToken:
     """With `lstrip` it includes the space before it, as other tokens do."""
-    # In a text, letters stand beside emoji and characters of scripts without spaces.
-    single_word = _has_letters(token) and not _UNSPACED.search(token[0] + token[-1])
+    single_word = not _matches_anywhere(token)
     return AddedToken(token, single_word=single_word, lstrip=_continuation_prefix(state) is None, normalized=True)
 
 
@@ -185,11 +191,11 @@ def _check_new_tokens(
                 f"{path}, line {lines[token]}: '{token}' would not become one token, found "
                 f"{tokenizer.convert_ids_to_tokens(found)}"
             )
-    unspaced = next(filter(_UNSPACED.search, new_ids), None)
-    if unspaced and any(piece.startswith(("▁", "Ġ")) for piece in tokenizer.tokenize(f"{unspaced}a")[1:]):
+    inside = next(filter(_matches_anywhere, new_ids), None)
+    if inside and any(piece.startswith(("▁", "Ġ")) for piece in tokenizer.tokenize(f"{inside}a")[1:]):
         notify(
             "warning: --extend: this tokenizer encodes the text right after an added word as if a space were between "
-            f"them: '{unspaced}a' as '{unspaced} a'. In text without spaces, such as Chinese, add few words, or none"
+            f"them: '{inside}a' as '{inside} a'. In text without spaces, such as Chinese, add few words, or none"
         )
 
 
