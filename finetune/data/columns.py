@@ -21,8 +21,9 @@ _LARGEST = 1e18  # of the numbers to predict
 _FLAGS = {"1": "1", "1.0": "1", "true": "1", "0": "0", "0.0": "0", "false": "0"}
 _HAN = re.compile(f"[{HAN}]")
 _HAN_IN_WORD = 4  # at most, in text of one word
-_HAN_IN_WORDS = 6  # at most, in half of the words of other text
-_CHINESE_SENTENCE = re.compile(f"[{HAN}][，。！？；：、…]")
+_HAN_IN_WORDS = 12  # at most, in half of the words of other text
+_PUNCTUATION = "，。！？；：、…"
+_CHINESE_SENTENCE = re.compile(f"[{HAN}][{_PUNCTUATION}]")
 
 
 @dataclass(frozen=True, eq=False)  # types that hold the same, such as TEXT and CONTEXT, are different types
@@ -191,6 +192,8 @@ def _read_sentence(cell: object) -> list[str]:
 def _lacks_spaces(words: list[str]) -> bool:
     """Return whether the only word of a text, or most of its words, are rather clauses or sentences in Chinese."""
     most = _HAN_IN_WORD if len(words) == 1 else _HAN_IN_WORDS
+    if len(words) > 1:
+        words = [word.rstrip(_PUNCTUATION) for word in words]  # 王小明、 李雷 and 好。 谢谢。 are words
     clauses = sum(_CHINESE_SENTENCE.search(word) is not None or len(_HAN.findall(word)) > most for word in words)
     return 2 * clauses > len(words)
 

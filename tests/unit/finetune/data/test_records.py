@@ -406,11 +406,13 @@ def test_a_chinese_sentence_is_not_one_word(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", json.dumps({"tokens": "我爱北京天安门"}))
     with pytest.raises(UserError, match=r"c\.jsonl:1: .*; in Chinese, put spaces between the words"):
         read_table(path, TokenColumns(), targets_required=False)
-    for row in ("我爱北京天安门 天安门上太阳升", "今天下雨。 我们走吧。", "李婷来了，好。 2024年3月1日，晴。 再见"):
+    long = "我们明天去北京的天安门广场看升旗， 然后再到故宫博物院里面参观一整天。"
+    for row in (long, "今天下雨。", "今天，下雨。 我们，走吧。", "李婷来了，好。 2024年3月1日，晴。 再见"):
         path = write(tmp_path / "c.jsonl", json.dumps({"tokens": row}))
         with pytest.raises(UserError, match=r"c\.jsonl:1: .*; in Chinese, put spaces between the words"):
             read_table(path, TokenColumns(), targets_required=False)
     names = ["全国人民代表大会 常务委员会", "中国人民解放军总医院 成立", "只可意会，不可言传 的 、 三、四 年 。"]
+    names += ["中华人民共和国 全国人民代表大会", "王小明、 李雷、 韩梅梅", "好。 谢谢。 再见……"]
     path = write(tmp_path / "d.jsonl", "\n".join(json.dumps({"tokens": row}) for row in names))
     assert len(read_table(path, TokenColumns(), targets_required=False)) == len(names)
     rows = ["iPhone 在 北京 举行 发布会", "中国人民解放军总医院 成立 了", ["我爱北京天安门"], '["我爱北京天安门"]']
