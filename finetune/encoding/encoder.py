@@ -53,6 +53,7 @@ class Encoder:
     max_length: int  # tokens of a sequence, special tokens included
     token_types: bool  # whether the model has token types
     special_tokens_in_text: bool = False  # whether those written out in a text are special; otherwise they are text
+    spaced_words: bool = False  # whether there is a space between all words, also in scripts without spaces
     known: Mapping[TextOrPair, Tokens] = field(default_factory=dict, repr=False, compare=False)  # what `encode` returns
 
     def encode(self, text: str, text_pair: str | None = None) -> Tokens:
@@ -158,7 +159,7 @@ class Encoder:
         """Return the tokens of each word of a sentence, at least one each."""
         # Tokenizers that tell the start of a word by the space before it need that space. Beside a character of a
         # script without spaces, it would be a token of its own, before that of the character.
-        pairs = enumerate(pairwise(words), start=1)
+        pairs = enumerate(() if self.spaced_words else pairwise(words), start=1)
         closed = {index for index, (before, word) in pairs if _UNSPACED.search(before[-1:] + word[:1])}
         texts = [f" {word}" if index else word for index, word in enumerate(words) if index not in closed]
         spaced = iter(self.ids_of_texts(texts))

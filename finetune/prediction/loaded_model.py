@@ -88,7 +88,8 @@ def load_on_cpu(folder: Path, task: SavedTask) -> LoadedModel:
     inputs = read_model_inputs(spec, tokenizer)
     model = (OnnxModel(folder) if holds_onnx_model(folder) else _build(spec)).eval().requires_grad_(False)
     length = task.max_seq_length or min(inputs.max_length or _UNLIMITED, tokenizer.model_max_length)
-    encoder = Encoder(tokenizer, length, inputs.token_types, task.kind.config.special_tokens_in_text)
+    special_tokens_in_text = task.kind.config.special_tokens_in_text
+    encoder = Encoder(tokenizer, length, inputs.token_types, special_tokens_in_text, task.spaced_words)
     padding = Padding.of(tokenizer)
     # The rounding of int8 depends on all of a batch anyway.
     if task.padded is None and not (isinstance(model, OnnxModel) and model.precision == "int8"):

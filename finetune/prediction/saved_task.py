@@ -1,7 +1,7 @@
 """`deepcloze_task.json` in a model folder: the task that the model was trained for, all that it takes to predict.
 
 {"task": {…, as in the config}, "labels": […], "max_seq_length": N, "padded": false, "temperature": T or null,
-"checksums": {FILE: checksum}}
+"spaced_words": false, "checksums": {FILE: checksum}}
 
 The folder is otherwise one of transformers. Without the file, a model with a head for sequence classification, token
 classification or multiple choice predicts as a task of that kind, with the labels of its config.
@@ -46,6 +46,7 @@ class SavedTask:
     # so, and loading the model shows whether padding has to be avoided.
     padded: bool | None = False
     temperature: float | None = None  # of calibrated probabilities; None if not known
+    spaced_words: bool = False  # see `Encoder`; models of earlier versions and of transformers have them
     foreign: bool = False  # whether it was trained elsewhere; see `accepts_pairs`
 
     @property
@@ -63,6 +64,7 @@ class _Content(Section):
     max_seq_length: SequenceLength | None
     padded: bool
     temperature: PositiveFloat | None
+    spaced_words: bool = True  # of earlier versions
     checksums: Mapping[str, str] = {}  # of the files in the folder, as training wrote them
 
 
@@ -78,6 +80,7 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
         "max_seq_length": task.max_seq_length,
         "padded": task.padded,
         "temperature": task.temperature,
+        "spaced_words": task.spaced_words,
         "checksums": {path.name: checksum(path) for path in files},
     }
     write_json(folder / FILE, value)
@@ -104,7 +107,8 @@ def read_saved_task(folder: Path) -> SavedTask:
         raise UserError(f"{path}: this version of deepcloze has no tasks of kind '{saved.task.get('kind')}'")
     kind = find_kind(saved.task["kind"])
     config = build_config(kind.config_type, saved.task, origin=str(path))
-    return SavedTask(kind(config, saved.labels), saved.max_seq_length, saved.padded, saved.temperature)
+    task = kind(config, saved.labels)
+    return SavedTask(task, saved.max_seq_length, saved.padded, saved.temperature, saved.spaced_words)
 
 
 def override_task(saved: SavedTask, overrides: Mapping[str, str]) -> SavedTask:
@@ -154,7 +158,8 @@ def _read_foreign(folder: Path) -> SavedTask:
             "`deepcloze finetune` makes a folder to predict with"
         )
     kind = find_kind(kind_name)
-    return SavedTask(kind(build_config(kind.config_type, {}), labels), None, padded=None, foreign=True)
+    task = kind(build_config(kind.config_type, {}), labels)
+    return SavedTask(task, None, padded=None, spaced_words=True, foreign=True)
 
 
 def find_model(path: Path) -> tuple[Path, str]:

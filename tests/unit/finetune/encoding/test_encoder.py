@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -178,6 +179,8 @@ def test_words_of_a_script_without_spaces() -> None:
     made = Encoder(byte_level("roberta"), 16, token_types=False)
     texts = [" b" if word == "b" else word for word in WORDS]
     assert made.ids_of_words(WORDS) == [made.ids(text) for text in texts]
+    spaced = ["我", *(f" {word}" for word in WORDS[1:])]
+    assert replace(made, spaced_words=True).ids_of_words(WORDS) == [made.ids(text) for text in spaced]
     made = sentence_piece("▁", "▁(", *"我在，用23、年。ab", "北京", "bert", "ไทย", "きた", "▁b")
     found = [made.tokenizer.convert_ids_to_tokens(ids) for ids in made.ids_of_words(WORDS)]
     assert found == [["▁", "我"], *([text.replace(" ", "▁")] for text in texts[1:])]

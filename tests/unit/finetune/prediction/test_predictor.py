@@ -166,6 +166,17 @@ def test_the_task_file_survives(model: Path) -> None:
         override_task(saved, {"columns.txt": "review"})
 
 
+def test_words_are_encoded_as_in_training(model: Path, classifier: Path) -> None:
+    """Catches taggers of earlier versions and of transformers that get other tokens than they were trained with: in
+    these, words of scripts without spaces have a space before them."""
+    assert not Predictor.load(model, "fp32").loaded.encoder.spaced_words
+    saved = json.loads((model / FILE).read_text())
+    del saved["spaced_words"]
+    (model / FILE).write_text(json.dumps(saved))
+    for folder in (model, classifier):
+        assert Predictor.load(folder, "fp32").loaded.encoder.spaced_words
+
+
 def test_the_model_folder_names_its_ancestors(trained_run: Path, encoder: Path) -> None:
     """Catches a fine-tuned model that cannot be traced to the encoder that it was made from."""
     origin = json.loads((trained_run / "seed-1" / "model" / "deepcloze.json").read_text())
