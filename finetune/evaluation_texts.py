@@ -37,8 +37,11 @@ def texts_of(task: TaskConfig) -> list[EvaluationText]:
     """Return the texts of the validation and test splits. Without a validation file, of the part of the training split
     that fine-tuning draws. Raises UserError for files that cannot be read."""
     joiner = None if task.dialogue is None else TurnJoiner(task.dialogue, separator=None)
+    labels = task.labels or ()
+    # - may be a label of the training split, so rows with it are evaluated. A split that is drawn has to be the same.
+    known = {split: labels if split == "train" else (*labels, "-") for split in task.files()}
     tables: dict[str, Table] = {
-        split: read_table(Path(path), task.columns, task.file_format(), split == "train", joiner, task.labels or ())
+        split: read_table(Path(path), task.columns, task.file_format(), split == "train", joiner, known[split])
         for split, path in task.files().items()
         if split != "train" or (task.validation is None and task.is_trained)
     }

@@ -46,6 +46,15 @@ def test_texts_of_validation_and_test_with_their_rows(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_with_the_label_dash_count(tmp_path: Path) -> None:
+    """Catches rows that are evaluated, as the training split has many with this label, and not decontaminated."""
+    write(tmp_path, "train.tsv", "a\tb\tlabel", *(f"t\tu\t{label}" for label in "xyz-" * 3))
+    write(tmp_path, "test.tsv", "a\tb\tlabel", *(f"row {number}\tu\t{label}" for number, label in enumerate("xy-" * 4)))
+    write(tmp_path, "validation.tsv", "a\tb\tlabel", "v one\tu\t-", *(f"v\tu\t{label}" for label in "xyz" * 4))
+    found = evaluation_texts(config(tmp_path, "train", "validation", "test"))
+    assert len(found) == 2 * (13 + 12)
+
+
 def test_without_a_validation_file_the_drawn_part_counts(tmp_path: Path) -> None:
     """Catches a split that fine-tuning draws from the training split and evaluates on."""
     write(tmp_path, "train.tsv", "a\tb\tlabel", *(f"text {number}\tx\t{number % 2}" for number in range(40)))
