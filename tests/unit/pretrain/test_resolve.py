@@ -40,7 +40,7 @@ def test_word_masking_warns_of_text_without_spaces(
     tmp_path: Path, wordpiece: Path, caplog: pytest.LogCaptureFixture, unit: str, space: str, warned: bool
 ) -> None:
     """Catches a missing warning for text such as Chinese, where whole-word masking masks characters or sentences."""
-    (tmp_path / "s.txt").write_text(space.join("你好世界今天天气") + "\n", encoding="utf-8")
+    (tmp_path / "s.txt").write_text(space.join("我们今天去北京大学") + "\n", encoding="utf-8")
     build_corpus(CorpusOptions(source=tmp_path / "s.txt", tokenizer=wordpiece, output=tmp_path / "corpus", workers=1))
     with caplog.at_level(logging.WARNING):
         resolve(config_of(tmp_path / "run", tmp_path / "corpus", masking={"unit": unit}), 1)
@@ -51,12 +51,12 @@ def test_held_out_text_without_spaces_is_warned_of_too(
     tmp_path: Path, wordpiece: Path, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a held-out loss of masked characters that is compared with one of masked words."""
-    (tmp_path / "s.txt").write_text("你好世界今天天气\n", encoding="utf-8")
+    (tmp_path / "s.txt").write_text("我们今天去北京大学\n", encoding="utf-8")
     build_corpus(CorpusOptions(source=tmp_path / "s.txt", tokenizer=wordpiece, output=tmp_path / "held", workers=1))
     corpora = {"train": str(wordpiece_corpus), "eval": {"held": str(tmp_path / "held")}}
     with caplog.at_level(logging.WARNING):
         resolve(config_of(tmp_path / "run", wordpiece_corpus, corpus=corpora, masking={"unit": "word"}), 1)
-    assert f"{tmp_path / 'held'} has" in caplog.text
+    assert f"text in {tmp_path / 'held'} seems to be written without spaces" in caplog.text
 
 
 @pytest.mark.parametrize(("text", "warned"), [("你好 世界", True), ("de fi go lu mar nes", False)])
