@@ -82,8 +82,9 @@ class LaunchAlerts:
         self._messenger = Messenger(config.alerts, folder, lambda message: notify(f"warning: {message}"), others)
 
     def report(self, result: LaunchResult, next_step: str = "", restarting: bool = False) -> None:
-        """Send an alert if an attempt has failed. `next_step`: empty if the launch ends."""
-        if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
+        """Send an alert if an attempt has failed, or could not save a checkpoint. `next_step`: empty if the launch
+        ends."""
+        if result.outcome is Outcome.DONE or (result.outcome is Outcome.STOPPED and result.cause is not Cause.AGREED):
             return
         stalled = result.cause is Cause.HUNG and "stall" in self._events
         event: AlertEvent = "stall" if stalled else "crash"

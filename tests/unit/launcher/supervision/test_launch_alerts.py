@@ -39,6 +39,16 @@ def test_failed_attempts_are_told(sent: list[Alert], tmp_path: Path) -> None:
     ]
 
 
+def test_a_run_that_cannot_save_is_told_with_the_reason(sent: list[Alert], tmp_path: Path) -> None:
+    """Catches a full disk that ends a run, and only an alert that it was stopped."""
+    alerts = LaunchAlerts(TrackingConfig(), RunFolder(tmp_path))
+    alerts.report(LaunchResult(Outcome.STOPPED, "no checkpoint can be written: the disk is full", Cause.AGREED))
+    alerts.report(LaunchResult(Outcome.STOPPED, "stopped: SIGTERM", Cause.SIGNAL))
+    alerts.close()
+    text = "stopped: no checkpoint can be written: the disk is full\nthe launch has ended"
+    assert [(alert.event, alert.text) for alert in sent] == [("crash", text)]
+
+
 def test_a_stall_is_a_crash_for_those_who_want_no_stalls(sent: list[Alert], tmp_path: Path) -> None:
     """Catches a run that hangs and ends without an alert because `events` names crashes only."""
     alerts = LaunchAlerts(TrackingConfig(alerts=AlertsConfig(events=("crash", "finish"))), RunFolder(tmp_path))
