@@ -27,6 +27,7 @@ _SMTP, _WEBHOOK, _APPRISE = "DEEPCLOZE_SMTP_", "DEEPCLOZE_WEBHOOK_URL", "DEEPCLO
 _MAIL_TIMEOUT, _WEBHOOK_TIMEOUT = 30.0, 15.0  # seconds, of each reply of the server
 _PORT = 587  # submission, RFC 6409
 _TLS_PORT = 465  # submission over TLS from the start, RFC 8314
+_WEBHOOK_TEXT = 1900  # characters; Discord takes 2,000
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def webhook_service(environ: Mapping[str, str] = os.environ) -> Service:
 
     def send(message: Message) -> None:
         # `text`: shown by Slack and Mattermost
-        payload = {"text": f"{message.title}\n{message.text}", **message.fields}
+        payload = {"text": f"{message.title}\n{message.text}"[:_WEBHOOK_TEXT], **message.fields}
         headers = {"Content-Type": "application/json", "User-Agent": "deepcloze"}  # Discord refuses urllib's
         request = urllib.request.Request(url, json.dumps(payload).encode(), headers)
         with opener.open(request, timeout=_WEBHOOK_TIMEOUT) as reply:
@@ -79,7 +80,7 @@ def apprise_services(environ: Mapping[str, str] = os.environ) -> list[Service]:
     without the URLs, which are secret."""
     if not (urls := environ.get(_APPRISE, "").split()):
         raise UserError(f"tracking.alerts.apprise: set {_APPRISE} to URLs of Apprise, separated by spaces")
-    from apprise import Apprise, AppriseAsset
+    from apprise import Apprise, AppriseAsset, OverflowMode
 
     logging.getLogger("apprise").setLevel(logging.CRITICAL)  # the caller reports failures
     services = []
@@ -87,6 +88,9 @@ def apprise_services(environ: Mapping[str, str] = os.environ) -> list[Service]:
         server = Apprise(asset=AppriseAsset(app_id="deepcloze", secure_logging=True, service_timeout=0))
         if not server.add(url):
             raise UserError(f"{_APPRISE}: URL {number} of {len(urls)} is not one that Apprise knows")
+        for plugin in server:
+            if plugin.overflow_mode == OverflowMode.UPSTREAM:  # the default, with which servers refuse long messages
+                plugin.overflow_mode = OverflowMode.TRUNCATE
         services.append(Service(url.partition(":")[0], partial(_send_by_apprise, server)))
     return services
 

@@ -88,7 +88,8 @@ class LaunchAlerts:
             return
         stalled = result.cause is Cause.HUNG and "stall" in self._events
         event: AlertEvent = "stall" if stalled else "crash"
-        text = f"{result.outcome}: {result.message}\n{next_step or 'the launch has ended'}"
+        what, newline, details = result.message.partition("\n")  # details, which services may cut off, come last
+        text = f"{result.outcome}: {what}\n{next_step or 'the launch has ended'}{newline}{details}"
         alert = Alert(event, text, repeated=restarting)
         if self._filter.passes(alert):
             self._messenger.alert(alert)
@@ -126,10 +127,11 @@ class _Supervisor:
             match decide(self._attempts, self._launch.max_restarts, can_halve):
                 case End(advice):
                     result = attempt.result
-                    if advice and not self._stop.is_asked_for():
-                        result = replace(result, message=f"{result.message}\n{advice}")
-                    self._alerts.report(result)
-                    return result
+                    if not advice or self._stop.is_asked_for():
+                        self._alerts.report(result)
+                        return result
+                    self._alerts.report(result, f"{advice}\nthe launch has ended")
+                    return replace(result, message=f"{result.message}\n{advice}")
                 case Restart() as restart:
                     if not self._stop.is_asked_for():
                         self._announce(layout, attempt, restart)

@@ -147,6 +147,30 @@ def test_a_message_reaches_the_services_of_apprise() -> None:
     assert works.name == "json"
 
 
+def test_long_messages_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the end of a log that a service refuses because it is too long, and a choice in the URL without
+    effect."""
+    import apprise
+
+    text = "rank 1 was killed\n" + 5_000 * "a"
+    with webhook() as (url, received):
+        service = webhook_service({"DEEPCLOZE_WEBHOOK_URL": url})
+        service.send(Message("base: crash", text, fields={"message": text}))
+    ((shown, message),) = [(sent["text"], sent["message"]) for sent in received]
+    assert (len(shown), message) == (1_900, text)
+    assert shown.startswith("base: crash\nrank 1 was killed\naaa")
+
+    sent: list[str] = []
+    monkeypatch.setattr(apprise.plugins.N_MGR["discord"], "send", lambda self, body, **_: sent.append(body) or True)
+    urls = {"DEEPCLOZE_APPRISE_URLS": "discord://1/token discord://1/token?overflow=split"}
+    for service in apprise_services(urls):
+        service.send(Message("base: crash", text))
+    first, *parts = sent
+    assert first.startswith("rank 1 was killed\naaa")
+    assert len(parts) > 1
+    assert max(map(len, sent)) <= 2_000
+
+
 @pytest.mark.parametrize("urls", ["", "json://127.0.0.1/SECRET unknown://SECRET"])
 def test_urls_that_apprise_does_not_know(urls: str) -> None:
     """Catches a mistake that shows when the first message is sent, and a secret in a message."""

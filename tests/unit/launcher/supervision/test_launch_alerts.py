@@ -49,6 +49,15 @@ def test_a_run_that_cannot_save_is_told_with_the_reason(sent: list[Alert], tmp_p
     assert [(alert.event, alert.text) for alert in sent] == [("crash", text)]
 
 
+def test_the_next_step_is_told_before_details(sent: list[Alert], tmp_path: Path) -> None:
+    """Catches an alert that says whether the run is restarted after a log, where services cut it off."""
+    alerts = LaunchAlerts(TrackingConfig(), RunFolder(tmp_path))
+    killed = LaunchResult(Outcome.FAILED, "rank 1 was killed\nthe end of rank-1.log:\n…", Cause.KILLED)
+    alerts.report(killed, "restarting", restarting=True)
+    alerts.close()
+    assert [alert.text for alert in sent] == ["failed: rank 1 was killed\nrestarting\nthe end of rank-1.log:\n…"]
+
+
 def test_a_stall_is_a_crash_for_those_who_want_no_stalls(sent: list[Alert], tmp_path: Path) -> None:
     """Catches a run that hangs and ends without an alert because `events` names crashes only."""
     alerts = LaunchAlerts(TrackingConfig(alerts=AlertsConfig(events=("crash", "finish"))), RunFolder(tmp_path))
