@@ -5,13 +5,15 @@ warning.
 """
 
 import json
+import math
 import platform
 import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
     import wandb
 
 REPEAT_SECONDS = 600.0
-"""The time between two alerts about the same kind of event."""
+"""The time between the first two alerts about the same kind of event; it doubles with each further one."""
+MOST_REPEAT_SECONDS = 14400.0
+"""At most that long; after as long without such an event, it starts anew."""
 
 _RETRY_WAITS = (0.0, 3.0, 9.0)  # seconds before each attempt to send
 FLUSH_SECONDS = 30.0
@@ -48,22 +52,39 @@ class Alert:
     repeated: bool = True  # whether it is held back if there was one about such an event shortly before
 
 
+@dataclass
+class _Past:
+    """Alerts about an event."""
+
+    seen: float = -math.inf  # when the last one came
+    sent: float = -math.inf
+    wait: float = 0.0  # seconds from `sent` to the next one to send
+    held: int = 0  # number of those that were held back since `sent`
+
+
 class AlertFilter:
-    """Lets an alert pass if its event is one of `events` and there was none about it in the last `REPEAT_SECONDS`."""
+    """Holds alerts back if there was one about the same event shortly before, or their event is none of `events`."""
 
     def __init__(self, events: Sequence[AlertEvent], clock: Callable[[], float] = time.monotonic) -> None:
         self._events = frozenset(events)
         self._clock = clock
-        self._last: dict[AlertEvent, float] = {}
+        self._past: defaultdict[AlertEvent, _Past] = defaultdict(_Past)
 
-    def passes(self, alert: Alert) -> bool:
+    def filtered(self, alert: Alert) -> Alert | None:
+        """Return the alert to send, with the number of those before it that were not; None to hold it back."""
         if alert.event not in self._events:
-            return False
-        now = self._clock()
-        if alert.repeated and now - self._last.get(alert.event, -REPEAT_SECONDS) < REPEAT_SECONDS:
-            return False
-        self._last[alert.event] = now
-        return True
+            return None
+        now, past = self._clock(), self._past[alert.event]
+        if now - past.seen >= MOST_REPEAT_SECONDS:
+            past.wait = 0.0
+        past.seen = now
+        if alert.repeated and now - past.sent < past.wait:
+            past.held += 1
+            return None
+        more = f"\n{past.held:,} more since the last alert" if past.held else ""
+        past.sent, past.held = now, 0
+        past.wait = min(max(2 * past.wait, REPEAT_SECONDS), MOST_REPEAT_SECONDS)
+        return replace(alert, text=alert.text + more)
 
 
 class Messenger:

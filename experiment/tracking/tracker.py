@@ -103,8 +103,8 @@ class Trackers:
 
         The launcher sends those about crashes, if there is one: this process might be killed.
         """
-        if not (alert.event == "crash" and has_launcher()) and self._filter.passes(alert):
-            self._each(lambda tracker: tracker.alert(alert) if isinstance(tracker, WandbTracker | Messenger) else None)
+        if not (alert.event == "crash" and has_launcher()) and (passed := self._filter.filtered(alert)):
+            self._each(lambda tracker: tracker.alert(passed) if isinstance(tracker, WandbTracker | Messenger) else None)
 
     def summarize(self, scores: Mapping[str, float]) -> None:
         """Record the results of the whole run, where other runs are compared with it."""

@@ -91,8 +91,8 @@ class LaunchAlerts:
         what, newline, details = result.message.partition("\n")  # details, which services may cut off, come last
         text = f"{result.outcome}: {what}\n{next_step or 'the launch has ended'}{newline}{details}"
         alert = Alert(event, text, repeated=restarting)
-        if self._filter.passes(alert):
-            self._messenger.alert(alert)
+        if passed := self._filter.filtered(alert):
+            self._messenger.alert(passed)
 
     def _send_to_wandb(self, alert: Alert) -> None:
         """Send an alert to W&B now: the next attempt will have the W&B run open, if there is one."""

@@ -8,7 +8,7 @@ from experiment.errors import UserError
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking import alerts, tracker
-from experiment.tracking.alerts import REPEAT_SECONDS, Alert, AlertFilter, Messenger
+from experiment.tracking.alerts import MOST_REPEAT_SECONDS, REPEAT_SECONDS, Alert, AlertFilter, Messenger
 from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
 from experiment.tracking.jsonl import Metrics
 from experiment.tracking.notification import Message, Service
@@ -103,7 +103,7 @@ def test_repeated_alerts_are_held_back() -> None:
     """Catches a mail for each of a thousand bad batches, an alert that hides one about another event, a last message
     that is held back, and events that were not asked for."""
     now = 0.0
-    passes = AlertFilter(("crash", "bad_batch"), lambda: now).passes
+    passes = AlertFilter(("crash", "bad_batch"), lambda: now).filtered
     assert passes(Alert("bad_batch", "1"))
     assert passes(Alert("crash", "1"))
     now += REPEAT_SECONDS - 1
@@ -111,7 +111,22 @@ def test_repeated_alerts_are_held_back() -> None:
     assert passes(Alert("crash", "the end", repeated=False))
     assert not passes(Alert("finish", "done", repeated=False))
     now += 1
-    assert passes(Alert("bad_batch", "3"))
+    assert passes(Alert("bad_batch", "3")) == Alert("bad_batch", "3\n1 more since the last alert")
+
+
+def test_alerts_about_a_lasting_trouble_become_rare() -> None:
+    """Catches a mail every ten minutes for a weekend, and a new trouble that is held back because of an old one."""
+    now, sent = 0.0, list[float]()
+    passes = AlertFilter(("mirror",), lambda: now).filtered
+    for minute in range(0, 24 * 60, 5):
+        now = 60.0 * minute
+        if passes(Alert("mirror", "down")):
+            sent.append(minute)
+    assert sent == [0, 10, 30, 70, 150, 310, 550, 790, 1030, 1270]
+    now += MOST_REPEAT_SECONDS
+    assert passes(Alert("mirror", "down"))
+    now += REPEAT_SECONDS
+    assert passes(Alert("mirror", "down")) == Alert("mirror", "down")
 
 
 @pytest.mark.parametrize(
