@@ -161,6 +161,8 @@ class _Channel:
                 return ""
             except OSError as error:  # all errors of urllib's requests and smtplib, too
                 problem = f"{type(error).__name__}: {error}"
+            except subprocess.CalledProcessError as error:  # W&B's
+                return ": ".join([type(error).__name__, *error.stderr.splitlines()[-1:]])
             except Exception as error:
                 return type(error).__name__  # the message of an InvalidURL contains the URL, which is secret
         return problem

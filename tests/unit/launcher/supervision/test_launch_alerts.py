@@ -96,3 +96,14 @@ def test_a_failure_of_wandb_is_a_warning(tmp_path: Path, monkeypatch: pytest.Mon
     alerts.report(LaunchResult(Outcome.FAILED, "rank 0 was killed", Cause.KILLED))
     alerts.close()
     assert "warning: the alert 'crash' could not be sent by W&B: TimeoutExpired" in capsys.readouterr().err
+
+
+def test_the_reason_of_wandb_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Catches a warning that names the exception of the process that calls W&B, and not what W&B says."""
+    write_json(RunFolder(tmp_path).provenance, {"run_id": "id7", "ancestors": [], "attempts": []})
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    alerts = LaunchAlerts(TrackingConfig(wandb="online", alerts=AlertsConfig(wandb=True)), RunFolder(tmp_path))
+    alerts.report(LaunchResult(Outcome.FAILED, "rank 0 was killed", Cause.KILLED))
+    alerts.close()
+    assert "could not be sent by W&B: CalledProcessError: " in (shown := capsys.readouterr().err)
+    assert "API key" in shown
