@@ -74,9 +74,10 @@ class WandbTracker:
         self._name = own_name or os.environ.get(WANDB_NAME) or folder.path.name
         self._options: dict[str, Any] = {
             "project": config.project,
-            # "" keeps the name of a W&B run that is resumed, maybe without the variables of its sweep or comparison.
+            # These keep the name of a W&B run that is resumed, maybe without the variables of its sweep or comparison,
+            # and its tags, some of which the user may have set in W&B.
             "name": "" if kept else self._name,
-            "tags": config.tags,
+            "tags": None if kept else config.tags,
             "id": run_id,
             "resume": "allow",  # also offline: `wandb sync` then appends a later attempt instead of replacing the first
             "config": dict(parameters),
@@ -164,7 +165,7 @@ class WandbTracker:
             first_number = last_step(self._folder.wandb, self._options["id"]) + 1
             run = wandb.init(mode="offline", settings=settings, **self._options)
         if first_number == 0 and not self._options["name"]:  # earlier attempts did not use W&B
-            run.name = self._name
+            run.name, run.tags = self._name, self._config.tags
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run, first_number

@@ -34,7 +34,7 @@ class FakeRun:
 
     def __init__(self, starting_step: int = 0, **options: Any) -> None:
         self.options = options
-        self.name = options["name"]
+        self.name, self.tags = options["name"], options["tags"]
         self.starting_step = self.next_step = starting_step
         self.logged: list[Mapping[str, Any]] = []
         self.calls: list[tuple[Any, ...]] = []
@@ -167,13 +167,15 @@ def test_the_name_of_a_run(tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.
     assert [run.options["name"] for run in fake.runs] == ["ours/toy", "mine", "mine", "ours/toy"]
 
 
-def test_a_resumed_run_keeps_its_name(tmp_path: Path, fake: FakeWandb) -> None:
-    """Catches a run of a comparison that `deepcloze watch`, or a resume by hand, names like its folder; and a random
-    name because the earlier attempts did not use W&B."""
+def test_a_resumed_run_keeps_its_name_and_tags(tmp_path: Path, fake: FakeWandb) -> None:
+    """Catches a run of a comparison that `deepcloze watch`, or a resume by hand, names like its folder; tags of the
+    user that are replaced; and a random name, without tags, because the earlier attempts did not use W&B."""
+    tracker(tmp_path).close(Outcome.DONE)
     tracker(tmp_path, kept=[event(10)]).close(Outcome.DONE)
     fake.starting_step = 10 * 10_000 + 1
     tracker(tmp_path, kept=[event(10)]).close(Outcome.DONE)
-    assert [run.name for run in fake.runs] == [tmp_path.name, ""]
+    assert [run.name for run in fake.runs] == [tmp_path.name, tmp_path.name, ""]
+    assert [run.tags for run in fake.runs] == [("t",), ("t",), None]
 
 
 def event(step: int, name: str = "loss") -> Event:
