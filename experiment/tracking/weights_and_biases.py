@@ -113,8 +113,8 @@ class WandbTracker:
         self._events.put(outcome)
         self._worker.join(self._finish_seconds)
         if self._worker.is_alive():
-            files = self._folder.wandb
-            self._warn(f"did not finish in {self._finish_seconds:g} s; what it has not uploaded is in {files}")
+            send = f"to upload the rest, run `wandb sync --include-online {self._folder.wandb / 'latest-run'}`"
+            self._warn(f"did not finish in {self._finish_seconds:g} s; {send}")
             self._off = True
 
     def _work(self, kept: Iterator[Event]) -> None:

@@ -377,6 +377,7 @@ def test_an_unresponsive_server_does_not_block(
     never.set()
     assert len(warnings(caplog)) == 1
     assert "did not finish in 0.3 s" in warnings(caplog)[0]
+    assert f"wandb sync --include-online {tmp_path}/wandb/latest-run" in warnings(caplog)[0]
 
 
 def test_log_copies_the_event(tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
