@@ -27,7 +27,7 @@ from experiment.run_files.provenance import read_provenance
 from experiment.run_files.run_folder import RunFolder, is_run, open_folder, runs_in
 from experiment.run_files.run_life import READERS, State, read_life
 from experiment.tracking.jsonl import last_number, read_last_events
-from experiment.tracking.progress_line import RATE_EVENTS
+from experiment.tracking.progress_line import TimedStep, estimate_left
 from launcher.supervision.launch_result import count_attempts
 
 _LEAST_IMPORTANT = ("attempts", "goodput", "bad batches", "tokens/s", "last checkpoint", "loss", "time left", "seeds")
@@ -164,17 +164,10 @@ def _score(folder: RunFolder) -> tuple[str | None, str | None, float | None]:
 
 
 def _seconds_left(lines: Sequence[AttemptTime], total: int | None) -> float | None:
-    """Return the seconds left of the time budget, or at the speed of the last log events, evaluations and checkpoints
-    included. `lines`: of the last attempt."""
+    """Return the seconds left of the time budget, or as estimated. `lines`: of the last attempt."""
     if lines and (end := lines[-1].end) is not None:
         return max(0.0, end - lines[-1].time)
-    by_step = {line.step: line.time for line in lines}  # the last one of each step
-    steps = list(by_step)[-RATE_EVENTS:]
-    if total is None or len(steps) < 2 or steps[-1] <= steps[0]:
-        return None
-    first, last = steps[0], steps[-1]
-    seconds = by_step[last] - by_step[first]  # negative if the clock was set back
-    return max(0, total - last) * seconds / (last - first) if seconds > 0 else None
+    return estimate_left([TimedStep(line.time, line.step, line.paused) for line in lines], total)
 
 
 def _age(checkpoint: Path) -> float | None:

@@ -34,10 +34,11 @@ DOWN = "down"
 TRAINING = "training"  # useful or redone
 _MEASURED = (USEFUL, REDONE, COMPILING, EVALUATING, CHECKPOINTING, DATA, STARTING)
 ACTIVITIES = (*_MEASURED, DOWN)
+_PAUSES = (EVALUATING, CHECKPOINTING)
 
 _LATEST = 1e11  # seconds since 1970: later times are damage
 _MOST_LINES = 1000
-_KEPT_LINES = 50  # of an attempt that has written more: enough to estimate its speed
+_KEPT_LINES = 50  # of an attempt that has written more, beside the first: enough to estimate its speed
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class AttemptTime:
     activity: str  # at `time`
     seconds: Mapping[str, float]  # by activity
     end: float | None = None  # of the time budget, as time.time()
+
+    @property
+    def paused(self) -> float:
+        """Seconds of evaluations and checkpoints."""
+        return sum(self.seconds.get(activity, 0.0) for activity in _PAUSES)
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,10 @@ class ActivityTimer:
         self._settle()
         return self._elapsed[activity]
 
+    def paused(self) -> float:
+        """Return the seconds of evaluations and checkpoints so far."""
+        return sum(map(self.elapsed, _PAUSES))
+
     @property
     def doing(self) -> CurrentActivity:
         """The current activity, for other threads: equal values mean that there was no progress."""
@@ -231,7 +241,7 @@ class ActivityTimer:
             _append(self._folder, line)
             self._lines.append(line)
         if len(self._lines) >= _MOST_LINES:
-            self._lines = self._lines[-_KEPT_LINES:]
+            self._lines = [self._lines[0], *self._lines[-_KEPT_LINES:]]
             self._rewrite()
 
     def _rewrite(self) -> None:

@@ -6,8 +6,9 @@ The log of rank 0 gets the plain lines in both cases.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,16 +22,43 @@ from experiment.tracking.jsonl import SLOW_RATIO, Metrics
 
 PROGRESS_LOG = "experiment.progress"
 """Name of the logger whose messages are not printed: the terminal shows them already."""
-RATE_EVENTS = 20  # log events over which the time left is estimated
+RATE_EVENTS = 20  # log events over which the speed of training is estimated
 
 _log = logging.getLogger(PROGRESS_LOG)
+
+
+class TimedStep(NamedTuple):
+    """A log event."""
+
+    seconds: float  # by any clock
+    step: int
+    paused: float  # seconds of evaluations and checkpoints so far
+
+
+def estimate_left(events: Sequence[TimedStep], total: int | None) -> float | None:
+    """Return the time left at the speed of the last events, with evaluations and checkpoints as often and as long as
+    so far.
+
+    events: the first one of an attempt, and its last ones.
+    """
+    # The last one of each step; after a rewind, a step has two.
+    known = [event for event, after in pairwise(events) if after.step != event.step] + list(events[-1:])
+    if total is None or not known:
+        return None
+    first, start, last = known[0], known[-RATE_EVENTS:][0], known[-1]
+    training = last.seconds - start.seconds - (last.paused - start.paused)
+    if not first.step <= start.step < last.step or training <= 0:  # the clock was set back
+        return None
+    per_step = training / (last.step - start.step) + (last.paused - first.paused) / (last.step - first.step)
+    return max(0, total - last.step) * per_step
 
 
 class ConsoleTracker:
     """Shows training events as a progress bar, or as one line each without a terminal; prints evaluations as lines.
 
     total_steps: None if the last step is not known. seconds_left: of a time budget. rate_events: the last events, over
-    which the time left is estimated; None: all. clock: returns seconds, for the estimate.
+    which the speed of training is estimated; None: all. paused: returns the seconds of evaluations and checkpoints so
+    far. clock: returns seconds, for the estimate.
     """
 
     def __init__(
@@ -39,14 +67,16 @@ class ConsoleTracker:
         resumed_step: int = -1,
         seconds_left: float | None = None,
         rate_events: int | None = RATE_EVENTS,
+        paused: Callable[[], float] = float,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._total = total_steps
         self._console = console or terminal()
-        self._clock = clock
+        self._clock, self._paused = clock, paused
         self._end = None if seconds_left is None else clock() + seconds_left
-        self._recent: deque[tuple[float, int]] = deque(maxlen=rate_events)  # (seconds, step)
+        self._first: TimedStep | None = None
+        self._recent: deque[TimedStep] = deque(maxlen=rate_events or 1)
         self._live: Live | None = None
         if self._console.is_interactive:
             left = TextColumn("{task.fields[left]}", markup=False)
@@ -70,10 +100,14 @@ class ConsoleTracker:
     def _log_training(self, metrics: Metrics) -> None:
         step = metrics["step"]
         assert isinstance(step, int)
-        self._recent.append((self._clock(), step))
+        self._recent.append(TimedStep(self._clock(), step, self._paused()))
+        self._first = self._first or self._recent[0]
         values = describe_training(metrics)
-        seconds_left = self._seconds_left()
-        left = "" if seconds_left is None else f"{describe_duration(seconds_left)} left"
+        if self._end is not None:
+            seconds: float | None = max(0.0, self._end - self._recent[-1].seconds)
+        else:
+            seconds = estimate_left([self._first, *self._recent], self._total)
+        left = "" if seconds is None else f"{describe_duration(seconds)} left"
         of = "" if self._total is None else f"/{self._total}"
         line = " · ".join(filter(None, [f"step {step}{of}", values, left]))
         if self._live is not None:
@@ -84,14 +118,6 @@ class ConsoleTracker:
             _log.info("%s", line)
         else:
             self._print(line)
-
-    def _seconds_left(self) -> float | None:
-        (start, first), (now, step) = self._recent[0], self._recent[-1]
-        if self._end is not None:
-            return max(0.0, self._end - now)
-        if step <= first or self._total is None:
-            return None
-        return (self._total - step) * (now - start) / (step - first)
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, emoji=False)

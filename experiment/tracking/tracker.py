@@ -46,6 +46,7 @@ class TrackedRun:
     evaluates_again: bool = False  # the evaluation of `resumed_step` is dropped too: the checkpoint lacks it
     seed_steps: int | None = None  # of each seed of a fine-tuning run
     seconds_left: float | None = None  # of a time budget
+    paused: Callable[[], float] = float  # returns the seconds of evaluations and checkpoints so far
 
 
 def check_tracking(config: TrackingConfig) -> None:
@@ -64,7 +65,7 @@ def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, co
     if console:
         rate_events = None if run.seed_steps else RATE_EVENTS  # time passes between two seeds, without steps
         openers["the console"] = lambda: ConsoleTracker(
-            run.total_steps, run.resumed_step, run.seconds_left, rate_events
+            run.total_steps, run.resumed_step, run.seconds_left, rate_events, run.paused
         )
     openers["metrics.jsonl"] = lambda: JsonlTracker(folder.metrics, *resumed)
     if config.tensorboard and run.seed_steps:

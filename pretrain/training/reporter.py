@@ -75,6 +75,7 @@ def open_run_tracker(
     progress: TrainingProgress,
     stream: TrainingStream,
     evaluates_first: bool,
+    times: ActivityTimer,
 ) -> Trackers:
     """Log the length of the run, delete scores of checkpoints after `progress`, and open the run's trackers.
 
@@ -103,6 +104,7 @@ def open_run_tracker(
         resumed_step=resumed_step,
         evaluates_again=evaluates_first,
         seconds_left=run.config.schedule.seconds_left(progress.seconds),
+        paused=times.paused,
     )
     return open_trackers(run.config.tracking, run.folder, tracked)
 

@@ -96,7 +96,7 @@ class Trainer:
             if not finished:  # else the time since its end would count as down
                 left = config.schedule.seconds_left(self._progress.seconds)
                 times.open(run.folder, self._progress.step, stream.steps, left)
-            tracker = open_run_tracker(run, provenance, self._progress, stream, evaluates_first)
+            tracker = open_run_tracker(run, provenance, self._progress, stream, evaluates_first, times)
         self._reporter = Reporter(run, model.flops, engine, self._interval, times, nodes, tracker)
         clock = TrainingClock(self._progress.seconds)
         self._checkpointer = Checkpointer(

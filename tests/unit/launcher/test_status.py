@@ -14,7 +14,7 @@ import pytest
 from experiment.errors import UserError
 from experiment.results.report.run import open_runs
 from experiment.run_files import run_life, run_lock
-from experiment.run_files.goodput import CHECKPOINTING, ActivityTimer
+from experiment.run_files.goodput import CHECKPOINTING, EVALUATING, ActivityTimer
 from experiment.run_files.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.run_files.provenance import write_provenance
 from experiment.run_files.run_folder import RunFolder, is_run, open_run_folder
@@ -317,6 +317,24 @@ def test_the_figures_of_a_run(folder: RunFolder) -> None:
     (damaged / "COMPLETE").touch()
     status = read_status(str(folder.path))
     assert (status.step, status.checkpoint_step) == (20, 10)
+
+
+def test_the_time_left_has_evaluations(folder: RunFolder) -> None:
+    """Catches a time left at the speed of the last events, between two evaluations, also of a run whose earlier lines
+    were removed."""
+    now = 1000.0
+    timer = ActivityTimer(1000.0, clock=lambda: now, now=lambda: now)
+    timer.open(folder, step=0, total_steps=2000)
+    timer.begin_training()
+    for step in range(1, 1001):
+        now += 1.0
+        timer.finish_step(step)
+        timer.record()
+        if step % 100 == 50:
+            with timer.during(EVALUATING):
+                now += 100.0
+    with lock_run(folder):
+        assert read_status(str(folder.path)).seconds_left == 2000.0
 
 
 def test_the_progress_of_a_fine_tuning(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

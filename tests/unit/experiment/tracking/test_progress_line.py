@@ -1,6 +1,7 @@
 import io
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from experiment.run_files.outcome_file import Outcome
 from experiment.tracking.progress_line import (
     RATE_EVENTS,
     ConsoleTracker,
+    TimedStep,
     describe_evaluation,
     describe_training,
+    estimate_left,
 )
 
 TRAINING: dict[str, Any] = {"loss": 6.12341, "lr": 5e-4, "tokens_per_second": 12345.6, "memory": 1 << 30, "mfu": None}
@@ -25,13 +28,17 @@ EVALUATION = {
 
 
 def plain(
-    total: int | None, seconds: list[float], rate_events: int | None = RATE_EVENTS
+    total: int | None, seconds: list[float], rate_events: int | None = RATE_EVENTS, paused: Sequence[float] = ()
 ) -> tuple[ConsoleTracker, io.StringIO]:
-    """A tracker without a terminal whose clock returns `seconds` in turn, and its output."""
+    """A tracker without a terminal whose clock returns `seconds` in turn, and its output. paused: the same of the
+    seconds in evaluations."""
     output = io.StringIO()
-    clock = iter(seconds)
+    clock, pauses = iter(seconds), iter(paused)
     console = Console(file=output, width=40, soft_wrap=True)
-    return ConsoleTracker(total, console=console, rate_events=rate_events, clock=lambda: next(clock)), output
+    tracker = ConsoleTracker(
+        total, rate_events=rate_events, paused=lambda: next(pauses, 0.0), console=console, clock=lambda: next(clock)
+    )
+    return tracker, output
 
 
 def on_terminal(total: int | None, width: int = 120) -> tuple[ConsoleTracker, io.StringIO]:
@@ -64,6 +71,33 @@ def test_the_time_left_follows_the_recent_pace() -> None:
     for step in range(101):
         tracker.log({"step": step, "loss": 1.0})
     assert output.getvalue().splitlines()[-1].endswith("15m00s left")
+
+
+def test_the_time_left_counts_evaluations_as_often_as_they_are() -> None:
+    """Catches an estimate that doubles after an evaluation, and forgets evaluations between two; one that takes the
+    evaluation before the first step for one of many; and one from the speed before and after a rewind."""
+    points, now, paused, left = [TimedStep(0.0, 0, 0.0), TimedStep(900.0, 0, 900.0)], 900.0, 900.0, {}
+    for step in range(10, 3001, 10):
+        now += 10.0
+        if step > 10 and step % 500 == 10:
+            now, paused = now + 300.0, paused + 300.0
+        points.append(TimedStep(now, step, paused))
+        left[step] = estimate_left(points, 3000)
+    assert left[500] == 2500.0, "no evaluation is known"
+    evaluations = {step: 300.0 * ((3000 - step) // 500) for step in range(1000, 2500, 10)}
+    assert all(left[step] == pytest.approx(3000 - step + evaluations[step], rel=0.25) for step in evaluations)
+    assert left[3000] == 0.0
+    points += [TimedStep(now + 10.0, 2500, paused), TimedStep(now + 20.0, 2510, paused)]
+    assert estimate_left(points, 3000) is None
+    assert estimate_left(points[:2], 3000) is None
+
+
+def test_the_console_knows_of_evaluations() -> None:
+    """Catches the time left at the speed of the last events, which have an evaluation or have none."""
+    tracker, output = plain(1000, [0.0, *(400.0 + step for step in range(2, 101))], paused=[0.0, *[300.0] * 99])
+    for step in range(1, 101):
+        tracker.log({"step": step, "loss": 1.0})
+    assert output.getvalue().splitlines()[-1].endswith(" · 1h00m left")  # 900 steps of a second, 9 pauses of 303 s
 
 
 def test_the_time_left_does_not_jump_between_seeds() -> None:
