@@ -63,12 +63,12 @@ def watch_run(options: WatchOptions) -> None:
     """
     with handle_stop_signals(interrupt):
         run = RunFolder(Path(options.run).absolute())
-        config = read_run_config(run)
+        read_run_config(run)  # rejects other folders
         mail = None if options.mail is None else (mail_service(options.mail), options.mail)
         task = read_watched_task(options.task, options.probe)
         folder = open_run_folder(run.downstream / task.name)
         with lock_run(folder), stopped_by_disk_errors("watch: "):
-            failed = Watch(run, config, task, Announcement(options.on_result, mail)).finish()
+            failed = Watch(run, task, Announcement(options.on_result, mail)).finish()
             print(describe_scores(run, task))
     if failed:
         sys.exit(f"deepcloze: watch: {task.name}: could not score step {', '.join(map(str, failed))}")
@@ -128,7 +128,6 @@ class Watch:
     def __init__(
         self,
         run: RunFolder,
-        config: PretrainConfig,
         task: WatchedTask,
         announcement: Announcement,
         score: Score = score_checkpoint,
@@ -136,7 +135,6 @@ class Watch:
     ) -> None:
         """score: as `score_checkpoint`. wait: until it is time to look again."""
         self._run = run
-        self._config = config
         self._task = task
         self._announcement = announcement
         self._score = score
@@ -274,13 +272,14 @@ class Watch:
                 lock.enter_context(lock_run(self._run))
             except UserError:  # a process uses the folder: the run has resumed
                 return False
-            log_results(self._run, self._config)
+            log_results(self._run)
         return True
 
 
-def log_results(run: RunFolder, config: PretrainConfig) -> None:
-    """Log the results that metrics.jsonl lacks. For the process that has locked the run folder."""
-    provenance, outcome = read_provenance(run), read_outcome(run)
+def log_results(run: RunFolder) -> None:
+    """Log the results that metrics.jsonl lacks, as the config of the last attempt says. For the process that has locked
+    the run folder."""
+    config, provenance, outcome = read_run_config(run), read_provenance(run), read_outcome(run)
     assert provenance is not None, "see `read_run_config`"
     tracked = TrackedRun(
         wandb_id=wandb_id(provenance),

@@ -27,7 +27,7 @@ from experiment.tracking.downstream import DownstreamLog, DownstreamResult, drop
 from experiment.tracking.jsonl import JsonlTracker, read_events
 from experiment.tracking.notification import Message, Service
 from launcher.cli import main
-from launcher.run_sets.watch import Announcement, Watch, describe_scores, read_run_config
+from launcher.run_sets.watch import Announcement, Watch, describe_scores
 from launcher.run_sets.watched_task import ScoringError, TaskRejectedError, WatchedTask
 
 RESULT = DownstreamResult(100, "toy", "accuracy", False, {"accuracy": 0.9}, "weights", "config", 2.0)
@@ -54,7 +54,7 @@ class Scorer:
 def watch(run: RunFolder, scorer: Scorer, *while_idle: Callable[[], object], task: WatchedTask = TASK) -> list[int]:
     """Watch until the run is done. Whenever there is nothing to do, the next of `while_idle` happens."""
     happens = iter(while_idle)
-    return Watch(run, read_run_config(run), task, Announcement(), scorer, lambda: next(happens)()).finish()
+    return Watch(run, task, Announcement(), scorer, lambda: next(happens)()).finish()
 
 
 def logged(run: RunFolder) -> list[tuple[int, float]]:
@@ -433,6 +433,18 @@ def test_scores_reach_the_trackers_after_a_failed_run(run: RunFolder, save: Save
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert lines[-1] == {"step": 100, "downstream/toy/accuracy": 0.1}
     assert DownstreamLog(run).take_new(sys.maxsize) == []
+
+
+def test_scores_reach_the_trackers_of_the_last_attempt(run: RunFolder, save: Save, end: End) -> None:
+    """Catches scores that are logged as the config said when the watch began."""
+
+    def resume_with_tensorboard() -> None:
+        run.config.write_text(f"{run.config.read_text()}\ntracking: {{tensorboard: true}}\n")
+        end()
+
+    save(100)
+    assert watch(run, Scorer(), resume_with_tensorboard) == []
+    assert list(run.tensorboard.iterdir())
 
 
 def test_the_command_gets_the_result(run: RunFolder, tmp_path: Path) -> None:
