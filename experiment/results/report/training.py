@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
+from experiment.errors import UserError
 from experiment.files import read_json
 from experiment.formatting import UNKNOWN, format_perplexity, show
 from experiment.results.charts import INK, Line, Mark, Panel, Plot, charts_block
@@ -14,7 +14,7 @@ from experiment.results.history import History, SeedHistory
 from experiment.results.page import Block, Heading, Table
 from experiment.results.report.run import Run
 from experiment.run_files.checkpoints import checkpoint_step, named_best
-from experiment.run_files.goodput import AttemptTime
+from experiment.run_files.provenance import read_provenance
 from experiment.run_files.run_folder import RunFolder
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
@@ -123,18 +123,17 @@ def _known_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Tab
 
 def read_marks(run: Run) -> list[Mark]:
     """Files that are damaged mark nothing. Raises OSError."""
-    return [*_restarts(run.attempt_times), *_bad_batches(run.folder), *_stages(run.config), *_best(run.folder)]
+    return [*_restarts(run.folder), *_bad_batches(run.folder), *_stages(run.config), *_best(run.folder)]
 
 
-def _restarts(times: Sequence[AttemptTime]) -> Iterator[Mark]:
-    """Yield where each later attempt has resumed or, if that is not kept, the last step of the attempt before."""
-    attempts: dict[float, list[AttemptTime]] = {}  # in their order, although the clock may have been set back
-    for line in times:
-        attempts.setdefault(line.start, []).append(line)
-    for number, (before, attempt) in enumerate(pairwise(attempts.values()), start=2):
-        started = datetime.fromtimestamp(attempt[0].start, UTC)
-        step = min(before[-1].step, attempt[0].step)
-        yield Mark("restart", step, f"attempt {number}, {started:%Y-%m-%d %H:%M} UTC, from step {step:,}")
+def _restarts(folder: RunFolder) -> Iterator[Mark]:
+    """Yield where each later attempt has resumed; none of fine-tuning, which counts steps over all seeds."""
+    with suppress(UserError, KeyError, TypeError, ValueError):  # it is being copied
+        attempts = (read_provenance(folder) or {"attempts": []})["attempts"]
+        for number, attempt in enumerate(attempts, start=1):
+            if number > 1 and attempt.keys() & {"step", "total_steps"} == {"step"}:
+                started, step = datetime.fromisoformat(attempt["date"]), attempt["step"]
+                yield Mark("restart", step, f"attempt {number}, {started:%Y-%m-%d %H:%M} UTC, from step {step:,}")
 
 
 def _bad_batches(folder: RunFolder) -> Iterator[Mark]:

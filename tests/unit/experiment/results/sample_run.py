@@ -61,7 +61,8 @@ def make_run(path: Path, steps: int = 1000, lr: float = 5e-4, seed: int = 1) -> 
     versions = {"deepcloze": "0.2.0", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
     for hour in (9, 12, 18):
         attempt = {"date": f"2026-11-20T{hour:02}:20:30+00:00", "host": "node-1", "world_size": 8, "git": git}
-        write_provenance(folder, {**attempt, "hardware": hardware, "versions": versions})
+        step = {9: 0, 12: steps * 7 // 25, 18: steps * 4 // 5}[hour]
+        write_provenance(folder, {**attempt, "step": step, "hardware": hardware, "versions": versions})
     _write_checkpoint(folder, steps)
     for step in (steps // 4, steps // 2, steps):
         add_fillings(folder, _fillings(step, step / steps))

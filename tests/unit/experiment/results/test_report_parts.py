@@ -30,6 +30,7 @@ from experiment.results.report.several_runs import (
 from experiment.results.report.tasks import worst_rows
 from experiment.results.report.training import read_marks, training_blocks
 from experiment.run_files.outcome_file import Outcome, write_outcome
+from experiment.run_files.provenance import write_provenance
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.run_sets.run_set import PlannedRun, RunSet
 
@@ -55,25 +56,22 @@ def test_what_happened_is_marked(run: RunFolder) -> None:
     assert texts[2:4] == ["step 350: the loss is nan", "stage 2: max_seq_length 512, sequences 64"]
 
 
-@pytest.mark.parametrize("starts", [(0.0, 10.0, 20.0), (10.0, 20.0, 0.0)])
-def test_a_restart_whose_first_line_is_gone(tmp_path: Path, starts: tuple[float, float, float]) -> None:
-    """Catches a restart at the end of its attempt: of earlier attempts, only the last line is kept. And attempts in
-    another order because the clock was set back."""
+def test_restarts_stay_where_they_are(tmp_path: Path) -> None:
+    """Catches a restart at the last step of an attempt, which is the only line of it that is kept in goodput.jsonl when
+    another attempt starts; marks in fine-tuning, and attempts of older versions."""
     folder = open_run_folder(tmp_path)
-    lines = [
-        {
-            "start": start,
-            "time": start + 9,
-            "step": step,
-            "reached": step,
-            "total_steps": 9,
-            "activity": "",
-            "seconds": {},
-        }
-        for start, step in zip(starts, (300, 700, 900), strict=True)
-    ]
-    folder.goodput.write_text("\n".join(map(json.dumps, lines)))
-    assert [mark.step for mark in read_marks(open_run("run", folder))] == [300, 700]
+    for start, step, last in ((10.0, 0, 300), (20.0, 280, 700), (0.0, 650, 900)):  # the clock was set back
+        line = {"start": start, "time": start + 9, "step": last, "reached": last, "total_steps": 9, "activity": ""}
+        with folder.goodput.open("a") as file:
+            file.write("\n" + json.dumps({**line, "seconds": {}}))
+        write_provenance(folder, {"date": f"2026-11-20T09:20:{start:02.0f}+00:00", "step": step})
+    assert [mark.step for mark in read_marks(open_run("run", folder))] == [280, 650]
+    write_provenance(folder, {"date": "2026-11-20T10:20:00+00:00", "step": 500, "total_steps": 900})
+    write_provenance(folder, {"date": "2026-11-20T11:20:00+00:00"})
+    write_provenance(folder, {"date": "2026-11-20T12:20:00+00:00", "step": 900})
+    assert [mark.step for mark in read_marks(open_run("run", folder))] == [280, 650, 900]
+    folder.provenance.write_text("{")
+    assert read_marks(open_run("run", folder)) == []
 
 
 @pytest.mark.parametrize(
