@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "downstream/"
 _NAME = re.compile(r"step-\d+\.json")
-_SETTLED = 2_000_000_000  # nanoseconds after which another change of a folder has another time
+SETTLED = 2_000_000_000
+"""Nanoseconds after which another change of a folder has another time."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def drop_results(folder: RunFolder, last_step: int) -> None:
 
 def read_results(folder: RunFolder) -> list[DownstreamResult]:
     """Read all results of a run, by task and step. Skips damaged files with a warning."""
-    paths = (path for task in _task_folders(folder) for path, _ in _files(task))
-    found = [result for path in paths if (result := _read(path)) is not None]
+    files = (file for task in _task_folders(folder) for file in _files(task))
+    found = [result for file in files if (result := _read(*file)) is not None]
     return sorted(found, key=lambda result: (result.task, result.step))
 
 
@@ -99,7 +100,7 @@ class DownstreamLog:
             return []
 
     def _new_results(self, last_step: int) -> list[DownstreamResult]:
-        due: list[Path] = []
+        due: dict[Path, int] = {}
         for folder in _task_folders(self._folder):
             changed = folder.stat().st_mtime_ns  # results are renamed into it
             if self._done.get(folder) == changed:
@@ -107,10 +108,10 @@ class DownstreamLog:
             unread = {path: written for path, written in _files(folder) if self._taken.get(path) != written}
             reached = {path: written for path, written in unread.items() if _step(path) <= last_step}
             self._taken |= reached
-            due += reached
-            if len(reached) == len(unread) and time.time_ns() - changed > _SETTLED:
+            due |= reached
+            if len(reached) == len(unread) and time.time_ns() - changed > SETTLED:
                 self._done[folder] = changed
-        results = [result for path in due if (result := _read(path)) is not None]
+        results = [result for file in due.items() if (result := _read(*file)) is not None]
         new = [result for result in results if not self._is_logged(result)]
         return sorted(new, key=lambda result: (result.step, result.task))
 
@@ -148,12 +149,18 @@ def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def _read(path: Path) -> DownstreamResult | None:
+@lru_cache(maxsize=10_000)
+def _parse(path: Path, _written: int) -> DownstreamResult:
+    """Raises OSError and ValueError. _written: when, as st_mtime_ns."""
+    result = parse_record(DownstreamResult, path.read_bytes())
+    if result.metric not in result.metrics:
+        raise ValueError(f"no value of '{result.metric}'")
+    return result
+
+
+def _read(path: Path, written: int) -> DownstreamResult | None:
     try:
-        result = parse_record(DownstreamResult, path.read_bytes())
-        if result.metric not in result.metrics:
-            raise ValueError(f"no value of '{result.metric}'")
-        return result
+        return _parse(path, written)
     except (OSError, ValueError) as error:
         log.warning("skipping the damaged result %s: %s", path, error)
         return None

@@ -1,9 +1,11 @@
 """The sections of a report about one training run: tables and charts of its metrics, and the marks in them."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
@@ -16,11 +18,13 @@ from experiment.results.report.run import Run
 from experiment.run_files.checkpoints import checkpoint_step, named_best
 from experiment.run_files.provenance import read_provenance
 from experiment.run_files.run_folder import RunFolder
+from experiment.tracking.downstream import SETTLED
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
 NORM, RATE = "Gradient norm before clipping", "Learning rate"
 
 _TRAINING = "training"  # the line of a run with one seed
+_BAD_BATCHES = 500  # marked
 
 
 def training_blocks(history: History, held_out: bool = True, marks: Sequence[Mark] = ()) -> list[Block]:
@@ -137,10 +141,22 @@ def _restarts(folder: RunFolder) -> Iterator[Mark]:
 
 
 def _bad_batches(folder: RunFolder) -> Iterator[Mark]:
-    for path in sorted(folder.bad_batch(0).parent.glob("step-*/fault.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+    """Yield the last bad batches, of which a long run has thousands. A page that is followed asks every two seconds."""
+    dumps = folder.bad_batch(0).parent
+    with suppress(OSError):
+        changed, now = dumps.stat().st_mtime_ns, time.time_ns()
+        yield from _read_bad_batches(dumps, changed if now - changed > SETTLED else now)
+
+
+@lru_cache(maxsize=100)
+def _read_bad_batches(dumps: Path, _changed: int) -> list[Mark]:
+    """Raises OSError. _changed: another number if the folder may have changed."""
+    marks = []
+    for path in sorted(dumps.glob("step-*/fault.json"))[-_BAD_BATCHES:]:
+        with suppress(ValueError, KeyError, TypeError):
             fault = read_json(path)
-            yield Mark("bad", int(fault["step"]), str(fault["what"]))
+            marks.append(Mark("bad", int(fault["step"]), str(fault["what"])))
+    return marks
 
 
 def _stages(config: Mapping[str, Any]) -> Iterator[Mark]:

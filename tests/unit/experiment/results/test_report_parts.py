@@ -11,11 +11,11 @@ import pytest
 from sample_run import data_of, make_run
 
 from experiment.errors import UserError
-from experiment.files import write_json
+from experiment.files import read_json, write_json
 from experiment.results.charts import LOOKS, Charts
 from experiment.results.history import History
 from experiment.results.page import Heading, Table, Text
-from experiment.results.report import write_overlay, write_report
+from experiment.results.report import training, write_overlay, write_report
 from experiment.results.report.run import open_run, open_runs
 from experiment.results.report.run_facts import scaled, task_headline, training_headline
 from experiment.results.report.several_runs import (
@@ -72,6 +72,27 @@ def test_restarts_stay_where_they_are(tmp_path: Path) -> None:
     assert [mark.step for mark in read_marks(open_run("run", folder))] == [280, 650, 900]
     folder.provenance.write_text("{")
     assert read_marks(open_run("run", folder)) == []
+
+
+def test_bad_batches_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a page that reads the files of thousands of bad batches every two seconds, and draws as many lines; and
+    one that lacks the newest."""
+    folder = open_run_folder(tmp_path)
+    for step in range(1, 512):
+        write_json(folder.bad_batch(step) / "fault.json", {"step": step, "what": "nan"})
+    dumps = folder.bad_batch(0).parent
+    os.utime(dumps, (1e9, 1e9))
+    run, reads = open_run("run", folder), list[Path]()
+    monkeypatch.setattr(training, "read_json", lambda path: (reads.append(path), read_json(path))[1])
+    for _ in range(3):
+        assert [mark.step for mark in read_marks(run)] == list(range(12, 512))
+    assert len(reads) == 500
+    write_json(folder.bad_batch(512) / "fault.json", {"step": 512, "what": "nan"})
+    assert [mark.step for mark in read_marks(run)][-1] == 512
+    (folder.bad_batch(513)).mkdir()
+    assert [mark.step for mark in read_marks(run)][-1] == 512
+    write_json(folder.bad_batch(513) / "fault.json", {"step": 513, "what": "nan"})  # the folder itself is not changed
+    assert [mark.step for mark in read_marks(run)][-1] == 513
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,25 @@ def test_a_resumed_run_logs_what_it_has_dropped(run: RunFolder) -> None:
     log = DownstreamLog(run)
     assert log.take_new(160) == []
     assert log.take_new(200) == [event(200)]
+
+
+def test_results_are_parsed_once(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a page that reads every result each two seconds, and a result that stays unknown after a disk did not
+    answer for a moment."""
+    parse, tries = downstream.parse_record, list[int]()
+
+    def parse_later(*arguments: Any) -> Any:
+        tries.append(1)
+        if len(tries) == 1:
+            raise OSError("no answer")
+        return parse(*arguments)
+
+    monkeypatch.setattr(downstream, "parse_record", parse_later)
+    write_result(run, result(100))
+    assert [read_results(run) for _ in range(3)] == [[], [result(100)], [result(100)]]
+    assert len(tries) == 2
+    write_result(run, result(100, 0.75))
+    assert read_results(run) == [result(100, 0.75)]
 
 
 def test_a_replaced_result_is_logged_again(run: RunFolder) -> None:
