@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 
 from rich.text import Text
 
@@ -32,7 +33,7 @@ def set_up_logging(folder: RunFolder, rank: int) -> list[_Removed]:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     log_file = _RankLog(folder.rank_log(rank), encoding="utf-8")
-    log_file.setFormatter(logging.Formatter(FILE_FORMAT))
+    log_file.setFormatter(_Formatter(FILE_FORMAT))
     root.addHandler(log_file)
     if rank == 0:
         root.addHandler(_Terminal())
@@ -86,6 +87,13 @@ def _remove_terminal_handlers() -> list[_Removed]:
         logger.removeHandler(handler)
         logger.propagate = True
     return removed
+
+
+class _Formatter(logging.Formatter):
+    """Writes times with their offset from UTC: hosts, and containers on them, may have different time zones."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        return datetime.fromtimestamp(record.created).astimezone().isoformat(" ", "milliseconds")
 
 
 class _RankLog(logging.FileHandler):

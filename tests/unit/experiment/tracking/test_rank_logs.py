@@ -1,8 +1,10 @@
 import io
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,21 @@ def test_a_quiet_run_prints_warnings_only(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr() == ("", "warning: careful\n")
     written = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
     assert all(text in written for text in ("saved", "step 1/10 · loss 2.0000", "careful"))
+
+
+def test_times_have_an_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches logs of hosts in different time zones whose lines cannot be put in order."""
+    for zone in ("UTC-2", "UTC"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        set_up_logging(RunFolder(tmp_path), 0)
+        logging.getLogger("pretrain.training").info("saved")
+    monkeypatch.undo()
+    time.tzset()
+    lines = RunFolder(tmp_path).rank_log(0).read_text().splitlines()
+    times = [datetime.fromisoformat(line.partition(" INFO ")[0]) for line in lines]
+    assert [written.utcoffset() for written in times] == [timedelta(hours=2), timedelta()]
+    assert times[1] - times[0] < timedelta(minutes=30)
 
 
 def test_rank_0_prints_our_messages_and_all_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
