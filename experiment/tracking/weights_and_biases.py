@@ -217,6 +217,8 @@ class _Rows:
             self._last_number = max(number, self._last_number + 1, self._first_number)
             row = {key: value for key, value in event.items() if value is not None}
             self._run.log(row, step=self._last_number, commit=True)
+            if is_late:
+                self._run.summary["step"] = self._step  # otherwise that of the last row
 
     def _next(self, event: Metrics) -> tuple[int, bool]:
         """Return the number of an event, and whether it is of an earlier step than the training, or a score, which may

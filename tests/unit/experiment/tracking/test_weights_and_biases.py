@@ -133,13 +133,15 @@ def test_results_are_in_the_summary(tmp_path: Path, fake: FakeWandb) -> None:
 
 
 def test_a_run_resumes_under_its_id_with_our_step_as_axis(tmp_path: Path, fake: FakeWandb) -> None:
-    """Catches a resume that opens a second run, W&B's own step as the x axis, and nulls, which it plots as text."""
+    """Catches a resume that opens a second run, W&B's own step as the x axis, nulls, which it plots as text, and a
+    table of runs with the step of a late score."""
     open_tracker = tracker(tmp_path)
     open_tracker.log({"step": 20, "loss": 1.0, "mfu": None})
     open_tracker.log({"step": 10, "downstream/task/accuracy": 0.5})
     open_tracker.close(Outcome.DONE)
     (run,) = fake.runs
     assert run.logged == [{"step": 20, "loss": 1.0}, {"step": 10, "downstream/task/accuracy": 0.5}]
+    assert run.summary == {"step": 20}
     assert run.calls == [("define_metric", "step", None), ("define_metric", "*", "step"), ("finish", 0)]
     wanted = {
         "id": "id7",
