@@ -18,11 +18,21 @@ if __name__ == "__main__":
 if not __package__:  # started as a file: import from the repository, not from this folder
     sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[1])]
 if __name__ == "__main__":
+    from experiment.errors import UserError
     from experiment.process.fast_imports import import_transformers_without_scipy
-    from experiment.process.own_process import hide_gpus
+    from experiment.process.own_process import hide_gpus, wait_at_gate
+    from experiment.run_files.outcome_file import Outcome
 
     hide_gpus()
     import_transformers_without_scipy()
+    from pretrain.engine.deepspeed_version import check_version  # imports DeepSpeed
+
+    try:
+        check_version()  # before the imports of its internals
+    except UserError as error:
+        wait_at_gate()  # a launcher on this machine prints the same, and ends this process
+        print(f"deepcloze: {error}", file=sys.stderr)
+        sys.exit(Outcome.REFUSED.exit_code)
 
 import contextlib
 import datetime

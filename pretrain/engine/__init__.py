@@ -1,7 +1,7 @@
 """DeepSpeed and the optimizer. Only this package imports deepspeed.
 
 - engine: forward and backward of a microbatch, one update per step
-- deepspeed_settings: the DeepSpeed JSON, checked, and the check of DeepSpeed's version
+- deepspeed_version: its check; deepspeed_settings: the DeepSpeed JSON, checked
 - initialization: start DeepSpeed; dynamic loss scaling for fp16
 - process_group: join and leave; shared_memory: collectives of CPU ranks on one host; host_copy: numbers of a GPU, read
   late

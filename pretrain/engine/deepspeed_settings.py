@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
-from packaging.specifiers import SpecifierSet
 from pydantic import ValidationError
 from torch.utils.cpp_extension import is_ninja_available
 from xxhash import xxh64_hexdigest
@@ -27,13 +25,12 @@ from experiment.errors import UserError, reason
 from experiment.files import read_json
 from experiment.process.hardware import check_gpu, has_native_bf16
 from pretrain.ds_configs import find_ds_config
+from pretrain.engine.deepspeed_version import check_version
 
 log = logging.getLogger(__name__)
 
 Precision = Literal["fp16", "bf16", "fp32"]
 OffloadDevice = Literal["none", "cpu", "nvme"]
-
-TESTED = ">=0.19.7,<0.20"  # the releases of DeepSpeed that the tests pass with; as in pyproject.toml
 
 _SET_BY_RUN_CONFIG = {
     "train_batch_size": "batch.sequences",
@@ -144,11 +141,7 @@ def load_settings(name: str) -> DeepSpeedSettings:
     Raises UserError that names the file and the key, also for values that DeepSpeed's own parser rejects, and if the
     installed DeepSpeed is not one of the tested releases.
     """
-    if not SpecifierSet(TESTED).contains(deepspeed.__version__, prereleases=True):
-        raise UserError(
-            f"DeepSpeed {deepspeed.__version__} is installed, but deepcloze uses internals that other releases may "
-            f"lack; run pip install 'deepspeed{TESTED}', the releases that it is tested with"
-        )
+    check_version()
     try:
         path = find_ds_config(name)
     except ValueError as error:

@@ -59,6 +59,19 @@ def test_an_engine_starts_with_another_muon(change: str) -> None:
     assert printed_by(code) == "True"
 
 
+def test_a_rank_rejects_other_releases_of_deepspeed() -> None:
+    """Catches the traceback of an import that another release lacks, in a rank that DeepSpeed's launcher starts."""
+    code = (
+        "import runpy, sys, deepspeed\n"
+        "deepspeed.__version__ = '0.20.0'\n"
+        "sys.modules['deepspeed.runtime.zero.stage_1_and_2'] = None\n"
+        "runpy.run_module('pretrain.run', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("deepcloze: DeepSpeed 0.20.0 is installed, but ")
+
+
 @pytest.fixture(scope="module")
 def started_rank() -> dict[str, Any]:
     """What a rank has done until it reads its config, on the CPU of a machine with GPUs; then what DeepSpeed's Muon,

@@ -16,7 +16,6 @@ from experiment.files import REPOSITORY
 from pretrain.config import PretrainConfig
 from pretrain.ds_configs import find_ds_config, preset_or_path
 from pretrain.engine.deepspeed_settings import (
-    TESTED,
     Precision,
     check_device_support,
     load_settings,
@@ -24,6 +23,7 @@ from pretrain.engine.deepspeed_settings import (
     uses_zero1_optimizer,
     warn_of_emulation,
 )
+from pretrain.engine.deepspeed_version import TESTED
 
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "fp32")
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
