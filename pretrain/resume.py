@@ -44,9 +44,9 @@ _STREAM = (
 _FIXED = ("model", "masking", "optimizer.name", *_STREAM)
 # Keys below these that only change how the same result is computed.
 _LAYOUT = ("model.activation_checkpointing",)
-# Keys that change nothing in an encoder. Older identities have use_cache as activation checkpointing sets it, the
-# `auto_map` of a folder, and BigBird's attention_type without effect.
-_NO_EFFECT = ("model.use_cache", "model.auto_map", "model.attention_type")
+# Keys that change nothing in an encoder. Older identities have use_cache as activation checkpointing sets it, and the
+# `auto_map` of a folder.
+_NO_EFFECT = ("model.use_cache", "model.auto_map")
 # Keys that determine masks if the masking rate is a function of the run's length.
 _LENGTH = ("schedule.steps", "schedule.epochs", "schedule.tokens")
 # Keys that name paths, or that `run_identity` resolves.
@@ -334,6 +334,8 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tup
         identity["engine.ds_config"] = Path(identity["engine.ds_config"]).stem
     # Older identities do not have these.
     unknown = tuple(part for part in (_SPECIAL_TOKENS, _DS_CONFIG) if not any(key.startswith(part) for key in old))
+    if new.get("model.model_type") == "big_bird":  # older ones have it as it is in the folder, without effect
+        unknown += ("model.attention_type",)
     keys = sorted(key for key in old.keys() | new.keys() if not key.startswith(unknown))
     changed = [key for key in keys if old.get(key) != new.get(key) and not _is_below(key, _NO_EFFECT)]
     return {key: (old.get(key), new.get(key)) for key in changed}

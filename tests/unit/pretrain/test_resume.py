@@ -447,7 +447,6 @@ def test_never_needs_an_unused_folder(tmp_path: Path) -> None:
     [
         ({"use_cache": False}, {"use_cache": True}),  # older versions changed it when they built the model
         ({"auto_map": {"AutoModelForMaskedLM": "modeling.Model"}}, {}),
-        ({"attention_type": "block_sparse"}, {"attention_type": "original_full"}),
     ],
 )
 def test_settings_without_an_effect_do_not_matter(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -455,6 +454,20 @@ def test_settings_without_an_effect_do_not_matter(before: dict[str, Any], now: d
     old, new = identity(model=MODEL | before), identity(model=MODEL | now)
     assert check_resume(old, new, "a checkpoint") == []
     assert check_fork(old, identity(), "a checkpoint") == []
+
+
+def test_only_big_bird_has_an_attention_type_without_effect() -> None:
+    """Catches older runs of BigBird that cannot be resumed, and a Funnel that resumes with another attention."""
+
+    def with_type(model_type: str, **attention_type: str) -> dict[str, Any]:
+        return identity(model=MODEL | {"model_type": model_type} | attention_type)
+
+    old, new = (with_type("big_bird", attention_type=kind) for kind in ("block_sparse", "original_full"))
+    assert check_resume(old, new, "a checkpoint") == check_fork(old, with_type("big_bird"), "a checkpoint") == []
+    old, new = (with_type("funnel", attention_type=kind) for kind in ("relative_shift", "factorized"))
+    for check in (check_resume, check_fork):
+        with pytest.raises(UserError, match=r"another model\.attention_type"):
+            check(old, new, "a checkpoint")
 
 
 @pytest.mark.parametrize("positions", [80, None])
