@@ -89,8 +89,8 @@ def agreed_rows(rows: Rows, world: World, group: CpuGroup) -> Rows:
     flat, padded = group.all_reduce_sum([int(rows == "flat"), int(rows == "padded")])
     if 0 < padded < world.size:
         raise AgreedError(
-            f"{padded} of {world.size} ranks find that packed sequences influence each other in this model, the others "
-            "do not: use hosts with the same CPU"
+            f"{padded} of {world.size} ranks find that packed sequences would get other logits in this model, the "
+            "others do not: use hosts with the same CPU"
         )
     return "windows" if rows == "flat" and flat < world.size else rows
 

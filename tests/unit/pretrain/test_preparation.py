@@ -407,5 +407,5 @@ def test_all_ranks_have_the_same_rows(others: tuple[int, int], agreed: str | Non
     if agreed is not None:
         assert preparation.agreed_rows("flat", World(size=2), TwoRanks()) == agreed
         return
-    with pytest.raises(UserError, match="1 of 2 ranks find that packed sequences influence each other"):
+    with pytest.raises(UserError, match="1 of 2 ranks find that packed sequences would get other logits"):
         preparation.agreed_rows("flat", World(size=2), TwoRanks())
