@@ -39,7 +39,10 @@ ROBERTA_TOKENS = {
     "mask_token": "<mask>",
 }
 # Classes of older releases of transformers that are copies of BERT's, by the beginning of their names.
-_COPIES_OF_BERT = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
+_COPIES_OF_BERT = (
+    *("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "Realm", "RetriBert"),
+    "SqueezeBert",
+)
 # Model types whose own tokenizer reads a vocab.txt in another way than BERT's.
 _OTHER_VOCABULARIES = ("bertweet", "esm", "funnel", "mpnet", "phobert", "roc_bert", "roformer", "splinter", "tapas")
 _PRETRAINING_NEEDS = ("pad_token", "mask_token")
@@ -127,7 +130,7 @@ def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
         except BaseException as error:  # many types, also the PanicException of tokenizers, which is no Exception
             has_vocabulary = any(any(folder.glob(name)) for name in ("tokenizer.json", "vocab.txt", "*.model"))
             why = " ".join(str(error).split())
-            if "tiktoken" in why:  # which transformers tries next, and asks to install
+            if "tiktoken" in why and any(folder.glob("*.model")):  # which transformers tries next, and asks to install
                 why = "its SentencePiece model is damaged, or the package sentencepiece is not installed"
             reason = f": {why}" if has_vocabulary else ""
             raise UserError(f"tokenizer: cannot load {folder}{reason}; {_expected(folder)}") from None

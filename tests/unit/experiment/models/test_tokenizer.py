@@ -56,7 +56,9 @@ def test_a_vocabulary_is_read_as_its_model_does(tmp_path: Path, vocabulary_folde
         assert type(load_any_tokenizer(tmp_path, needed=())).__name__ == tokenizer
 
 
-@pytest.mark.parametrize("name", ["ElectraTokenizer", "LayoutLMTokenizerFast", "DistilBertTokenizer"])
+@pytest.mark.parametrize(
+    "name", ["ElectraTokenizer", "LayoutLMTokenizerFast", "DistilBertTokenizer", "RetriBertTokenizer", "RealmTokenizer"]
+)
 def test_a_vocabulary_of_a_copy_of_berts_tokenizer(tmp_path: Path, name: str) -> None:
     """Catches classes of older releases of transformers whose vocab.txt is refused, or read as uncased though it is
     cased."""
@@ -153,6 +155,9 @@ def test_folders_without_a_usable_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.txt").write_text("the\na\n")
     with pytest.raises(UserError, match=r"no \[CLS\]"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "UnknownTokenizer"}')
+    with pytest.raises(UserError, match=r"cannot load .*: (?!its SentencePiece model)"):
         load_tokenizer(tmp_path)
     gpt = Tokenizer(models.BPE({"a": 0}, []))
     gpt.save(str(tmp_path / "tokenizer.json"))
