@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(model)
 session = onnxruntime.InferenceSession(f"{{model}}/{file}")
 texts = ["A text.", "Another text, which is longer."]
-tokens = tokenizer(texts, padding={padding}, truncation=True, return_tensors="np")
+tokens = tokenizer(texts, padding={padding}, truncation=True, return_attention_mask=True, return_tensors="np")
 inputs = {{each.name: {value} for each in session.get_inputs()}}
 for output, values in zip(session.get_outputs(), session.run(None, inputs)):
     print(output.name, values.shape)
