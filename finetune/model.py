@@ -18,7 +18,7 @@ from experiment.models.config_fields import check_fields, with_fields
 from experiment.models.hub import TOKENIZER_FILES
 from experiment.models.model_folder import WEIGHT_FILES, build_from_config, load_config, load_weights
 from experiment.models.tensor_files import share_tensors
-from experiment.models.tokenizer import save_model_tokenizer, vocabulary_size
+from experiment.models.tokenizer import default_length, save_model_tokenizer, vocabulary_size
 from experiment.models.transformers_models import (
     PRETRAINING_HEADS,
     check_freeze,
@@ -63,6 +63,7 @@ class BuiltModel:
 class ModelInputs:
     max_length: int | None  # tokens; None: no limit
     token_types: bool  # whether it tells the two texts of a pair apart by token_type_ids
+    default_length: int | None  # tokens, see `default_length`
 
 
 def pooling_of_head(folder: Path, auto_model: str, pooling: Literal["default", "mean", "cls"]) -> dict[str, str]:
@@ -107,7 +108,7 @@ def read_model_inputs(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Mo
     if largest >= size:
         raise UserError(f"{spec.folder}: the tokenizer's ids go up to {largest}, vocab_size is {size}")
     check_freeze(spec.freeze, model)
-    return ModelInputs(max_positions(model), has_token_types(model, tokenizer))
+    return ModelInputs(max_positions(model), default_length(tokenizer, model), has_token_types(model, tokenizer))
 
 
 def build_model(spec: ModelSpec) -> BuiltModel:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from experiment.errors import UserError, user_errors_in
 from experiment.models.model_names import local_model
 from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
-from experiment.models.transformers_models import check_freeze, max_positions
+from experiment.models.transformers_models import check_freeze, configured_positions, max_positions
 from experiment.run_files.checkpoints import Verify, state_around, verify_descriptions
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import is_url
@@ -286,10 +286,10 @@ def _limit_tokenizer(
 
     earlier: the folder of the model to continue, whose tokenizer has its limit; None: a new model.
     """
-    if (positions := max_positions(model)) is None:
+    if (positions := configured_positions(model)) is None:
         return
-    tokenizer.model_max_length = positions
     trained = max(stage.max_seq_length for stage in config.stages)
+    tokenizer.model_max_length = max(positions, trained)  # `trained` is larger only if the model has no limit
     if earlier is not None:
         trained = max(trained, load_tokenizer(Path(earlier)).model_max_length)
     if trained < positions and has_learned_positions(model):

@@ -16,6 +16,7 @@ from experiment.errors import UserError, reason
 from experiment.files import fsync_tree, json_digest, read_json
 from experiment.models.transformers_models import (
     check_label_count,
+    configured_positions,
     has_token_types,
     max_positions,
     quiet_transformers,
@@ -210,16 +211,27 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     fsync_tree(folder)
 
 
+def default_length(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> int | None:
+    """Return the length in tokens at which texts are cut by default: the limit of the tokenizer if it has one, but at
+    most the model's positions; otherwise those in the model's config; None without either."""
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+    limit = int(tokenizer.model_max_length)
+    return min(limit, max_positions(model) or limit) if limit < VERY_LARGE_INTEGER else configured_positions(model)
+
+
 def save_model_tokenizer(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", folder: Path, **settings: Any
 ) -> None:
     """Write the tokenizer of a model so that it gives the inputs that the model has, and `truncation=True` cuts texts
-    at the model's positions, unless the tokenizer has a lower limit. settings: further ones of the tokenizer."""
-    if (limit := max_positions(model)) is not None:
-        tokenizer.model_max_length = min(limit, tokenizer.model_max_length)
+    at `default_length`. settings: further ones of the tokenizer."""
+    if (length := default_length(tokenizer, model)) is not None:
+        tokenizer.model_max_length = length
     names = ["input_ids", "token_type_ids", "attention_mask"]
     if not has_token_types(model, tokenizer):
         names.remove("token_type_ids")
+    if "attention_mask" not in inspect.signature(type(model).forward).parameters:  # as of FNet
+        names.remove("attention_mask")
     for name, value in {**settings, "model_input_names": names}.items():
         setattr(tokenizer, name, value)
         tokenizer.init_kwargs[name] = value  # attributes are saved only if they are also here
@@ -230,8 +242,6 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Equal for two tokenizers that give every text the same ids.
 
     Covers normalizer, pre-tokenizer, model, vocabulary and added tokens; not padding, truncation, post-processing, nor
-    if "attention_mask" not in inspect.signature(type(model).forward).parameters:  # as of FNet
-        names.remove("attention_mask")
     how special tokens are recognised in text: in a corpus, text never gives a special token.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -138,7 +138,13 @@ def max_positions(model: "PreTrainedModel") -> int | None:
     config = model.config
     if getattr(config, "relative_attention", False) and not getattr(config, "position_biased_input", True):
         return None  # DeBERTa: distances beyond the largest share its embedding
-    limit = getattr(config, "max_position_embeddings", None)
+    return configured_positions(model)
+
+
+def configured_positions(model: "PreTrainedModel") -> int | None:
+    """Return the number of positions in the model's config, which are not always a limit, see `max_positions`; None if
+    it has none."""
+    limit = getattr(model.config, "max_position_embeddings", None)
     return None if limit is None or limit <= 0 else int(limit) - first_position(model)
 
 

@@ -87,7 +87,7 @@ def load_on_cpu(folder: Path, task: SavedTask) -> LoadedModel:
     spec = ModelSpec(folder, True, task.kind.auto_model, task.kind.head)
     inputs = read_model_inputs(spec, tokenizer)
     model = (OnnxModel(folder) if holds_onnx_model(folder) else _build(spec)).eval().requires_grad_(False)
-    length = task.max_seq_length or min(inputs.max_length or _UNLIMITED, tokenizer.model_max_length)
+    length = task.max_seq_length or inputs.default_length or _UNLIMITED
     special_tokens_in_text = task.kind.config.special_tokens_in_text
     encoder = Encoder(tokenizer, length, inputs.token_types, special_tokens_in_text, task.spaced_words)
     padding = Padding.of(tokenizer)

@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError
 from experiment.models.model_folder import build_from_config
-from experiment.models.transformers_models import first_position, max_positions
+from experiment.models.transformers_models import configured_positions, first_position, max_positions
 from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.structure import decoder_of
 
@@ -34,7 +34,7 @@ def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool)
     """
     config = model.config
     relative = getattr(config, "relative_attention", False)  # of DeBERTa
-    present = config.max_position_embeddings if relative else max_positions(model)
+    present = configured_positions(model)
     if present is None or not (relative or has_learned_positions(model) or _rope_parameters(config)):
         raise UserError(
             f"model.max_positions: the positions of '{config.model_type}' are neither learned nor rotary embeddings, "

@@ -1,14 +1,24 @@
 """The ids, token types and padding that a model gets in training, and from its saved folder without our code."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, GPT2Config, XLNetConfig, XLNetLMHeadModel, XLNetTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+    XLNetConfig,
+    XLNetLMHeadModel,
+    XLNetTokenizer,
+)
 
-from experiment.models.tokenizer import load_any_tokenizer
+from experiment.models.tokenizer import load_any_tokenizer, save_model_tokenizer
 from finetune.data.records import Record, Table
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Encoder
@@ -16,7 +26,10 @@ from finetune.encoding.examples import Padding
 from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, read_model_inputs, save_model
 from finetune.prediction.inference import evaluate
+from finetune.prediction.loaded_model import load_on_cpu
+from finetune.prediction.mask_filler import ranking_task
 from finetune.splits import Task, encode_split
+from tiny_models import tiny_fields
 
 KIND = Kind(Config(train="f", validation="f"), ("a", "b"))
 SPECIALS = ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>"]
@@ -85,6 +98,23 @@ def test_models_without_token_types_get_none(encoder: Path, tmp_path: Path) -> N
         config.save_pretrained(folder)
         inputs = read_model_inputs(spec(folder), load_any_tokenizer(encoder, needed=()))
         assert not inputs.token_types
+
+
+@pytest.mark.parametrize("limit", [700, 600])
+def test_deberta_cuts_texts_at_its_configured_positions(encoder: Path, tmp_path: Path, limit: int) -> None:
+    """Catches texts that are cut at 512 tokens although the model or its tokenizer has another limit, and a saved
+    tokenizer without a limit, with which `truncation=True` cuts nothing."""
+    fields = {"vocab_size": 45, "max_position_embeddings": 700, "relative_attention": True}
+    config = AutoConfig.for_model("deberta-v2", **tiny_fields("deberta-v2") | fields, position_biased_input=False)
+    model = AutoModelForMaskedLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    shutil.copy(encoder / "vocab.txt", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer"} | ({"model_max_length": 600} if limit == 600 else {}))
+    )
+    assert load_on_cpu(tmp_path, ranking_task()).encoder.max_length == limit
+    save_model_tokenizer(load_any_tokenizer(tmp_path, needed=()), model, tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length == limit
 
 
 def inputs_of_saved(folder: Path, encoder: Encoder, saved: Path, *texts: str) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def test_positions_that_no_sequence_reaches(
     tmp_path: Path, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a server and fine-tuning that use positions that were never trained, a shorter limit than the one of the
-    model that is continued, and a limit of rotary positions."""
+    model that is continued, a limit of rotary positions, and no limit or one below the longest sequence of DeBERTa."""
     caplog.set_level(logging.INFO, logger="pretrain.resolve")
 
     def limit(run: str, model: dict[str, Any], length: int = 32, **sections: dict[str, Any]) -> int:
@@ -191,6 +191,9 @@ def test_positions_that_no_sequence_reaches(
     stages = {"steps": 2, "stages": [{"steps": 1}, {"max_seq_length": 64}]}
     caplog.clear()
     assert limit("rotary", {"config": rotary}) == limit("run", bert, schedule=stages) == limit("run", bert, 64) == 64
+    deberta = {"model_type": "deberta-v2", "relative_attention": True, "position_biased_input": False}
+    deberta |= {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 48}
+    assert (limit("run", {"config": deberta}), limit("run", {"config": deberta}, 64)) == (48, 64)
     assert not caplog.messages
 
     run = resolve(config_of(tmp_path / "run", wordpiece_corpus, model=bert), 1)
