@@ -202,7 +202,7 @@ def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
     size = f"{built.model.config.model_type}, {format_parameters(count)}"
     size += f" ({frozen / count:.1%} frozen)" if frozen else ""
-    size += ", with full attention" if built.model.config.model_type == "big_bird" else ""
+    size += ", with full attention" if getattr(built.model.config, "attention_type", None) == "original_full" else ""
     if not spec.pretrained:
         return [f"{size}, randomly initialized"]
     origin = f"{size}, from {spec.folder}"

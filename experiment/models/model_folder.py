@@ -46,7 +46,7 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
         if config.model_type in ("deberta", "deberta-v2") and _has_released_head(folder):
             config.legacy = False
             config.architectures = config.architectures or [MODEL_FOR_MASKED_LM_MAPPING_NAMES[config.model_type]]
-        if config.model_type == "big_bird":
+        if getattr(config, "attention_type", None) == "block_sparse":
             config.attention_type = "original_full"
         vars(config).pop("auto_map", None)
     except Exception as error:  # transformers raises many types for values that make no config

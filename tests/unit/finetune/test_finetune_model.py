@@ -299,13 +299,17 @@ def test_code_in_the_folder_is_not_run(copied: Path, monkeypatch: pytest.MonkeyP
     assert not ran.exists()
 
 
-def test_big_bird_says_that_it_computes_full_attention(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["big_bird", "bigbird_pegasus"])
+def test_big_bird_says_that_it_computes_full_attention(tmp_path: Path, model_type: str) -> None:
     """Catches block-sparse attention in training and full attention in prediction, because of one short text."""
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "big_bird", "vocab_size": 30, **sizes}))
+    for part in ("encoder", "decoder"):
+        sizes |= {"d_model": 8, f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 30, **sizes}))
     spec = start(tmp_path, pretrained=False)
     built = build_model(spec)
-    assert built.model.bert.attention_type == "original_full"
+    encoder = built.model.bert if model_type == "big_bird" else built.model.model.encoder
+    assert encoder.attention_type == "original_full"
     assert describe_model(built, spec)[0].endswith(", with full attention, randomly initialized")
 
 

@@ -117,11 +117,12 @@ def test_deberta_v3_has_no_trained_masked_lm_head(tmp_path: Path) -> None:
     assert "cls.predictions.bias" in report["missing_keys"]
 
 
-def test_a_config_says_what_is_computed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["big_bird", "bigbird_pegasus"])
+def test_a_config_says_what_is_computed(tmp_path: Path, model_type: str) -> None:
     """Catches block-sparse attention in the config of a BigBird that computes full attention, and the names of code
     that is not in the folders that deepcloze writes."""
     auto_map = {"AutoModelForMaskedLM": "modeling_big_bird.BigBirdForMaskedLM"}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "big_bird", "auto_map": auto_map}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": auto_map}))
     config = load_config(tmp_path)
     assert config.attention_type == "original_full"
     assert "auto_map" not in config.to_dict()
