@@ -31,6 +31,7 @@ from experiment.models.transformers_models import (
     quiet_transformers,
 )
 
+_DEBERTA_HEADS = ("lm_predictions.", "mask_predictions.")  # of the releases, whose configs name no architecture
 _POOLING_HEADS = ("AutoModelForSequenceClassification", "AutoModelForMultipleChoice")
 
 
@@ -62,8 +63,8 @@ class BuiltModel:
 @dataclass(frozen=True)
 class ModelInputs:
     max_length: int | None  # tokens; None: no limit
-    token_types: bool  # whether it tells the two texts of a pair apart by token_type_ids
     default_length: int | None  # tokens, see `default_length`
+    token_types: bool  # whether it tells the two texts of a pair apart by token_type_ids
 
 
 def pooling_of_head(folder: Path, auto_model: str, pooling: Literal["default", "mean", "cls"]) -> dict[str, str]:
@@ -214,7 +215,7 @@ def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -
     lines = [origin]
     if layers := describe_unused_layers(spec.folder, built.model, built.unused):
         return [*lines, layers]
-    unused = built.unused
+    unused = tuple(name for name in built.unused if not name.startswith(_DEBERTA_HEADS))
     architectures = load_config(spec.folder).architectures or [""]
     if architectures[0].endswith(PRETRAINING_HEADS):  # a head for a task replaces it, AutoModel has none
         unused = tuple(name for name in unused if is_in_encoder(name, built.model))

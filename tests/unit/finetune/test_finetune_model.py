@@ -31,6 +31,7 @@ from experiment.models.tokenizer import load_tokenizer
 from finetune.kinds import multi_label, question_answering
 from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, describe_model, model_files, pooling_of_head, read_model_inputs
+from tiny_models import tiny_fields
 
 AUTO = "AutoModelForSequenceClassification"
 
@@ -200,6 +201,20 @@ def test_an_unused_masked_lm_head_is_not_reported(copied: Path) -> None:
     save_file(weights | other, copied / "model.safetensors", metadata={"format": "pt"})
     _, line = describe_model(build_model(spec), spec)
     assert line.endswith("tensors that the model does not use: bert.embeddings.other.weight")
+
+
+def test_released_heads_of_deberta_are_not_reported(tmp_path: Path) -> None:
+    """Catches a line on the heads of DeBERTa-v3, whose config names no architecture, in each run from it."""
+    config = AutoConfig.for_model("deberta-v2", **tiny_fields("deberta-v2"), legacy=False)
+    model = AutoModelForMaskedLM.from_config(config)
+    model.mask_predictions = torch.nn.Linear(8, 1)
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["architectures"], fields["legacy"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    built = build_model(start(tmp_path))
+    assert {name.partition(".")[0] for name in built.unused} == {"lm_predictions", "mask_predictions"}
+    assert len(describe_model(built, start(tmp_path))) == 1
 
 
 def test_frozen_modules_are_not_trained(encoder: Path) -> None:
