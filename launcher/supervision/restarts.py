@@ -23,11 +23,12 @@ class Attempt:
     end_time: float  # seconds, of any clock
     saved: bool  # a checkpoint
     joins_hosts: bool = False  # ended by the launcher itself, because hosts have returned; not a failure
-    left_out: Collection[str] = ()  # hosts that had returned, without which the next attempt runs; not counted either
+    left_out: Collection[str] = ()  # hosts without which the next attempt runs; not counted either
+    taken_back: Collection[str] = ()  # hosts that had been left out, without which the run has failed too; not counted
 
     @property
     def changes_hosts(self) -> bool:
-        return self.joins_hosts or bool(self.left_out)
+        return self.joins_hosts or bool(self.left_out or self.taken_back)
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ class _Supervisor:
         # Host that has rejoined, or that two failures in a row were on -> failures; until a checkpoint with it
         self._failures: dict[str, int] = {}
         self._last_failed_on: frozenset[str] = frozenset()  # hosts; until a checkpoint
+        self._suspects: set[str] = set()  # hosts that two failures in a row were on; until a checkpoint
 
     def run(self) -> LaunchResult:
         layout = Layout(self._launch.slots)
@@ -144,7 +145,8 @@ class _Supervisor:
                         self._alerts.report(result)
                         return result
                     if not slots.keys().isdisjoint(layout.slots):  # else there is nothing to rejoin
-                        self._failures = dict.fromkeys(slots.keys() - layout.slots.keys(), 0) | self._failures
+                        rejoining = slots.keys() - layout.slots.keys() - self._suspects
+                        self._failures = dict.fromkeys(rejoining, 0) | self._failures
                     if restart.halve_microbatch:
                         self._halvings[layout.ranks] = layout.microbatch_halvings + 1
                     ranks = sum(map(len, slots.values()))
@@ -172,13 +174,26 @@ class _Supervisor:
             record_end(self._folder, record.start_time)
         now_saved = completed_saves(self._folder.checkpoints)
         has_saved = saved is not None and now_saved is not None and not now_saved <= saved
-        return Attempt(result, time.monotonic(), has_saved, joins_hosts, self._leave_out(layout, result, has_saved))
+        taken_back = self._take_back(layout, result, has_saved)
+        left_out = self._leave_out(layout, result, has_saved)
+        return Attempt(result, time.monotonic(), has_saved, joins_hosts, left_out, taken_back)
+
+    def _take_back(self, layout: Layout, result: LaunchResult, has_saved: bool) -> set[str]:
+        """Return the hosts to take back after an attempt without them has failed, before a checkpoint: perhaps it was
+        not their fault, or the run needs them. They are not suspected again until a checkpoint."""
+        if has_saved:
+            self._suspects.clear()
+        if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
+            return set()
+        hosts = (self._suspects & self._failures.keys()) - layout.slots.keys()
+        for host in hosts:
+            del self._failures[host]
+        return hosts
 
     def _leave_out(self, layout: Layout, result: LaunchResult, has_saved: bool) -> set[str]:
-        """Count an attempt that has failed before a checkpoint was saved against the hosts that it has failed on, from
-        the second time in a row, or if that is unknown, against those that have rejoined: the run was fine without
-        them. If all of several have rejoined, one is tried alone. Returns those to leave out; none if there are no
-        others."""
+        """Count an attempt that has failed before a checkpoint was saved against the host that it has failed on, from
+        the second time in a row, else against those that have rejoined: the run was fine without them. If all of
+        several have rejoined, one is tried alone. Returns those to leave out; none if there are no others."""
         if has_saved:
             self._last_failed_on = frozenset()
             self._failures = {host: count for host, count in self._failures.items() if host not in layout.slots}
@@ -190,12 +205,13 @@ class _Supervisor:
         if result.cause is Cause.OUT_OF_MEMORY and layout.microbatch_halvings < max(self._halvings.values(), default=0):
             return set()  # the microbatch has grown again, and is too large
         if failed_on := result.lost or result.failed_on:
-            if len(layout.slots) > 1:
-                self._failures = dict.fromkeys(failed_on & self._last_failed_on, 0) | self._failures
+            if len(failed_on) == 1 < len(layout.slots) and failed_on == self._last_failed_on:
+                new = failed_on - self._failures.keys() - self._suspects
+                self._suspects |= new
+                self._failures |= dict.fromkeys(new, 0)
             self._last_failed_on = failed_on
         hosts = layout.slots.keys() & self._failures.keys()
-        if failed_on:
-            hosts &= failed_on
+        hosts = hosts & failed_on if result.lost else hosts & failed_on or hosts
         if len(hosts) > 1 and hosts == layout.slots.keys():
             hosts.remove(min(layout.slots, key=self._failures.__getitem__))
         for host in hosts:
@@ -246,7 +262,8 @@ class _Supervisor:
             if host in given_up or host in attempt.left_out
         ]
         without = f" without {', '.join(left_out)}" if left_out else ""
-        reason, how = attempt.result.message or "the ranks were stopped", f"{when}{smaller}{without}"
+        again = f" with {', '.join(attempt.taken_back)} again" if attempt.taken_back else ""
+        reason, how = attempt.result.message or "the ranks were stopped", f"{when}{smaller}{again}{without}"
         notify(f"{reason}\nrestarting{how}")
         self._alerts.report(attempt.result, f"restarting{how}", restarting=True)
 

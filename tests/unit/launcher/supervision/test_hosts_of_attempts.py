@@ -345,6 +345,35 @@ def test_a_host_that_the_run_fails_on_once_is_used_again(folder: RunFolder, monk
     assert (result.outcome, hosts) == (Outcome.DONE, [*["12"] * 6, *["2"] * 5])
 
 
+def test_hosts_that_are_lost_together_are_not_left_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run on one of many hosts, after a switch has failed twice for a moment."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
+    one, three = (replace(LOST, lost=lost, saves=False) for lost in ("node-2", "node-2 node-3 node-4"))
+    slots = dict.fromkeys(("node-1", "node-2", "node-3", "node-4"), (0,))
+    endings = [three, three, one, three, DONE]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=9, slots=slots)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["1234"] * 5)
+
+
+@pytest.mark.parametrize(
+    "failure", [REFUSED, HUNG, Ending(Outcome.FAILED, Cause.OUT_OF_MEMORY), Ending(Outcome.FAILED, Cause.AGREED)]
+)
+def test_a_host_is_taken_back_if_the_run_fails_without_it(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failure: Ending
+) -> None:
+    """Catches a run that ends because it needs a host that was left out and has never been lost, one that stays on a
+    host that does not work either, and one that leaves out hosts and takes them back without end."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
+    unknown = Ending(Outcome.FAILED, Cause.LOST_RANK)
+    endings = [ON_2, ON_2, failure, unknown, ON_2, ON_2, replace(ON_2, saves=True), ON_2, ON_2, JOINS, DONE]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=6)
+    assert (result.outcome, hosts) == (Outcome.DONE, [*["12"] * 2, "1", *["12"] * 6, "1", "12"])
+    assert "ending 3\nrestarting with node-2 again\n" in capsys.readouterr().err
+    shutil.rmtree(folder.checkpoints)
+    result, hosts = supervise_endings(folder, monkeypatch, ON_2, ON_2, failure, *[ON_2] * 9, max_restarts=2)
+    assert result.message == "ending 5\nnot restarted: --max_restarts=2 within an hour"
+
+
 @pytest.mark.parametrize("by_signal", [True, False])
 def test_a_stop_before_training_ends_the_ranks_at_once(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, by_signal: bool
@@ -408,12 +437,14 @@ def test_a_host_that_was_lost_has_to_pass_preflight(
     monkeypatch.setattr(supervisor, "unusable_hosts", lambda *_: {})
     body = f"write_outcome(folder, Outcome.FAILED, '', Cause.{'LOST_RANK' if is_named else 'LOST_HOST'})"
     supervise(replace(launch(folder, body, layouts), max_restarts=1, preflight_problems=preflight_problems))
-    without = [["node-1"]] if is_named and passes else []  # it is lost again, and left out
+    without = [["node-1"], list(SLOTS)] if is_named and passes else []  # lost again, left out, and taken back
     assert checked == [{"node-2"} if is_named else set(SLOTS)] * (1 + len(without))
     assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"], *without]
 
 
-@pytest.mark.parametrize("failure", [REFUSED, Ending(Outcome.FAILED, Cause.LOST_RANK)])
+@pytest.mark.parametrize(
+    "failure", [REFUSED, Ending(Outcome.FAILED, Cause.LOST_RANK), replace(ON_2, failed_on="node-1")]
+)
 def test_a_host_that_returns_and_does_not_work_is_left_out(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failure: Ending
 ) -> None:
