@@ -132,16 +132,16 @@ class ExitWatch:
             records = read_rank_records(self._folder)
         except OSError:  # a network disk does not answer for a moment
             return False
-        silent = {record.rank for record in records if record.exit is None and self._has_ended(record)}
+        ended = [record for record in records if self._has_ended(record)]
         ended_host = self._guards.ended_host() if self._guards else None
-        if not (silent or ended_host or any(record.exit for record in records)):
+        if not (ended_host or any(record.exit != 0 for record in ended)):
             # A rank that had just ended may have looked like one that was killed.
             self._failed_at, self._silent = None, set()
             return False
         if self._failed_at is None:
             self._failed_at = time.monotonic()
         if self._is_first():
-            self._silent = self._silent or silent
+            self._silent = self._silent or {record.rank for record in ended if record.exit is None}
         if time.monotonic() - self._failed_at < EXIT_TIMEOUT_SECONDS:
             return False
         self.killed, self.ended_host = True, ended_host
@@ -161,9 +161,9 @@ class ExitWatch:
         return self._failed_at is None or time.monotonic() - self._failed_at < _FIRST_SECONDS
 
     def _has_ended(self, record: RankRecord) -> bool:
-        if self._guards:
+        if self._guards:  # a host that was cut off may write records of an earlier attempt late
             return self._guards.has_ended(record.host, record.pid)
-        return not self._processes.has(record.pid)
+        return record.exit is not None or not self._processes.has(record.pid)
 
     def _kill(self, records: Sequence[RankRecord]) -> None:
         """Kill all processes; the guards kill those on other hosts when the launch ends. On this machine alone, kill

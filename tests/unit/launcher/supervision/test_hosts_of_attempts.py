@@ -263,7 +263,7 @@ def test_ranks_that_wait_for_a_host_without_processes_are_killed(
     [
         (
             "write_outcome(folder, Outcome.FAILED, 'node-2, rank 1: KeyError', Cause.ERROR); "
-            "RankRecord(1, 'node-2', 8, exit=1).write(folder)",
+            "RankRecord(1, 'node-2', 9, exit=1).write(folder)",
             "node-2, rank 1: KeyError",
             Cause.ERROR,
         ),

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -347,6 +348,18 @@ def test_only_ranks_that_end_first_are_named(tmp_path: Path, monkeypatch: pytest
     assert not exits.check()
     RankRecord(1, "host", ended).write(folder)
     assert [record.rank for record in exits.silent()] == [1], "no other has failed"
+
+
+def test_a_record_of_an_earlier_attempt_ends_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that is killed because a host that was cut off writes a record of the attempt before it."""
+    monkeypatch.setattr(rank_processes, "EXIT_TIMEOUT_SECONDS", 0.0)
+    folder = open_run_folder(tmp_path / "run")
+    guards = SimpleNamespace(has_ended=lambda _, process: process == 7, ended_host=lambda: None)
+    exits = ExitWatch(folder, RankProcesses(), guards)  # type: ignore[arg-type]
+    RankRecord(0, "node-1", 6, exit=1).write(folder)
+    assert not exits.check()
+    RankRecord(0, "node-1", 7, exit=1).write(folder)
+    assert exits.check()
 
 
 def test_a_disk_that_does_not_answer_ends_no_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
