@@ -141,7 +141,7 @@ class ExitWatch:
         if self._failed_at is None:
             self._failed_at = time.monotonic()
         if self._is_first():
-            self._silent = self._silent or {record.rank for record in ended if record.exit is None}
+            self._silent |= {record.rank for record in ended if record.exit is None}
         if time.monotonic() - self._failed_at < EXIT_TIMEOUT_SECONDS:
             return False
         self.killed, self.ended_host = True, ended_host
@@ -152,9 +152,9 @@ class ExitWatch:
         """Return the ranks that ended without recording it before others were killed for them. Call it when all have
         ended."""
         silent = [record for record in read_rank_records(self._folder) if record.exit is None]
-        if not (self._silent or self.killed) and self._is_first():
-            return silent
-        return [record for record in silent if record.rank in self._silent]
+        if self.killed or not self._is_first():
+            return [record for record in silent if record.rank in self._silent]
+        return silent
 
     def _is_first(self) -> bool:
         """Return whether a rank that ends now was not killed by DeepSpeed's launcher because another has failed."""

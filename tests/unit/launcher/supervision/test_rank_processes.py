@@ -350,6 +350,18 @@ def test_only_ranks_that_end_first_are_named(tmp_path: Path, monkeypatch: pytest
     assert [record.rank for record in exits.silent()] == [1], "no other has failed"
 
 
+def test_ranks_that_end_soon_after_the_first_are_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host that is blamed because its guard is the first to notice that ranks have ended on several."""
+    folder = open_run_folder(tmp_path / "run")
+    exits = ExitWatch(folder, RankProcesses(), None)
+    for rank in range(2):
+        RankRecord(rank, f"node-{rank}", 2**22 + 1).write(folder)
+        assert not exits.check()
+    monkeypatch.setattr(rank_processes, "EXIT_TIMEOUT_SECONDS", 0.0)
+    assert exits.check()
+    assert [record.rank for record in exits.silent()] == [0, 1]
+
+
 def test_a_record_of_an_earlier_attempt_ends_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a run that is killed because a host that was cut off writes a record of the attempt before it."""
     monkeypatch.setattr(rank_processes, "EXIT_TIMEOUT_SECONDS", 0.0)
