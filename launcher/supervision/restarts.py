@@ -4,13 +4,14 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from experiment.run_files.outcome_file import Cause, Outcome, split_place
+from experiment.run_files.outcome_file import Cause, Outcome
 from launcher.supervision.launch_result import LaunchResult
 
 WINDOW_SECONDS = 3600.0
 """`--max_restarts` counts the restarts within this time, and those since the last checkpoint."""
 
-_PROCESS = re.compile(r"\b(pid|process) \d+")
+# Of a data worker that has raised an exception, if it is not a disk's. One that was killed or hangs may work again.
+_WORKER = re.compile(r"(?<=the data worker )\(pid \d+\) (?=failed at step \d+: (?!OSError|HostError))")
 _FIRST_WAIT_SECONDS = 5.0
 _MAX_WAIT_SECONDS = 120.0
 
@@ -89,9 +90,8 @@ def _may_succeed_again(attempts: Sequence[Attempt]) -> bool:
 
 
 def _exception(result: LaunchResult) -> str:
-    """Return the message of a failure without its host, rank and processes: they differ between attempts."""
-    _, text = split_place(result.message)
-    return _PROCESS.sub("", text)
+    """Return the message of a failure without the process of a data worker, which differs between attempts."""
+    return _WORKER.sub("", result.message)
 
 
 def _advice(max_restarts: int, out_of_memory: bool, limit: str) -> str:

@@ -30,13 +30,22 @@ def test_what_would_happen_again_is_not_restarted() -> None:
     assert isinstance(after(LOST, BUG), Restart)
 
 
-def test_an_exception_is_the_same_on_another_rank() -> None:
-    """Catches a bug that is run into until the limit is reached, because its message names another host or process."""
-    worker = "{}: the data worker (pid {}) failed at step 7: {}"
-    bug, other_bug = worker.format("node-1, rank 0", 12, "KeyError"), worker.format("node-1, rank 0", 12, "ValueError")
-    again = LaunchResult(Outcome.FAILED, worker.format("node-2, rank 9", 34, "KeyError"), Cause.ERROR)
-    assert after(LaunchResult(Outcome.FAILED, bug, Cause.ERROR), again) == End()
-    assert isinstance(after(LaunchResult(Outcome.FAILED, other_bug, Cause.ERROR), again), Restart)
+@pytest.mark.parametrize(
+    ("message", "is_bug"),
+    [
+        ("node-1, rank 0: the data worker (pid {}) failed at step 7: KeyError: 'a'", True),
+        ("node-1, rank {}: the data worker (pid 1) failed at step 7: KeyError: 'a'", False),
+        ("node-1, rank 0: the data worker (pid {}) failed at step 7: OSError: [Errno 5] Input/output error", False),
+        ("node-1, rank 0: the data worker (pid {}) was killed (SIGKILL), perhaps because the memory ran out", False),
+        ("node-1, rank 0: the data worker (pid {}) has not made the batch of step 7 in 420 s: sleeping", False),
+        ("node-{}, rank 0: OSError: [Errno 5] Input/output error", False),
+    ],
+)
+def test_an_exception_of_a_data_worker_is_the_same_in_another_process(message: str, is_bug: bool) -> None:
+    """Catches a bug that is run into until the limit is reached, because its message names another process, and a run
+    that ends because two workers run out of memory, or two hosts lose their disk."""
+    results = (LaunchResult(Outcome.FAILED, message.format(number), Cause.ERROR) for number in (12, 34))
+    assert isinstance(after(*results), End if is_bug else Restart)
 
 
 def test_a_refusal_after_a_checkpoint_is_restarted_once() -> None:
