@@ -19,7 +19,7 @@ from experiment.files import create_json, exists_uncached, parse_record, read_js
 from experiment.run_files.run_folder import RunFolder
 
 _RESERVED_BYTES = 4096
-_PLACE = re.compile(r"(\S+), rank \d+: ")
+_PLACE = re.compile(r"(\S+), rank \d+: (?!.*\brank \d+: )", re.DOTALL)
 _SHORT_MESSAGE = 300  # characters, of at most 12 bytes each in JSON
 
 
@@ -57,10 +57,10 @@ class ReportedOutcome(NamedTuple):
     cause: Cause | None = None  # None: done
 
 
-def split_place(message: str) -> tuple[str | None, str]:
-    """Return (the host, the rest) of a message about one rank, which begins with its host and number."""
+def host_of(message: str) -> str | None:
+    """Return the host of a message that begins with the host and number of a rank; None if it quotes another rank."""
     place = _PLACE.match(message)
-    return (place[1], message[place.end() :]) if place else (None, message)
+    return place[1] if place else None
 
 
 def reserve_outcome(folder: RunFolder) -> None:

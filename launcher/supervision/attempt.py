@@ -17,7 +17,7 @@ import xxhash
 
 from experiment.process.signals import kill_group
 from experiment.run_files.heartbeat import beat_seconds
-from experiment.run_files.outcome_file import Cause, Outcome, read_outcome, split_place
+from experiment.run_files.outcome_file import Cause, Outcome, host_of, read_outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_lock import Renewal
 from experiment.tracking.config import TrackingConfig
@@ -164,7 +164,7 @@ def _failed_on(result: LaunchResult, hang: HangWatch, exits: ExitWatch, guards: 
     elif result.cause is Cause.KILLED:
         nodes |= {record.host for record in exits.silent()}
     elif result.cause in (Cause.ERROR, Cause.LOST_HOST):
-        nodes.add(split_place(result.message)[0])
+        nodes.add(host_of(result.message))
     hosts = {host for node in nodes for host in guards.named(node)}
     if result.cause is Cause.KILLED and not nodes and exits.ended_host is not None:
         hosts = {exits.ended_host}

@@ -302,6 +302,8 @@ def test_ranks_that_wait_for_a_failed_one_on_another_host_are_killed(
         ("node-2, rank 1: this GPU cannot be used", Cause.LOST_HOST, {"node-2"}),
         ("node-2, rank 1: RuntimeError: CUDA error", Cause.ERROR, {"node-2"}),
         ("elsewhere, rank 1: RuntimeError: CUDA error", Cause.ERROR, set()),
+        ("node-2, rank 1: RuntimeError: rank 0: KeyError", Cause.ERROR, set()),
+        ("node-2, rank 1: TimeoutError: node-1, rank 0: no progress for 600 s", Cause.ERROR, set()),
         ("node-2, rank 1: DistBackendError: connection closed by peer", Cause.LOST_RANK, set()),
         ("node-2, rank 1: OutOfMemoryError", Cause.OUT_OF_MEMORY, set()),
         ("step 7: the loss is NaN", Cause.AGREED, set()),
