@@ -33,8 +33,8 @@ from launcher.supervision.launch_result import (
     all_done,
     has_begun,
     log_sizes,
-    name_ranks,
     read_result,
+    read_silent_end,
 )
 from launcher.supervision.rank_processes import (
     EXIT_TIMEOUT_SECONDS,
@@ -186,9 +186,8 @@ def _result(
     if hang.message is not None and (reported is None or reported.outcome is Outcome.FAILED):
         return LaunchResult(Outcome.FAILED, hang.message, Cause.HUNG)
     if exits.killed and not launch.local:
-        if reported is None and silent:
-            message = f"{name_ranks(launch.folder, silent)} ended without reporting an outcome"
-            return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
+        if silent and (result := read_silent_end(launch.folder, earlier, silent)):
+            return result
         if reported is None and exits.ended_host is not None:
             message = f"the processes on {exits.ended_host} ended, and the ones on other hosts did not"
             return LaunchResult(Outcome.FAILED, message, Cause.KILLED)

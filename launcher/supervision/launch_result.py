@@ -17,6 +17,7 @@ from experiment.run_files.outcome_file import (
     Cause,
     Outcome,
     RankRecord,
+    host_of,
     rank_records,
     read_outcome,
     read_rank_records,
@@ -86,7 +87,7 @@ def read_result(
     reported, killer = read_outcome(folder), _killer(exit_code, remote)
     cause = Cause.KILLED if killer else Cause.ERROR
     suspects = silent if len(silent) <= _MOST_NAMED else ()
-    ending = _describe_kill(killer, name_ranks(folder, suspects, " or ") or "a rank", exit_code) if killer else ""
+    ending = _describe_kill(killer, _name_ranks(folder, suspects, " or ") or "a rank", exit_code) if killer else ""
     if remote and exit_code == SSH_FAILED:
         killer, cause, ending = None, Cause.LOST_HOST, "ssh failed or lost the connection to a host"
     # DeepSpeed's launcher exits with 0 if a signal ended the program that starts ranks on other hosts.
@@ -106,12 +107,33 @@ def read_result(
         return LaunchResult(outcome, message, reported_cause)
     if ending:
         message = f"{ending}; {message}"  # the other ranks only know that they lost their peer, not why
-    elif silent:
-        message = f"{message}; ended without reporting an outcome: {name_ranks(folder, silent)}"
+    elif silent and reported_cause is Cause.LOST_RANK:
+        message = f"{message}; ended without reporting an outcome: {_name_ranks(folder, silent)}"
     return LaunchResult(outcome, message, cause if reported_cause is Cause.LOST_RANK and ending else reported_cause)
 
 
-def name_ranks(folder: RunFolder, ranks: Sequence[RankRecord], separator: str = ", ") -> str:
+def read_silent_end(
+    folder: RunFolder, earlier: Mapping[Path, int], silent: Sequence[RankRecord]
+) -> LaunchResult | None:
+    """Return the result of a launch whose ranks were killed because they waited for the silent ones; None if another
+    failure was reported. Ranks lose those that end, and before the first step, DeepSpeed's launcher stops the others of
+    their host.
+
+    earlier: `log_sizes` when the ranks began.
+    """
+    reported, ending = read_outcome(folder), f"{_name_ranks(folder, silent)} ended first"
+    if reported is None:
+        message = _failure_message(folder, ending, earlier, silent)
+    elif reported.cause is Cause.LOST_RANK:
+        message = f"{ending}; {reported.message}"
+    elif reported.outcome is Outcome.STOPPED and host_of(reported.message) in {process.host for process in silent}:
+        message = ending
+    else:
+        return None
+    return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
+
+
+def _name_ranks(folder: RunFolder, ranks: Sequence[RankRecord], separator: str = ", ") -> str:
     """Return the processes of ranks as a text, of many only some; empty if there are none."""
     names = []
     for process in ranks[:_MOST_NAMED]:

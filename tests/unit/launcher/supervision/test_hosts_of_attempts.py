@@ -19,7 +19,7 @@ from typing import Any, Self
 import pytest
 
 from experiment.run_files.heartbeat import Heartbeat
-from experiment.run_files.outcome_file import Cause, Outcome, RankRecord
+from experiment.run_files.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import LockTimes, lock_run
 from experiment.tracking import alerts
@@ -28,7 +28,7 @@ from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import attempt, rank_processes, restarts, stop_signals, supervisor
 from launcher.supervision.attempt import Launch, Layout
-from launcher.supervision.launch_result import LaunchResult
+from launcher.supervision.launch_result import LaunchResult, read_silent_end
 from launcher.supervision.stop_signals import StopSignals
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
@@ -268,8 +268,21 @@ def test_ranks_that_wait_for_a_host_without_processes_are_killed(
             Cause.ERROR,
         ),
         (
+            "folder.rank_log(1).write_text('Segmentation fault'); RankRecord(1, 'node-2', 9).write(folder)",
+            "the ranks exited without reporting an outcome (rank 1 on node-2 (process 9) ended first); "
+            "their logs are in {logs}\nthe end of rank-1.log:\nSegmentation fault",
+            Cause.KILLED,
+        ),
+        (
+            "write_outcome(folder, Outcome.FAILED, 'node-1, rank 2: connection closed', Cause.LOST_RANK); "
             "RankRecord(1, 'node-2', 9).write(folder)",
-            "rank 1 on node-2 (process 9) ended without reporting an outcome",
+            "rank 1 on node-2 (process 9) ended first; node-1, rank 2: connection closed",
+            Cause.KILLED,
+        ),
+        (
+            "write_outcome(folder, Outcome.STOPPED, 'node-2, rank 2: SIGTERM before the first step', Cause.SIGNAL); "
+            "RankRecord(1, 'node-2', 9).write(folder)",
+            "rank 1 on node-2 (process 9) ended first",
             Cause.KILLED,
         ),
     ],
@@ -278,7 +291,8 @@ def test_ranks_that_wait_for_a_failed_one_on_another_host_are_killed(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, failure: str, message: str, cause: Cause
 ) -> None:
     """Catches a launch that waits for minutes while DeepSpeed's launcher ends ranks in a collective one by one, or
-    forever because `srun` ends none, and a message about ranks that the launcher itself has killed."""
+    forever because `srun` ends none, and a message about ranks that the launcher itself has killed or that have lost
+    the one that ended first."""
 
     class LosesAProcess(StandInGuards):
         def __enter__(self) -> Self:
@@ -293,7 +307,15 @@ def test_ranks_that_wait_for_a_failed_one_on_another_host_are_killed(
         f"RankRecord(0, 'node-1', 7, training=True).write(folder); {failure}; {HANG}"
     )
     result = supervise(launch(folder, body))
+    message = message.format(logs=folder.logs)
     assert result == LaunchResult(Outcome.FAILED, message, cause, failed_on=frozenset({"node-2"}))
+
+
+@pytest.mark.parametrize("message", ["node-1, rank 0: SIGTERM; run again", "saved step 7"])
+def test_ranks_that_end_after_a_stop_do_not_explain_it(folder: RunFolder, message: str) -> None:
+    """Catches a stop that counts as a failure, because ranks lose the one that has stopped, or end while they save."""
+    write_outcome(folder, Outcome.STOPPED, message, Cause.SIGNAL)
+    assert read_silent_end(folder, {}, [RankRecord(1, "node-2", 9)]) is None
 
 
 @pytest.mark.parametrize(

@@ -88,10 +88,12 @@ def test_a_rank_that_says_nothing_is_named(folder: RunFolder) -> None:
     record(folder, 0, 1)
     record(folder, 1, None)
     folder.rank_record(2).write_text("{")
-    write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer")
+    write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer", Cause.LOST_RANK)
     assert message(folder, 1) == (
         "node-0, rank 0: lost its peer; ended without reporting an outcome: rank 1 on node-1 (process 71)"
     )
+    write_outcome(folder, Outcome.FAILED, "node-0, rank 0: KeyError", Cause.ERROR)
+    assert message(folder, 1) == "node-0, rank 0: KeyError", "mpirun has killed the others"
 
 
 def test_an_exit_code_that_is_no_signal_is_printed(folder: RunFolder) -> None:
