@@ -180,11 +180,12 @@ def _result(
         exit_code: of DeepSpeed's launcher.
         earlier: `log_sizes` when the ranks began.
     """
-    reported, silent = read_outcome(launch.folder), [] if stop.killed else exits.silent()
+    reported = read_outcome(launch.folder)
     if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):
         return _KILLED
     if hang.message is not None and (reported is None or reported.outcome is Outcome.FAILED):
         return LaunchResult(Outcome.FAILED, hang.message, Cause.HUNG)
+    silent = [] if stop.killed else exits.silent()
     if exits.killed and not launch.local:
         if silent and (result := read_silent_end(launch.folder, earlier, silent)):
             return result

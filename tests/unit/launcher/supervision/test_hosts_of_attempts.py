@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
@@ -316,6 +317,17 @@ def test_ranks_that_end_after_a_stop_do_not_explain_it(folder: RunFolder, messag
     """Catches a stop that counts as a failure, because ranks lose the one that has stopped, or end while they save."""
     write_outcome(folder, Outcome.STOPPED, message, Cause.SIGNAL)
     assert read_silent_end(folder, {}, [RankRecord(1, "node-2", 9)]) is None
+
+
+def test_a_disk_that_does_not_answer_hides_no_hung_rank(folder: RunFolder) -> None:
+    """Catches an error of the disk in place of the rank that hangs because of it."""
+
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    hang, exits = SimpleNamespace(message="node-2, rank 1 hangs"), SimpleNamespace(silent=fail, killed=False)
+    result = attempt._result(launch(folder, ""), StopSignals(folder), hang, exits, 1, {})  # type: ignore[arg-type]
+    assert result == LaunchResult(Outcome.FAILED, "node-2, rank 1 hangs", Cause.HUNG)
 
 
 @pytest.mark.parametrize(
