@@ -258,7 +258,7 @@ class TaskKind(ABC, Generic[ConfigT]):
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         """Return the function that scores predictions for records with targets.
 
-        A bootstrap calls it very often, so it compares predictions with targets before: it only adds up numbers.
+        A bootstrap calls it a thousand times, so it compares predictions with targets before: it only adds up numbers.
         """
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:

@@ -62,7 +62,7 @@ def _test_cells(comparison: Comparison) -> Cells:
 def _p_value(p: float, *cells: Mapping[str, Any]) -> str:
     """Return p as text; "–" if all seeds of a cell have collapsed: its training has failed."""
     collapsed = any(cell["collapsed"] == len(cell["values"]) for cell in cells)
-    return UNKNOWN if collapsed else f"{p:.{3 if p >= 0.001 else 4}f}"
+    return UNKNOWN if collapsed else f"{p:.3f}"
 
 
 def tables(comparison: Comparison, failed: Mapping[str, str]) -> dict[str, Cells]:

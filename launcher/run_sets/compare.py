@@ -26,7 +26,7 @@ from launcher.report import print_report
 from launcher.run_sets.compare_plan import ComparePlan
 from launcher.run_sets.run_set import DONE, PlannedRun, has_planned_seeds
 
-RESAMPLES = 5000  # so that p, which is at least 2 / 5001, can pass Bonferroni's correction for 100 comparisons
+RESAMPLES = 1000
 
 _FITTED_ON = ("train", "validation")
 
