@@ -15,6 +15,7 @@ from experiment.models.hub_names import HubName, meant_name
 from experiment.run_files.checkpoints import (
     checkpoint_step,
     find_model_folder,
+    is_checkpoint_name,
     mention_best,
     mention_newer,
     names_model_folder,
@@ -55,7 +56,7 @@ def mention_state(name: str, model: str) -> None:
     """Notify if `name` is a run that has not finished, and inform if it has a better checkpoint than the newest one, as
     which `record_model` has returned `model`."""
     folder = RunFolder(Path(name))
-    if not folder.checkpoints.is_dir():
+    if not folder.checkpoints.is_dir() or not is_checkpoint_name(Path(model).parent.name):
         return
     mention_best(folder.path, Path(model))
     step = checkpoint_step(Path(model).parent)

@@ -762,7 +762,8 @@ def test_a_row_starts_from_one_checkpoint(
 def test_a_run_that_has_not_finished_is_named(
     write_files: Callable[..., Path], encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a row of half a pretraining, or of its overfitted end, beside finished ones, without a word."""
+    """Catches a row of half a pretraining, or of its overfitted end, beside finished ones, without a word; and a
+    traceback for a model that is not of the checkpoints beside it."""
     run = RunFolder(tmp_path / "run")
     for step in (1000, 2000):
         shutil.copytree(encoder, checkpoint_path(run.checkpoints, step) / "hf")
@@ -781,6 +782,9 @@ def test_a_run_that_has_not_finished_is_named(
         assert error.count("this is its newest checkpoint; the best one is step 1,000") == 1
     file = write_files(rows={"ours": {"init_from": str(run.checkpoints / "best")}})
     assert main(["compare", str(file), "--dry_run"]) == 0
+    assert "newest" not in capsys.readouterr().err
+    shutil.copytree(encoder, run.path, dirs_exist_ok=True)
+    assert main(["compare", str(write_files(rows={"ours": {"init_from": str(run.path)}})), "--dry_run"]) == 0
     assert "newest" not in capsys.readouterr().err
 
 
