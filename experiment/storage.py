@@ -443,9 +443,8 @@ def retry(name: str, function: Callable[[], T], explain: Callable[[str, Exceptio
             if not waits:
                 attempts = len(_WAITS) + 1
                 raise StorageError(f"{name}: no success in {attempts} attempts: {first_line(error)}") from error
-            seconds = waits.pop(0) * random.uniform(0.75, 1.25)  # hosts that failed together try again one by one
-            warn_once(f"{name}: {first_line(error)}; trying again in {seconds:.0f} s")
-            time.sleep(seconds)
+            warn_once(f"{name}: {first_line(error)}; trying again")
+            time.sleep(waits.pop(0) * random.uniform(0.75, 1.25))  # hosts that failed together try again one by one
 
 
 def _error_of_server(error: Exception) -> Exception:

@@ -229,13 +229,15 @@ def test_a_server_that_is_gone(bucket: str, monkeypatch: pytest.MonkeyPatch, cap
     """Catches a trace, an endless wait, and the same warnings at each of many attempts."""
     import s3fs
 
+    waits: list[float] = []
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(storage, "_WAITS", (0.01, 0.02))
+    monkeypatch.setattr("experiment.storage.time.sleep", waits.append)
     s3fs.S3FileSystem.clear_instance_cache()
     for _ in range(2):
-        with pytest.raises(StorageError, match=f"^{bucket}/x: no success in 3 attempts: Could not connect to the"):
+        with pytest.raises(StorageError, match=f"^{bucket}/x: no success in 5 attempts: Could not connect to the"):
             read_bytes(f"{bucket}/x")
-    assert caplog.messages[-1].endswith("trying again in 0 s")
+    assert [round(wait / expected) for wait, expected in zip(waits, storage._WAITS * 2, strict=True)] == [1] * 8
+    assert caplog.messages[-1].endswith("; trying again")
     assert len(caplog.messages) == 1
 
 
