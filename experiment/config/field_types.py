@@ -213,8 +213,9 @@ def _check_path(path: str) -> str:
         raise ValueError("a path cannot contain a NUL character")
     if not path:
         raise ValueError("expected a path, found an empty text; '.' is the working directory")
-    variable = re.search(r"(?:^|/)(\$(?:\w+|\{\w+\}))", path)
-    if variable is not None and not os.path.exists(path):  # noqa: PTH110  (Path raises if it is too long)
+    variable = None if "://" in path else re.search(r"(?:^|/)(\$(?:\w+|\{\w+\}))[^/]*", path)
+    # A Path raises if it is too long.
+    if variable is not None and not os.path.exists(expand_home(path[: variable.end()])):  # noqa: PTH110
         raise ValueError(
             f"only a shell replaces {variable[1]} by its value: write the path, or give it on the command line without "
             f"single quotes; found {path}"

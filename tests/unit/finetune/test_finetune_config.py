@@ -104,14 +104,17 @@ def test_a_home_folder_can_be_abbreviated(key: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_variable_in_a_path_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a folder called `$SCRATCH` in the working directory, and a file of such a name that cannot be used."""
+    """Catches a folder called `$SCRATCH` in the working directory, and an existing path like that which is refused."""
     monkeypatch.chdir(tmp_path)
     for path, variable in {"$SCRATCH/runs/a": "SCRATCH", "/data/${USER}/b": "{USER}"}.items():
         with pytest.raises(UserError, match=rf"'run\.dir': only a shell replaces \${variable} by its value"):
             build_config(FinetuneConfig, MINIMAL, {"run.dir": path})
     (tmp_path / "$a.csv").touch()
-    for path in ("$a.csv", "cost$US.csv", "a/$", "a/$(b)"):
+    (tmp_path / "$proj").mkdir()
+    for path in ("$a.csv", "cost$US.csv", "a/$", "a/$(b)", "$proj/new", "s3://b/$x/y"):
         assert build_config(FinetuneConfig, MINIMAL, {"task.train": path}).task.train == path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build_config(FinetuneConfig, MINIMAL, {"task.train": "~/$a.csv"}).task.train == f"{tmp_path}/$a.csv"
 
 
 @pytest.mark.parametrize("kind", ["regression", "question_answering"])
