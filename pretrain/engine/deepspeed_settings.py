@@ -45,8 +45,10 @@ _SET_BY_RUN_CONFIG = {
     "gradient_predivide_factor": "deepcloze itself",
     "wandb": "the section 'tracking'",
 }
+_DEFAULTS = {"prescale_gradients": False, "gradient_predivide_factor": 1.0}  # of keys in many published files
 
 _KNOWN_KEYS = (
+    *_DEFAULTS,
     *("fp16", "bf16", "torch_autocast", "data_types", "zero_optimization", "communication_data_type"),
     *("aio", "comms_logger", "memory_breakdown", "steps_per_print", "dump_state"),
 )
@@ -249,7 +251,7 @@ def _read_json(path: Path) -> Any:
 
 def _check_keys(raw: Mapping[str, Any], path: Path) -> None:
     for key, owner in _SET_BY_RUN_CONFIG.items():
-        if key in raw:
+        if key in raw and (key, raw[key]) not in _DEFAULTS.items():
             raise UserError(f"{path}: '{key}' is set by {owner} in the run's config; remove it from this file")
     for key in _PROFILERS:
         if key in raw:

@@ -92,6 +92,15 @@ def test_overlap_comm_is_off_where_nothing_is_reduced_during_a_backward_pass() -
     assert [each["zero_optimization"]["overlap_comm"] for each in sections] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_defaults_that_published_files_spell_out_are_accepted(tmp_path: Path, stage: int) -> None:
+    """Catches a run whose file was accepted before, and that cannot be resumed after an upgrade."""
+    zero = {"stage": stage, "legacy_stage1": False}
+    raw = {"zero_optimization": zero, "prescale_gradients": False, "gradient_predivide_factor": 1.0}
+    (tmp_path / "ds.json").write_text(json.dumps(raw))
+    assert load_settings(str(tmp_path / "ds.json")).raw == raw
+
+
 def test_engine_config_does_not_change_its_input() -> None:
     """Catches a second engine that is built from a config that the first one changed."""
     config: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}
