@@ -21,7 +21,7 @@ from experiment.results.report.training import optimization_plots
 from experiment.results.sweep_summary import SweepResult, metric_title, read_results, score_charts, sort_results
 from experiment.run_files.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 
-_OF_EVALUATION = ("masking.", "batch.max_seq_length", "corpus.eval.")  # keys
+_OF_EVALUATION = ("masking.", "batch.max_seq_length")  # keys
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
 
@@ -39,17 +39,20 @@ def overlay_blocks(runs: Sequence[Run]) -> list[Block]:
 
 def _evaluation_notes(runs: Sequence[Run]) -> list[Text]:
     """Say if runs were evaluated on a corpus of the same name in different ways."""
-    if len({corpus for run in runs for corpus in run.history.corpora}) == sum(len(run.history.corpora) for run in runs):
-        return []
-    values: dict[str, set[str]] = {}
-    for run in runs:
-        for key, value in flatten(run.config).items():
-            if key.startswith(_OF_EVALUATION) and key != "masking.schedule":
-                last = value[-1] if key == "masking.rate" and isinstance(value, list) else value
-                values.setdefault(key, set()).add(str(last))
-    differing = ", ".join(key for key, found in values.items() if len(found) > 1)
-    text = f"Held-out losses and accuracies cannot be compared: the runs differ in {differing}."
-    return [Text(text)] if differing else []
+    corpora: dict[str, list[str]] = {}  # differing keys -> corpora
+    for corpus in _corpora(runs):
+        values: dict[str, set[str]] = {}
+        for run in (run for run in runs if corpus in run.history.corpora):
+            for key, value in flatten(run.config).items():
+                if key == f"corpus.eval.{corpus}" or (key.startswith(_OF_EVALUATION) and key != "masking.schedule"):
+                    last = value[-1] if key == "masking.rate" and isinstance(value, list) else value
+                    values.setdefault(key, set()).add(str(last))
+        if differing := ", ".join(key for key, found in values.items() if len(found) > 1):
+            corpora.setdefault(differing, []).append(corpus)
+    return [
+        Text(f"Losses and accuracies on {', '.join(names)} may not be comparable: the runs differ in {differing}.")
+        for differing, names in corpora.items()
+    ]
 
 
 def _numbers(runs: Sequence[Run]) -> list[int]:

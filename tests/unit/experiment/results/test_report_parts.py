@@ -208,23 +208,29 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
         ({"masking": {"rate": [0.4, 0.3]}}, "masking.rate"),
         ({"batch": {"max_seq_length": 64}}, "batch.max_seq_length"),
         ({"corpus": {"eval": {"wiki": "other"}}}, "corpus.eval.wiki"),
-        ({"corpus": {"eval": {"wiki": "wiki", "books": "books"}}}, None),
+        ({"corpus": {"eval": {"wiki": "wiki"}}}, None),
+        ({"corpus": {"eval": {"wiki": "wiki", "books": "others"}}}, None),
         ({"masking": {"rate": [0.3, 0.15], "schedule": "linear"}, "optimizer": {"lr": 2.0}}, None),
     ],
 )
 def test_losses_that_cannot_be_compared(tmp_path: Path, config: dict[str, Any], differing: str | None) -> None:
     """Catches a chart in which the run with the fewest masks is the best, without a word; and a warning about runs
-    that are evaluated alike."""
+    that are evaluated alike, or share no chart."""
     tree = {"masking": {"rate": 0.15, "schedule": "constant"}, "batch": {"max_seq_length": 128}}
-    tree |= {"corpus": {"eval": {"wiki": "wiki"}}}
+    tree |= {"corpus": {"eval": {"wiki": "wiki", "books": "books"}}}
     for name, changed in (("a", tree), ("b", {**tree, **config})):
         folder = open_run_folder(tmp_path / name)
         folder.metrics.write_text('{"step": 1, "loss": 1.0, "eval/wiki/loss": 2.0}\n')
         folder.config.write_text(json.dumps(changed))
     runs = open_runs(name_runs([tmp_path / "a", tmp_path / "b"]))
     notes = [block.text for block in overlay_blocks(runs) if isinstance(block, Text)]
-    found = [note for note in notes if note.startswith("Held-out losses and accuracies cannot be compared: ")]
+    found = [note for note in notes if note.startswith("Losses and accuracies on wiki may not be comparable: ")]
     assert [note.partition(" differ in ")[2] for note in found] == ([] if differing is None else [f"{differing}."])
+    other = open_run_folder(tmp_path / "c")  # shares no chart with the two
+    other.metrics.write_text('{"step": 1, "loss": 1.0, "eval/news/loss": 2.0}\n')
+    other.config.write_text(json.dumps({**tree, "masking": {"rate": 0.9}}))
+    three = overlay_blocks(open_runs(name_runs([tmp_path / name for name in "abc"])))
+    assert [block.text for block in three if isinstance(block, Text)] == found
     folder.metrics.write_text('{"step": 1, "loss": 1.0, "eval/books/loss": 2.0}\n')
     runs = open_runs(name_runs([tmp_path / "a", tmp_path / "b"]))
     assert not [block for block in overlay_blocks(runs) if isinstance(block, Text)]
