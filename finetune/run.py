@@ -106,7 +106,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     records = {seed: finished[seed] for seed in seeds if seed in finished}
     order = _in_order_of_events(seeds, folder)
     missing = [seed for seed in order if seed in seeds and seed not in finished]
-    left_out = [seed for seed in finished if seed not in seeds]
+    left_out = [seed for seed in finished if seed not in seeds and resolved.task.is_trained]
     for line in _describe_finished(list(records), left_out, resolved):
         terminal().print(line)
     if records and missing and (version := other_version(folder)) is not None:

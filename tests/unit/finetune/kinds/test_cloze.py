@@ -301,13 +301,19 @@ def test_blanks_are_calibrated() -> None:
     assert second == pytest.approx([2**0.5 / (2**0.5 + 2), 1 / (2**0.5 + 2), 1 / (2**0.5 + 2)])
 
 
-def test_a_model_that_is_not_trained_is_scored_once(exam: dict[str, Any], tmp_path: Path) -> None:
-    """Catches equal scores of several seeds, whose deviation of 0 looks like a result; and one random model."""
+def test_a_model_that_is_not_trained_is_scored_once(
+    exam: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches equal scores of several seeds, whose deviation of 0 looks like a result; one random model; and a config
+    that is said to lack seeds that it names."""
     (tmp_path / "exam.yaml").write_text(json.dumps(exam))
     overrides = {"training.seeds": "3,4"}
     finetune(tmp_path / "exam.yaml", overrides)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["seeds"], results["splits"]["test"]["accuracy"]["std"]) == ([3], None)
+    shutil.copytree(tmp_path / "run" / "seed-3", tmp_path / "run" / "seed-4")  # of version 0.2.0
+    finetune(tmp_path / "exam.yaml", overrides)
+    assert "not one of training.seeds" not in "".join(capsys.readouterr())
     random = load_run_config(tmp_path / "exam.yaml", {**overrides, "model.weights": "random"})
     assert random.training.seeds == (3, 4)
 
