@@ -111,7 +111,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
         terminal().print(line)
     if records and missing and (version := other_version(folder)) is not None:
         print_warning(
-            f"the finished seeds were trained with deepcloze {version}: those of this version may have other scores; "
+            f"finished seeds were trained with deepcloze {version}: those of this version may have other scores; "
             "choose another run.dir to train all seeds with this version"
         )
     changed = {seed: found for seed in missing if (found := state_file(seed, resolved).other_settings())}

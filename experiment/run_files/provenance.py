@@ -128,11 +128,10 @@ def read_provenance(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def other_version(folder: RunFolder) -> str | None:
-    """Return the version of deepcloze in the last attempt at a run; None if it is this one, or not known."""
+    """Return another version of deepcloze than this one that was used in a run, the last one; None without any."""
     with suppress(OSError, UserError, LookupError, TypeError, AttributeError):
-        attempts = (read_provenance(folder) or {})["attempts"]
-        version = attempts[-1]["versions"]["deepcloze"]
-        return None if version in (None, _version("deepcloze")) else str(version)
+        versions = [attempt["versions"]["deepcloze"] for attempt in (read_provenance(folder) or {})["attempts"]]
+        return next((str(found) for found in reversed(versions) if found not in (None, _version("deepcloze"))), None)
     return None
 
 
