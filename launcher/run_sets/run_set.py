@@ -29,7 +29,7 @@ from experiment.process.signals import handle_stop_signals
 from experiment.run_files.checkpoints import mention_newer, names_model_folder
 from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_outcome
 from experiment.run_files.provenance import other_version
-from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, open_run_folder
+from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, open_run_folder, planned_folders
 from experiment.run_files.run_lock import folder_use, lock_run
 from experiment.tracking.config import RUN_SET, WANDB_GROUP, WANDB_NAME
 from finetune.config import CHANGE_ROUNDING_ONLY, PATHS, FinetuneConfig, config_of_kind
@@ -125,6 +125,7 @@ class RunSet:
 
         measure: reads the value of a run that is done. If it raises UserError, that is raised after the last run.
         """
+        self._mention_versions()
         damaged: list[UserError] = []
         in_plan = enumerate(self.runs, start=1)
         for number, run in sorted(in_plan, key=lambda numbered: _has_failed(numbered[1], records)):
@@ -148,16 +149,27 @@ class RunSet:
         content = records if self.header is None else {**self.header, "runs": records, **more}
         write_json(self.folder.path / self.record, content)
 
+    def _mention_versions(self) -> None:
+        """Notify if finished runs, or points of them, are of another version of deepcloze than others of this set."""
+        pretrainings = {run.pretraining for run in self.runs}
+        versions: dict[str, str | None] = {}  # name -> another version; None: this one
+        for run in (run for run in self.runs if run.name not in pretrainings):
+            folder = self.run_folder(run)
+            points = (planned_folders(folder.path) or [folder.path]) if _is_finished(run, folder) else []
+            versions[run.name] = next(filter(None, (other_version(RunFolder(point)) for point in points)), None)
+        if len(set(versions.values())) > 1:
+            others = ", ".join(f"{name} ({version})" for name, version in versions.items() if version is not None)
+            notify(
+                f"{self.command}: kept from another version of deepcloze: {shorten(others, _NAMES, placeholder=' …')}; "
+                f"runs of this version may have other scores: to run these again, remove their folders in "
+                f"{self.folder.path}"
+            )
+
     def _finish(self, run: PlannedRun, label: str) -> str:
         child = ChildRun(self.command, label, self.run_folder(run), run.argv, environment=self._names_in_wandb(run))
         wait_for_other_process(child)
         if _is_finished(run, child.folder):
             inform(f"{self.command}: {label}: already finished")
-            if (version := other_version(child.folder)) is not None:
-                notify(
-                    f"{self.command}: {label} was run with deepcloze {version}; runs of this version may have other "
-                    f"scores: remove {child.folder.path} to run it again"
-                )
             return DONE
         inform(f"{self.command}: {label}: running")
         start_time = time.monotonic()

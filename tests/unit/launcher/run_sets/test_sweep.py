@@ -296,7 +296,7 @@ def test_a_sweep_with_a_failure_run_twice(
     run_sweep(repaired)
     said = capfd.readouterr()
     assert "[1/4] lr=1e-4: already finished" in said.err
-    assert said.err.count("was run with deepcloze") == said.err.count("[1/4] lr=1e-4 was run with deepcloze 0.1.9") == 1
+    assert said.err.count("sweep: kept from another version of deepcloze: lr=1e-4 (0.1.9); runs of") == 1
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert {name: run["value"] for name, run in record["runs"].items()} == {
         "lr=1e-4": 4.5,
@@ -304,6 +304,29 @@ def test_a_sweep_with_a_failure_run_twice(
         "lr=1e-2": 3.5,
         "lr=1e-1": 6.5,
     }
+
+
+def test_runs_of_another_version_are_named_if_others_are_added(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches cells of two versions in one table without a word, also cells that are sweeps; a line for each of them,
+    or if all are of one version; and the advice to remove a pretraining."""
+    old = json.dumps({"run_id": "1", "ancestors": [], "attempts": [{"versions": {"deepcloze": "0.1.9"}}]})
+    for name in ("a", "pre", "b"):
+        write_outcome(open_run_folder(tmp_path / name), Outcome.DONE)
+    write_json(tmp_path / "a" / "sweep.json", {"runs": {"lr=1": {"config": {}}}})
+    for name in ("a/lr=1", "pre", "b"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "provenance.json").write_text(old)
+    argv = (sys.executable, "-c", RUN, str(tmp_path / "c"), "1.5", "0")
+    runs = [PlannedRun("a", (), {}), PlannedRun("pre", (), {}), PlannedRun("b", (), {}, "pre")]
+    for planned, said in ((runs, 0), ([*runs, PlannedRun("c", argv, {})], 1)):
+        run_set = RunSet("compare", RunFolder(tmp_path), "run.dir", "record.json", tuple(planned))
+        with run_set.opened() as records:
+            run_set.finish(records)
+        line = "compare: kept from another version of deepcloze: a (0.1.9), b (0.1.9); runs of this version may have"
+        error = capfd.readouterr().err
+        assert (error.count(line), error.count("another version")) == (said, said)
 
 
 @pytest.mark.parametrize(("best_metric", "value"), [("eval/held/accuracy", 12.5), ("eval/held/loss", 9.9)])
