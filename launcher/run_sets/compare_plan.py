@@ -1,6 +1,6 @@
 """The runs of a comparison, all validated before the first one starts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from pretrain.config import PretrainConfig
 
 _COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
-_ROWS_SHOWN = 150  # characters of the rows of a warning
+_ROWS_SHOWN = 300  # characters of the rows of a warning
 _PRETRAINING = "pretrain"  # folder, beside the folders of the tasks
 # Beside the folders of the rows: of the comparison, or what would make its folder one of another kind.
 _USED = (
@@ -59,6 +59,7 @@ class _Task:
     file: str
     data: FlatConfig  # data.SPLIT -> checksum
     pinned: Mapping[str, str]  # overrides with the commits of data sets of the Hub
+    is_trained: bool
 
 
 def plan_comparison(options: CompareOptions) -> ComparePlan:
@@ -88,7 +89,7 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
             pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement)
             cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config, models)
         runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
-    for task in tasks:
+    for task in (task for task in tasks if task.is_trained):
         _warn_of_dropout(task, config, {name: found[task.name].config for name, found in cells.items()})
     run_set = RunSet("compare", folder, "run.dir", COMPARISON_RECORD, tuple(runs), configs=configs)
     return ComparePlan(run_set, cells, config.grid is not None)
@@ -136,7 +137,7 @@ def _read_tasks(config: CompareConfig, recorded: Sequence[str]) -> list[_Task]:
         with user_errors_in(file):
             task = task_config.task.pinned(recorded)
             check_data(task_config.model_copy(update={"task": task}))
-            tasks.append(_Task(folders[name], file, data_origin(task), task.hub_overrides()))
+            tasks.append(_Task(folders[name], file, data_origin(task), task.hub_overrides(), task.is_trained))
     return tasks
 
 
@@ -195,26 +196,36 @@ def _plan_cells(
 
 def _warn_of_dropout(task: _Task, config: CompareConfig, cells: Mapping[str, FlatConfig]) -> None:
     """Warn if rows would be fine-tuned with different dropout, which is that of their models. cells: by row."""
-    values: dict[str, dict[str, object]] = {}  # field of a model's config -> row -> value
-    for row, cell in cells.items():
-        fields = load_model_config(local_model(config.rows[row].init_from)).get_text_config().to_dict()
-        for field in (name for name in fields if "drop" in name):
-            keys = (f"model.config.{field}", f"pretrain.model.config.{field}")
-            found = next((cell[key] for key in keys if key in cell), fields[field])
-            values.setdefault(field, {})[row] = found
     in_grid = parse_grid(config.grid) if config.grid is not None else {}
-    differ = {
-        f"model.config.{field}": by_row
-        for field, by_row in values.items()
-        if len(set(map(str, by_row.values()))) > 1 and f"model.config.{field}" not in in_grid
-    }
-    if differ:
-        first, by_row = next(iter(differ.items()))
-        shown = shorten(", ".join(f"{value} in {row}" for row, value in by_row.items()), _ROWS_SHOWN)
+    dropout = {row: _dropout(config.rows[row].init_from, cell, in_grid) for row, cell in cells.items()}
+    first, *others = dropout.values()
+    if any(other.keys() != first.keys() for other in others):
+        values = [value for fields in dropout.values() for value in fields.values() if value is not None]
+        if any(value != values[0] for value in values):
+            of_rows = {row: ", ".join(f"{key} {value}" for key, value in dropout[row].items()) for row in dropout}
+            shown = shorten("; ".join(f"{row}: {fields}" for row, fields in of_rows.items()), _ROWS_SHOWN)
+            warn_once(f"{task.file}: the rows have different kinds of dropout, which no key sets for all: {shown}")
+    elif differ := [field for field in first if any(other[field] != first[field] for other in others)]:
+        shown = shorten(", ".join(f"{fields[differ[0]]} in {row}" for row, fields in dropout.items()), _ROWS_SHOWN)
         warn_once(
-            f"{task.file}: the rows have different dropout: {first.removeprefix('model.config.')} is {shown}; to train "
-            f"them alike, set {', '.join(differ)}"
+            f"{task.file}: the rows have different dropout: {differ[0]} is {shown}; to train them alike, set "
+            f"{', '.join(f'model.config.{field}' for field in differ)}"
         )
+
+
+def _dropout(model: str, cell: FlatConfig, in_grid: Collection[str]) -> dict[str, object]:
+    """Return the fields for dropout that the model of a cell is trained with, except those in the grid.
+
+    `classifier_dropout` is None, which stands for `hidden_dropout_prob`, if the two are equal.
+    """
+    config = load_model_config(local_model(model)).get_text_config().to_dict()
+    fields: dict[str, object] = {}
+    for field in (name for name in config if "drop" in name and f"model.config.{name}" not in in_grid):
+        keys = (f"model.config.{field}", f"pretrain.model.config.{field}")
+        fields[field] = next((cell[key] for key in keys if key in cell), config[field])
+    if "classifier_dropout" in fields and fields["classifier_dropout"] == fields.get("hidden_dropout_prob"):
+        fields["classifier_dropout"] = None
+    return fields
 
 
 def _check_cell(

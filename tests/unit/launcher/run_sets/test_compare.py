@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
 from experiment.errors import StoppedError
 from experiment.results.plots import draw_dots
@@ -548,6 +548,8 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
         ({}, True),
         ({"model": {"config": {"hidden_dropout_prob": 0.1}}}, False),
         ({"grid": "model.config.hidden_dropout_prob=0,0.1"}, False),
+        ({"BERT": {"classifier_dropout": 0.1, "hidden_dropout_prob": 0}, "ours": {"classifier_dropout": 0.1}}, False),
+        ({"BERT": {"hidden_dropout_prob": 0.0, "classifier_dropout": 0.0}}, False),
     ],
 )
 def test_rows_with_different_dropout(
@@ -558,11 +560,14 @@ def test_rows_with_different_dropout(
     changes: dict[str, Any],
     said: bool,
 ) -> None:
-    """Catches models that are fine-tuned with different dropout in silence, and advice that does not help."""
-    folder = Path(shutil.copytree(encoder, tmp_path / "fast"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.0}))
-    rows = {"BERT": {"init_from": str(encoder)}, "ours": {"init_from": str(folder)}}
+    """Catches models that are fine-tuned with different dropout in silence, advice that does not help, and warnings
+    about 0 and 0.0, or about a default beside its value."""
+    rows = {}
+    for row, fields in {"BERT": {}, "ours": {"hidden_dropout_prob": 0.0}}.items():
+        folder = Path(shutil.copytree(encoder, tmp_path / row))
+        config = json.loads((folder / "config.json").read_text()) | fields | changes.get(row, {})
+        (folder / "config.json").write_text(json.dumps(config))
+        rows[row] = {"init_from": str(folder)}
     file = write_files(rows=rows, **{key: value for key, value in changes.items() if key == "grid"})
     tree = yaml.safe_load((tmp_path / "toy.yaml").read_text())
     tree["model"] |= changes.get("model", {})
@@ -574,6 +579,37 @@ def test_rows_with_different_dropout(
     )
     assert (warning in caplog.text) == said
     assert ("different dropout" in caplog.text) == said
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_models_with_different_fields_for_dropout(
+    write_files: Callable[..., Path], encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, dropout: float
+) -> None:
+    """Catches BERT with dropout beside a ModernBERT without it in silence, the advice to set a key that one of them
+    rejects, and a warning if both have none, or if nothing is trained."""
+    modern = Path(shutil.copytree(encoder, tmp_path / "modern"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    vocabulary = json.loads((encoder / "config.json").read_text())["vocab_size"]
+    ModernBertForMaskedLM(ModernBertConfig(vocab_size=vocabulary, **sizes, **tokens)).save_pretrained(modern)
+    bert = Path(shutil.copytree(encoder, tmp_path / "bert"))
+    config = json.loads((bert / "config.json").read_text())
+    changed = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    (bert / "config.json").write_text(json.dumps({**config, **changed}))
+    file = write_files(rows={"BERT": {"init_from": str(bert)}, "modern": {"init_from": str(modern)}})
+    assert main(["compare", str(file), "--dry_run"]) == 0
+    assert ("the rows have different kinds of dropout, which no key sets for all: BERT: " in caplog.text) == bool(
+        dropout
+    )
+    assert "to train them alike" not in caplog.text
+    caplog.clear()
+    exam = {"article": "ba _ de", "options": [["fi", "go"]], "answers": ["A"]}
+    (tmp_path / "exam.jsonl").write_text(json.dumps(exam) + "\n")
+    task = {"name": "exam", "kind": "cloze", "scoring": "zero_shot", "test": str(tmp_path / "exam.jsonl")}
+    tree = yaml.safe_load((tmp_path / "toy.yaml").read_text())
+    (tmp_path / "exam.yaml").write_text(yaml.safe_dump({**tree, "task": task}))
+    assert main(["compare", str(file), f"--tasks={tmp_path}/exam.yaml", "--dry_run"]) == 0
+    assert "dropout" not in caplog.text
 
 
 def test_a_chain_may_extend_a_model_that_is_too_short_for_the_task(
