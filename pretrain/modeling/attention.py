@@ -106,9 +106,13 @@ class Packing:
         """Return whether there are kernels of our own, and they are faster than FlashAttention-2."""
         if self.varlen is None:
             return False
-        if sliding_window is not None and self.max_length > 2 * sliding_window:
-            return sliding_window - 1 <= _LOCAL_REACH
-        return _prefers_without_window(self.capability)
+        anyway = _prefers_without_window(self.capability)
+        if sliding_window is None:
+            return anyway
+        # `anyway` comes first: compiled layers that read the length may need a graph for each stage.
+        if sliding_window - 1 <= _LOCAL_REACH:
+            return anyway or self.max_length > 2 * sliding_window
+        return anyway and self.max_length <= 2 * sliding_window
 
     def interrupting(self) -> Self:
         """Return a copy for a layer that is to run until it has computed its attention."""

@@ -58,7 +58,7 @@ def varlen_attention(
         dropout: probability that an attention weight is dropped, less than 1.
     """
     output: Tensor
-    options = (max_length, scaling, dropout, _known_reach(reach, max_length))
+    options = (max_length, scaling, dropout, reach)
     output, *_ = _forward(query_THD, key_THD, value_THD, cu_seqlens, *options)
     return output
 
@@ -78,14 +78,9 @@ def qkv_attention(
         none.
     """
     cosines, sines = rotation or (None, None)
-    options = (max_length, scaling, dropout, _known_reach(reach, max_length))
+    options = (max_length, scaling, dropout, reach)
     output: Tensor = _QKVAttention.apply(qkv_T3HD, cosines, sines, cu_seqlens, *options)  # type: ignore[no-untyped-call]
     return output
-
-
-def _known_reach(reach: int | None, max_length: int) -> int:
-    """-1 if slots attend to all of their sequence."""
-    return -1 if reach is None or reach >= max_length else reach
 
 
 class _QKVAttention(torch.autograd.Function):
@@ -124,7 +119,7 @@ def _forward(
     max_length: int,
     scaling: float,
     dropout: float,
-    reach: int,
+    reach: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output [T, H, D]; the logsumexp of scores, to base 2, fp32 [H, T]; and seeds of dropout, int64, if
     any."""
@@ -140,7 +135,7 @@ def _forward(
         (output, logsumexp),
         max_length,
         scaling * LOG2_E.value,
-        **_constants(dropout, reach),
+        **_constants(dropout, reach, max_length),
         **_FORWARD,
     )
     return output, logsumexp, seeds
@@ -161,7 +156,7 @@ def _backward(
     max_length: int,
     scaling: float,
     dropout: float,
-    reach: int,
+    reach: int | None,
 ) -> Tensor:
     """Return the gradients of query, key and value, [T, 3, H, D]. `gradient`: of the output, contiguous.
 
@@ -171,7 +166,7 @@ def _backward(
     deltas = torch.empty_like(logsumexp)  # dot products of each output and its gradient
     rotation = (deltas, deltas) if cosines is None or sines is None else (cosines.contiguous(), sines.contiguous())
     inputs = (query, key, value, bounds, seeds)
-    constants = _constants(dropout, reach) | {"ROTATES": cosines is not None}
+    constants = _constants(dropout, reach, max_length) | {"ROTATES": cosines is not None}
     _launch(
         backward_query_kernel,
         _BACKWARD_QUERIES["QUERIES"],
@@ -234,10 +229,10 @@ def _launch(
     )
 
 
-def _constants(dropout: float, reach: int) -> dict[str, int]:
+def _constants(dropout: float, reach: int | None, max_length: int) -> dict[str, int]:
     dropped = round(dropout * NUMBERS.value)
     assert dropped < NUMBERS.value, f"dropout {dropout} keeps no weight"
-    return {"DROPPED": dropped, "REACH": reach}
+    return {"DROPPED": dropped, "REACH": -1 if reach is None or reach >= max_length else reach}
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
