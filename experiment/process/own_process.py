@@ -28,7 +28,7 @@ launch."""
 
 _DEVICE, _GPUS = "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 0.01
-_CPU = {_DEVICE: "cpu", _GPUS: ""}  # as `use_cpu` and `hide_gpus` set them
+_CPU = {_DEVICE: "cpu", _GPUS: "-1"}  # as `use_cpu` and `hide_gpus` set them; HIP ignores an empty value
 _given: dict[str, str | None] = {}  # before that
 
 

@@ -320,7 +320,7 @@ def test_the_device_is_chosen_for_the_call_alone(
     if given is None:
         monkeypatch.delenv("DS_ACCELERATOR")
     call()
-    assert chosen == [("cpu", "0,1" if given is None else "")]
+    assert chosen == [("cpu", "0,1" if given is None else "-1")]
     assert (os.environ.get("DS_ACCELERATOR"), os.environ["CUDA_VISIBLE_DEVICES"]) == (given, "0,1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert own_process.own_environment()["DS_ACCELERATOR"] == "cpu", "the choice of the user now"

@@ -1,3 +1,4 @@
+import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -84,6 +85,16 @@ def test_a_gpu_that_torch_has_no_code_for_is_not_available(
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     with pytest.raises(UserError, match=expected) if expected else nullcontext():
         assert available_device().type == "cuda"
+
+
+def test_the_cpu_beside_amd_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches advice that does not help: HIP takes an empty CUDA_VISIBLE_DEVICES for one that is not set."""
+    monkeypatch.setattr(own_process, "_given", {})
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # restored at the end
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] in ("", "0"))
+    assert available_device().type == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_other_hosts_do_not_use_the_cpu_because_this_one_does(monkeypatch: pytes
         assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
-@pytest.mark.parametrize(("accelerator", "visible"), [("cpu", ""), ("cuda", "0,1")])
+@pytest.mark.parametrize(("accelerator", "visible"), [("cpu", "-1"), ("cuda", "0,1")])
 def test_gpus_are_hidden_where_the_cpu_is_chosen(monkeypatch: pytest.MonkeyPatch, accelerator: str, visible: str):
     """Catches fine-tuning that uses a GPU with DS_ACCELERATOR=cpu, and one that does not use the GPUs chosen."""
     monkeypatch.setattr(own_process, "_given", {})
