@@ -18,6 +18,7 @@ def run() -> NoReturn:
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":  # may lack … and ×
         sys.stdout.reconfigure(errors="replace")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # warns if it cannot write to the home, which it need not
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the numbers of nvidia-smi, here and in child processes
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)  # until `main` handles them, after the imports
     from launcher.cli import main
 

@@ -37,6 +37,17 @@ def test_the_command_ends_at_once_with_its_exit_code(body: str, code: int, error
     assert (done.returncode, done.stdout, done.stderr) == (code, "ended\n", error)
 
 
+@pytest.mark.parametrize(
+    ("given", "order"), [({}, "PCI_BUS_ID"), ({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, "FASTEST_FIRST")]
+)
+def test_gpus_have_the_numbers_of_nvidia_smi(given: dict[str, str], order: str) -> None:
+    """Catches CUDA_VISIBLE_DEVICES=1 that means another GPU for `finetune` than for the ranks of `pretrain`."""
+    code = CODE.format(body="import os; print(os.environ['CUDA_DEVICE_ORDER']); return 0")
+    environ = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_ORDER"} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    assert done.stdout == f"{order}\nended\n"
+
+
 SIGNALED = """
 import signal, sys
 class Signal:
