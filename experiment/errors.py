@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -25,9 +26,9 @@ _REFUSALS = {
     *(errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM),
 }
 # torch's allocator on a CPU; oneDNN, which gives no reason; its mapping of files; CUDA and Triton; cuBLAS; NCCL.
-_OUT_OF_MEMORY = (
-    *("can't allocate memory", "could not create a primitive", "unable to mmap", "Cannot allocate memory"),
-    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Failed to CUDA calloc"),
+_OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|could not create a primitive(?! descriptor)|unable to mmap|Cannot allocate memory|"
+    "out of memory|CUBLAS_STATUS_ALLOC_FAILED|Failed to CUDA calloc"
 )
 _QUOTED_BY_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers raise no OSError
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # other than a tab and a line break
@@ -183,5 +184,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
+        or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None)
     )
+
+
+def describe_lack_of_memory(error: BaseException) -> str | None:
+    """Return a message if `is_out_of_memory`; None for an error of another kind."""
+    if not is_out_of_memory(error):
+        return None
+    advice = "; other programs may use the GPU, see nvidia-smi" if "CUDA" in str(error) else ""
+    cause = f" ({textwrap.shorten(first_line(error), 300, placeholder=' …')})" if str(error) else ""
+    return f"memory ran out{advice}{cause}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import fire
 
 from experiment.csv_and_jsonl import is_unicode
-from experiment.errors import StoppedError, UserError, describe_disk_error, is_out_of_memory, notify
+from experiment.errors import StoppedError, UserError, describe_disk_error, describe_lack_of_memory, notify
 from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, ignore_stop_signals, interrupt
 from launcher.command_line import help_text, is_help_request, parse_command_line, terminal_width
 from launcher.commands import COMMANDS
@@ -60,9 +60,8 @@ def _run(argv: Sequence[str]) -> int:
             raise
         return 141  # as a shell reports a program that ends by SIGPIPE
     except Exception as error:
-        if is_out_of_memory(error):
-            advice = "; other programs may use the GPU, see nvidia-smi" if "CUDA" in str(error) else ""
-            return _fail(f"memory ran out{advice}", 1)
+        if (message := describe_lack_of_memory(error)) is not None:
+            return _fail(message, 1)
         if (message := describe_disk_error(error)) is None:
             raise
         return _fail(message, 2)

@@ -197,8 +197,13 @@ def test_exceptions_become_exit_codes(
     assert ends_with(MemoryError()) == 1
     assert capsys.readouterr().err == "deepcloze: memory ran out\n"
     assert ends_with(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")) == 1
-    assert capsys.readouterr().err.startswith("deepcloze: memory ran out; other programs may use the GPU")
-    for bug in (ZeroDivisionError(), FileNotFoundError(2, "No such file or directory", "x")):
+    message = capsys.readouterr().err
+    assert message.startswith("deepcloze: memory ran out; other programs may use the GPU")
+    assert message.endswith(" (CUDA out of memory. Tried to allocate 2.00 GiB.)\n")
+    assert ends_with(RuntimeError("could not create a primitive")) == 1
+    assert capsys.readouterr().err == "deepcloze: memory ran out (could not create a primitive)\n"
+    unsupported = RuntimeError("could not create a primitive descriptor for a matmul primitive")
+    for bug in (ZeroDivisionError(), FileNotFoundError(2, "No such file or directory", "x"), unsupported):
         with pytest.raises(type(bug)):
             ends_with(bug)
 
