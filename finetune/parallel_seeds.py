@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from experiment.errors import StoppedError, UserError, inform, notify, stopped_by_disk_errors
+from experiment.errors import StoppedError, UserError, describe_lack_of_memory, inform, notify, stopped_by_disk_errors
 from experiment.process.hardware import prepare_process
 from experiment.process.own_process import module_command, own_environment
 from experiment.process.signals import handle_stop_signals, interrupt, uninterrupted
@@ -217,6 +217,11 @@ def main(argv: Sequence[str]) -> int:
     except (StoppedError, KeyboardInterrupt) as stopped:
         notify(str(stopped) or "stopped")
         return Outcome.STOPPED.exit_code
+    except Exception as error:
+        if (message := describe_lack_of_memory(error)) is None:
+            raise
+        notify(message)
+        return Outcome.FAILED.exit_code
     return 0
 
 

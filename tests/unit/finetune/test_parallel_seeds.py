@@ -123,6 +123,24 @@ def test_a_seed_that_fails_ends_the_command(config_file: Path, tmp_path: Path, p
     assert not children_with(tmp_path / "run")
 
 
+def test_a_lack_of_gpu_memory_has_a_message(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback in the log of the seed, and a command that gives no advice."""
+    code = """
+import torch, finetune.seed_run
+def train_seed(*_): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+finetune.seed_run.train_seed = train_seed
+"""
+    for name, value in patched(tmp_path, EMPTY_FIGURES + code).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        SystemExit, match=r"seed [12] failed \(exit code 1\): memory ran out; .* see nvidia-smi \(CUDA out "
+    ):
+        run_here(config_file, **{**FLAGS, "training.seeds": "[1, 2]", "training.parallel_seeds": "2"})
+    logs = [path.read_text() for path in (tmp_path / "run" / "logs").glob("seed-*.log")]
+    assert logs
+    assert "Traceback" not in "".join(logs)
+
+
 def test_a_seed_that_outlives_its_command_is_waited_for(config_file: Path, tmp_path: Path) -> None:
     """Catches two processes that train one seed, after the command was killed and started again at once."""
     folder = open_run_folder(tmp_path / "run")
