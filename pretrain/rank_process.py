@@ -15,6 +15,7 @@ import torch.distributed as dist
 from experiment.errors import AgreedFailureError, HostError, UserError, is_out_of_memory
 from experiment.process.own_process import LAUNCH_VARIABLE, has_launcher, raise_limit_of_open_files
 from experiment.run_files.outcome_file import (
+    BEFORE_FIRST_STEP,
     Cause,
     Outcome,
     RankRecord,
@@ -169,7 +170,7 @@ def cause_of(error: BaseException) -> Cause:
 
 
 def _stop_before_training(recorder: RankRecorder, reason: str) -> None:
-    message = f"{reason} before the first step; run the same command again"
+    message = f"{reason} {BEFORE_FIRST_STEP}; run the same command again"
     _end_early(recorder, Outcome.STOPPED, message, Cause.SIGNAL)
 
 

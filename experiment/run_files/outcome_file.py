@@ -18,6 +18,9 @@ from experiment.errors import StoppedError, UserError
 from experiment.files import create_json, exists_uncached, parse_record, read_json, write_json, write_text
 from experiment.run_files.run_folder import RunFolder
 
+BEFORE_FIRST_STEP = "before the first step"
+"""In the message of a rank that is stopped before it trains."""
+
 _RESERVED_BYTES = 4096
 _PLACE = re.compile(r"(\S+), rank \d+: (?!.*\brank \d+: )", re.DOTALL)
 _SHORT_MESSAGE = 300  # characters, of at most 12 bytes each in JSON

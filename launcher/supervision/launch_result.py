@@ -14,6 +14,7 @@ from experiment.files import parse_records, write_text
 from experiment.process.signals import STOP_SIGNALS
 from experiment.run_files.heartbeat import read_heartbeat
 from experiment.run_files.outcome_file import (
+    BEFORE_FIRST_STEP,
     Cause,
     Outcome,
     RankRecord,
@@ -44,7 +45,7 @@ class LaunchResult:
     failed_on: frozenset[str] = frozenset()  # the host of a failure, if it is known
 
 
-STOPPED_EARLY = LaunchResult(Outcome.STOPPED, "stopped before the first step; run the same command again", Cause.SIGNAL)
+STOPPED_EARLY = LaunchResult(Outcome.STOPPED, f"stopped {BEFORE_FIRST_STEP}; run the same command again", Cause.SIGNAL)
 
 
 def has_begun(folder: RunFolder) -> bool:
@@ -116,17 +117,14 @@ def read_silent_end(
     folder: RunFolder, earlier: Mapping[Path, int], silent: Sequence[RankRecord]
 ) -> LaunchResult | None:
     """Return the result of a launch whose ranks were killed because they waited for the silent ones; None if another
-    failure was reported. Ranks lose those that end, and before the first step, DeepSpeed's launcher stops the others of
-    their host.
+    end was reported. Before the first step, DeepSpeed's launcher stops the other ranks of their host.
 
     earlier: `log_sizes` when the ranks began.
     """
     reported, ending = read_outcome(folder), f"{_name_ranks(folder, silent)} ended first"
     if reported is None:
         message = _failure_message(folder, ending, earlier, silent)
-    elif reported.cause is Cause.LOST_RANK:
-        message = f"{ending}; {reported.message}"
-    elif reported.outcome is Outcome.STOPPED and host_of(reported.message) in {process.host for process in silent}:
+    elif BEFORE_FIRST_STEP in reported.message and host_of(reported.message) in {process.host for process in silent}:
         message = ending
     else:
         return None

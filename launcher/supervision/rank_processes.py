@@ -124,6 +124,7 @@ class ExitWatch:
         self._processes = processes
         self._guards = guards
         self._failed_at: float | None = None  # as time.monotonic()
+        self._records = 0  # of ranks, when one had failed
         self._silent: set[int] = set()  # the first ranks that ended without recording it
 
     def check(self) -> bool:
@@ -135,9 +136,12 @@ class ExitWatch:
         ended = [record for record in records if self._has_ended(record)]
         ended_host = self._guards.ended_host() if self._guards else None
         if not (ended_host or any(record.exit != 0 for record in ended)):
-            # A rank that had just ended may have looked like one that was killed.
-            self._failed_at, self._silent = None, set()
+            # A rank that had just ended may have looked like one that was killed. Records that cannot be read are left
+            # out.
+            if len(records) >= self._records:
+                self._failed_at, self._silent = None, set()
             return False
+        self._records = len(records)
         if self._failed_at is None:
             self._failed_at = time.monotonic()
         if self._is_first():

@@ -10,8 +10,10 @@ from launcher.supervision.launch_result import LaunchResult
 WINDOW_SECONDS = 3600.0
 """`--max_restarts` counts the restarts within this time, and those since the last checkpoint."""
 
-# Of a data worker that has raised an exception, if it is not a disk's. One that was killed or hangs may work again.
-_WORKER = re.compile(r"(?<=the data worker )\(pid \d+\) (?=failed at step \d+: (?!OSError|HostError))")
+# Of a data worker that has raised an exception for good. One that was killed or hangs may work again.
+_WORKER = re.compile(
+    r"(?<=the data worker )\(pid \d+\) (?=failed at step \d+: (?!\w*(OS|Host|Timeout|Memory|Connection)))"
+)
 _FIRST_WAIT_SECONDS = 5.0
 _MAX_WAIT_SECONDS = 120.0
 
@@ -65,7 +67,8 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> R
         return End("a microbatch is one sequence already; see docs/precision.md for what else saves memory")
     failures = [attempt for attempt in attempts if not attempt.changes_hosts]
     recent = [attempt for attempt in failures if last.end_time - attempt.end_time < WINDOW_SECONDS]
-    stuck = _failures_since_checkpoint(attempts)  # attempts may take so long that few fit into the window
+    # Attempts may take so long that few fit into the window.
+    stuck = sum(not attempt.changes_hosts for attempt in _since_checkpoint(attempts))
     for count, limit in ((len(recent), "within an hour"), (stuck, "without a checkpoint")):
         if count > max_restarts:
             return End(_advice(max_restarts, halve, limit))
@@ -85,7 +88,9 @@ def _may_succeed_again(attempts: Sequence[Attempt]) -> bool:
     if result.outcome is not Outcome.FAILED:
         return False
     if result.cause is Cause.ERROR:  # the same twice without progress is a bug
-        return last.saved or not (earlier and _exception(earlier[-1].result) == _exception(result))
+        before = _since_checkpoint(earlier)
+        compared = [*before[-1:], *[attempt for attempt in before if not attempt.changes_hosts][-1:]]
+        return last.saved or not any(_exception(attempt.result) == _exception(result) for attempt in compared)
     return True
 
 
@@ -100,10 +105,7 @@ def _advice(max_restarts: int, out_of_memory: bool, limit: str) -> str:
     return f"not restarted: --max_restarts={max_restarts} {limit}" if max_restarts else ""
 
 
-def _failures_since_checkpoint(attempts: Sequence[Attempt]) -> int:
-    failures = 0
-    for attempt in reversed(attempts):
-        failures += not attempt.changes_hosts
-        if attempt.saved:
-            break
-    return failures
+def _since_checkpoint(attempts: Sequence[Attempt]) -> Sequence[Attempt]:
+    """Return the last attempt that has saved a checkpoint and those after it, or all if none has."""
+    saved = [index for index, attempt in enumerate(attempts) if attempt.saved]
+    return attempts[saved[-1] if saved else 0 :]

@@ -262,7 +262,7 @@ class _Supervisor:
             if host in given_up or host in attempt.left_out
         ]
         without = f" without {', '.join(left_out)}" if left_out else ""
-        again = f" with {', '.join(attempt.taken_back)} again" if attempt.taken_back else ""
+        again = f", trying {', '.join(attempt.taken_back)} again" if attempt.taken_back else ""
         reason, how = attempt.result.message or "the ranks were stopped", f"{when}{smaller}{again}{without}"
         notify(f"{reason}\nrestarting{how}")
         self._alerts.report(attempt.result, f"restarting{how}", restarting=True)

@@ -30,12 +30,27 @@ def test_what_would_happen_again_is_not_restarted() -> None:
     assert isinstance(after(LOST, BUG), Restart)
 
 
+def test_a_bug_is_the_same_after_a_host_was_left_out_and_taken_back() -> None:
+    """Catches a bug that is run into again, because another host reported it in between."""
+    elsewhere = LaunchResult(Outcome.FAILED, "KeyError on another host", Cause.ERROR)
+    attempts = [
+        Attempt(BUG, 0.0, saved=False),
+        Attempt(BUG, 1.0, saved=False, left_out=["node-2"]),
+        Attempt(elsewhere, 2.0, saved=False, taken_back=["node-2"]),
+        Attempt(BUG, 3.0, saved=False),
+    ]
+    assert isinstance(decide(attempts[:2], 10, can_halve=True), Restart)
+    assert isinstance(decide(attempts[:3], 10, can_halve=True), Restart)
+    assert decide(attempts, 10, can_halve=True) == End()
+
+
 @pytest.mark.parametrize(
     ("message", "is_bug"),
     [
         ("node-1, rank 0: the data worker (pid {}) failed at step 7: KeyError: 'a'", True),
         ("node-1, rank {}: the data worker (pid 1) failed at step 7: KeyError: 'a'", False),
         ("node-1, rank 0: the data worker (pid {}) failed at step 7: OSError: [Errno 5] Input/output error", False),
+        ("node-1, rank 0: the data worker (pid {}) failed at step 7: TimeoutError: [Errno 110]", False),
         ("node-1, rank 0: the data worker (pid {}) was killed (SIGKILL), perhaps because the memory ran out", False),
         ("node-1, rank 0: the data worker (pid {}) has not made the batch of step 7 in 420 s: sleeping", False),
         ("node-{}, rank 0: OSError: [Errno 5] Input/output error", False),
