@@ -50,6 +50,7 @@ class Alert:
     event: AlertEvent
     text: str
     repeated: bool = True  # whether it is held back if there was one about such an event shortly before
+    outcome: Outcome = Outcome.FAILED  # of the run, if `send_last_alert` sends it
 
 
 @dataclass
@@ -182,14 +183,14 @@ def send_by_wandb(run: "wandb.Run", alert: Alert, name: str) -> None:
 
 
 def send_last_alert(project: str, folder: RunFolder, alert: Alert) -> None:
-    """Send an alert through the W&B run of a run that has failed, also if its rank 0 was killed, and mark it as failed
-    there. Uses a process of its own, which can be ended.
+    """Send an alert through the W&B run of a run that has ended, also if its rank 0 was killed, and mark it there as
+    failed or stopped. Uses a process of its own, which can be ended.
 
     Raises subprocess.SubprocessError if that fails, or takes too long.
     """
     if (provenance := read_provenance(folder)) is None:  # rank 0 has not opened a W&B run
         return
-    request = [project, wandb_id(provenance), str(folder.path), alert.event, alert.text]
+    request = [project, wandb_id(provenance), str(folder.path), alert.event, alert.text, alert.outcome]
     command = [sys.executable, "-P", "-c", f"from {__name__} import send_requested; send_requested()"]
     subprocess.run(
         command,
@@ -206,7 +207,7 @@ def send_requested() -> None:
     """Send the alert that `send_last_alert` writes to stdin."""
     import wandb
 
-    project, run_id, folder, event, text = json.load(sys.stdin)
+    project, run_id, folder, event, text, outcome = json.load(sys.stdin)
     settings = wandb.Settings(
         init_timeout=_WANDB_INIT_SECONDS,
         finish_timeout=_WANDB_FINISH_SECONDS,
@@ -216,4 +217,6 @@ def send_requested() -> None:
     )
     run = wandb.init(project=project, id=run_id, dir=folder, resume="must", settings=settings)
     send_by_wandb(run, Alert(event, text), Path(folder).name)
-    run.finish(exit_code=1)
+    if outcome == Outcome.STOPPED:
+        run.mark_preempting()
+    run.finish(exit_code=Outcome(outcome).exit_code)

@@ -90,7 +90,7 @@ class LaunchAlerts:
         event: AlertEvent = "stall" if stalled else "crash"
         what, newline, details = result.message.partition("\n")  # details, which services may cut off, come last
         text = f"{result.outcome}: {what}\n{next_step or 'the launch has ended'}{newline}{details}"
-        alert = Alert(event, text, repeated=restarting)
+        alert = Alert(event, text, restarting, result.outcome)
         if passed := self._filter.filtered(alert):
             self._messenger.alert(passed)
 

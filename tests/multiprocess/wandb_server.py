@@ -24,6 +24,7 @@ class FakeServer:
     operations: list[str] = field(default_factory=list)  # of GraphQL, by name
     names: list[str] = field(default_factory=list)  # that the run is given
     exit_codes: list[int] = field(default_factory=list)
+    preempting: bool = False
     inserted: bool = False
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +70,7 @@ class FakeServer:
         if part is not None:
             del self.history[part["offset"] :]
             self.history += map(json.loads, part["content"])
+        self.preempting |= body.get("preempting", False)
         if "exitcode" in body:
             self.exit_codes.append(body["exitcode"])
 

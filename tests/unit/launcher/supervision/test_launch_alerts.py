@@ -85,7 +85,22 @@ def test_wandb_is_told_when_no_attempt_follows(tmp_path: Path, monkeypatch: pyte
     assert (alert["runName"], alert["projectName"]) == ("id7-2", "deepcloze")
     text = "failed: rank 0 was killed\nwaiting for a host"
     assert (alert["title"], alert["text"]) == ("crash: base", text)
-    assert server.exit_codes == [1]
+    assert (server.exit_codes, server.preempting) == ([1], False)
+
+
+def test_a_stopped_run_does_not_fail_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that can be resumed, but is marked as failed because no checkpoint could be written."""
+    folder = RunFolder(tmp_path / "base")
+    write_json(folder.provenance, {"run_id": "id7", "ancestors": [], "attempts": []})
+    alerts = LaunchAlerts(TrackingConfig(wandb="online", alerts=AlertsConfig(wandb=True)), folder)
+    with wandb_server() as server:
+        server.inserted = True
+        for name, value in (("WANDB_BASE_URL", server.url), ("WANDB_API_KEY", "0" * 40), ("HOME", str(tmp_path))):
+            monkeypatch.setenv(name, value)
+        alerts.report(LaunchResult(Outcome.STOPPED, "no checkpoint can be written", Cause.AGREED))
+        alerts.close()
+    assert [alert["title"] for alert in server.alerts] == ["crash: base"]
+    assert (server.exit_codes, server.preempting) == ([75], True)
 
 
 def test_a_failure_of_wandb_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
