@@ -7,6 +7,7 @@ warning.
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     import wandb
 
 REPEAT_SECONDS = 600.0
-"""The time between the first two alerts about the same kind of event; it doubles with each further one."""
+"""The time between two alerts about the same kind of event; it doubles while they are about the same problem."""
 MOST_REPEAT_SECONDS = 14400.0
 """At most that long; after as long without such an event, it starts anew."""
+
+_NUMBER = re.compile(r"\d+")
 
 _RETRY_WAITS = (0.0, 3.0, 9.0)  # seconds before each attempt to send
 FLUSH_SECONDS = 30.0
@@ -59,7 +62,8 @@ class _Past:
 
     seen: float = -math.inf  # when the last one came
     sent: float = -math.inf
-    wait: float = 0.0  # seconds from `sent` to the next one to send
+    problem: str = ""  # the first line of the one that was sent, without steps, ranks and times
+    wait: float = 0.0  # seconds from `sent` to the next one about the same problem
     held: int = 0  # number of those that were held back since `sent`
 
 
@@ -76,16 +80,18 @@ class AlertFilter:
         if alert.event not in self._events:
             return None
         now, past = self._clock(), self._past[alert.event]
-        if now - past.seen >= MOST_REPEAT_SECONDS:
-            past.wait = 0.0
+        first, newline, rest = alert.text.partition("\n")
+        problem = _NUMBER.sub("", first)
+        is_new = problem != past.problem or now - past.seen >= MOST_REPEAT_SECONDS
+        is_new |= alert.event == "no_checkpoint"  # it has an interval of its own
         past.seen = now
-        if alert.repeated and now - past.sent < past.wait:
+        if alert.repeated and now - past.sent < (REPEAT_SECONDS if is_new else past.wait):
             past.held += 1
             return None
-        more = f"\n{past.held:,} more since the last alert" if past.held else ""
-        past.sent, past.held = now, 0
-        past.wait = min(max(2 * past.wait, REPEAT_SECONDS), MOST_REPEAT_SECONDS)
-        return replace(alert, text=alert.text + more)
+        more = f"\n{past.held:,} more since the last alert" if past.held else ""  # before a log, which may be cut off
+        past.problem, past.sent, past.held = problem, now, 0
+        past.wait = REPEAT_SECONDS if is_new else min(2 * past.wait, MOST_REPEAT_SECONDS)
+        return replace(alert, text=first + more + newline + rest)
 
 
 class Messenger:

@@ -129,6 +129,37 @@ def test_alerts_about_a_lasting_trouble_become_rare() -> None:
     assert passes(Alert("mirror", "down")) == Alert("mirror", "down")
 
 
+def test_only_the_same_trouble_becomes_rare() -> None:
+    """Catches a refused key that is not told for hours because the mirror was down before, bad batches at other steps
+    that count as other troubles, and an alarm whose interval is not that of the config."""
+    now = 0.0
+    passes = AlertFilter(("mirror", "bad_batch", "no_checkpoint"), lambda: now).filtered
+    sent: dict[str, list[float]] = {"mirror": [], "bad_batch": [], "no_checkpoint": []}
+    for minute in range(0, 240, 10):
+        now = 60.0 * minute
+        for alert in (
+            Alert("mirror", "down" if minute < 100 else "refused"),
+            Alert("bad_batch", f"step {minute}: the loss is nan"),
+            Alert("no_checkpoint", "no checkpoint was saved"),
+        ):
+            if passes(alert):
+                sent[alert.event].append(minute)
+    assert sent["mirror"] == [0, 10, 30, 70, 100, 110, 130, 170]
+    assert sent["bad_batch"] == [0, 10, 30, 70, 150]
+    assert sent["no_checkpoint"] == list(range(0, 240, 10))
+
+
+def test_the_number_of_alerts_comes_before_a_log() -> None:
+    """Catches a number at the end of a log, where services cut it off."""
+    now = 0.0
+    passes = AlertFilter(("crash",), lambda: now).filtered
+    for _ in range(2):
+        passes(Alert("crash", "killed\nrestarting\nthe log"))
+    now = REPEAT_SECONDS
+    sent = passes(Alert("crash", "killed\nrestarting\nthe log"))
+    assert sent == Alert("crash", "killed\n1 more since the last alert\nrestarting\nthe log")
+
+
 @pytest.mark.parametrize(
     ("config", "missing"),
     [

@@ -34,7 +34,7 @@ def test_failed_attempts_are_told(sent: list[Alert], tmp_path: Path) -> None:
     alerts.close()
     assert [(alert.event, alert.text) for alert in sent] == [
         ("crash", "failed: rank 1 was killed\nrestarting"),
-        ("crash", "failed: rank 1 was killed\nthe launch has ended\n1 more since the last alert"),
+        ("crash", "failed: rank 1 was killed\n1 more since the last alert\nthe launch has ended"),
         ("stall", "failed: rank 0 hangs\nrestarting"),
     ]
 
