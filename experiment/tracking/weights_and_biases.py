@@ -75,9 +75,9 @@ class WandbTracker:
         self._options: dict[str, Any] = {
             "project": config.project,
             # These keep the name of a W&B run that is resumed, maybe without the variables of its sweep or comparison,
-            # and its tags, some of which the user may have set in W&B.
+            # and its tags, some of which the user may have set in W&B. None would stand for those in WANDB_TAGS.
             "name": "" if kept else self._name,
-            "tags": None if kept else config.tags,
+            "tags": () if kept else config.tags,
             "id": run_id,
             "resume": "allow",  # also offline: `wandb sync` then appends a later attempt instead of replacing the first
             "config": dict(parameters),

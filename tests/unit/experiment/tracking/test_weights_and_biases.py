@@ -177,7 +177,7 @@ def test_a_resumed_run_keeps_its_name_and_tags(tmp_path: Path, fake: FakeWandb) 
     fake.starting_step = 10 * 10_000 + 1
     tracker(tmp_path, kept=[event(10)]).close(Outcome.DONE)
     assert [run.name for run in fake.runs] == [tmp_path.name, tmp_path.name, ""]
-    assert [run.tags for run in fake.runs] == [("t",), ("t",), None]
+    assert [run.tags for run in fake.runs] == [("t",), ("t",), ()]  # W&B reads WANDB_TAGS for None
 
 
 def event(step: int, name: str = "loss") -> Event:
