@@ -34,7 +34,7 @@ def identity_of(sources: Sequence[Source]) -> str:
 
 def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Document]:
     """Yield all documents with text. Raises UserError for bad input, with file and place."""
-    seen, last, number = set[str](), "", 0
+    seen, last, number, documents = set[str](), "", 0, 0
     invalid, halves = Counter[str](), Counter[str]()  # lines by file
     stats = ReadStats(invalid_lines=invalid)
     for source in sources:
@@ -51,9 +51,10 @@ def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Docu
                 metadata = {key: raw.metadata[key] for key in config.metadata if key in raw.metadata}
                 if not is_unicode(metadata):
                     raise UserError(f"{raw.place}: expected Unicode text in 'metadata', found half of a surrogate pair")
+                documents += 1  # in a Parquet file, too, which has no lines
                 yield Document(raw.place, raw.origin, text, metadata, raw.markup)
     check_read(sources, config, stats.start_matches, stats.archives)
-    if 2 * stats.invalid > stats.lines:
+    if 1 < stats.invalid > max(stats.lines, documents) / 2:  # a single one may be damaged
         advice = "convert the files first, for instance with iconv -f ENCODING -t UTF-8"
         raise UserError(f"source: most lines are not UTF-8 text, such as in {min(invalid)}; {advice}")
     if replaced := invalid + halves:

@@ -474,6 +474,18 @@ def test_short_files_in_another_encoding_are_rejected(tmp_path: Path, caplog: py
     assert "in 15 lines" in caplog.text
 
 
+def test_damage_in_a_small_file_is_replaced(tmp_path: Path) -> None:
+    """Catches a cleaning of huge Parquet files that ends, after they were read, at a few damaged lines beside them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n")
+    assert read(tmp_path) == {"a.txt:1": "caf\ufffd"}
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n" * 3)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two", "three"]}), tmp_path / "b.parquet")
+    assert list(read(tmp_path).values()) == ["caf\ufffd"] * 3 + ["one", "two", "three"]
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.zip"])
 def test_metadata_of_other_tables(tmp_path: Path, name: str) -> None:
     """Catches columns that are mixed up, and formats whose metadata is lost."""
