@@ -45,8 +45,9 @@ from pretrain.corpus.records import (
 from pretrain.corpus.shards import compose_shards, write_datasets_metadata
 from pretrain.corpus.source_digest import SourceDigest
 from pretrain.corpus.tasks import BuildJob, write_shard_file
+from pretrain.corpus.tokenization import most_frequent
 
-_NAMED = 10  # sources or unknown texts in a message
+_NAMED = 10  # sources in a message
 _FEW_UNKNOWN = 1e-4  # share of the tokens up to which unknown texts are not named
 
 
@@ -214,7 +215,7 @@ def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finis
         sources=source_shares(
             (split.spans[0].source, record.pieces[part]) for split, record in zip(plan.splits, records, strict=True)
         ),
-        unknown_texts=dict(unknown.most_common(_NAMED)) if part == MAIN else {},
+        unknown_texts=most_frequent(unknown) if part == MAIN else {},
         unspaced_characters=sum(piece.unspaced for record in records for piece in record.pieces[part]),
     )
 

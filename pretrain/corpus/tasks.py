@@ -35,12 +35,11 @@ from pretrain.corpus.shards import Piece, PieceWriter, join_pieces
 from pretrain.corpus.source_digest import SourceDigest
 from pretrain.corpus.sources import changed_source, check_unchanged
 from pretrain.corpus.splits import Split
-from pretrain.corpus.tokenization import DocumentEncoder, EncodedBatch, TokenizerSpec
+from pretrain.corpus.tokenization import DocumentEncoder, EncodedBatch, TokenizerSpec, most_frequent
 
 R = TypeVar("R")
 
 BATCH_BYTES = 1 << 20  # text tokenized at once
-_UNKNOWN_TEXTS = 10  # kept of a split
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
         raise changed_source(split.spans[0].source.name)
     pieces = {part: batch.finish() for part, batch in batches.items()}
     empty = stats.empty_documents + batches[MAIN].writer.empty_documents
-    unknown = dict(batches[MAIN].unknown_texts.most_common(_UNKNOWN_TEXTS))
+    unknown = most_frequent(batches[MAIN].unknown_texts)
     record = SplitRecord(
         split.key, parts_digest(parts), digest, text_bytes, empty, stats.start_matches, stats.archives, pieces, unknown
     )

@@ -38,6 +38,7 @@ TokenIds = npt.NDArray[np.unsignedinteger]
 Counts = npt.NDArray[np.int64]
 
 _SAMPLED_CHARACTERS, _LONGEST_UNKNOWN = 10_000, 40  # of a batch, to count unknown texts, and of such a text
+_UNKNOWN_TEXTS = 10  # kept
 # More than a word in a script without spaces. `re` with ranges takes half of the time of `regex` with UNSPACED.
 _UNSPACED_WORDS = re.compile(rf"[{HAN}\u3041-\u30ff\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff]{{7,}}")
 
@@ -169,6 +170,12 @@ class DocumentEncoder:
         boundaries = word_boundaries(self._spec.tokenizer_json)
         assert boundaries is not None, "checked before the build starts"
         return boundaries, load_segmenter(self._spec.segmenter)
+
+
+def most_frequent(unknown: Counter[str]) -> dict[str, int]:
+    """Return the most frequent unknown texts, and the most frequent one with a capital letter of ASCII."""
+    capitals = Counter({text: count for text, count in unknown.items() if not {*ascii_uppercase}.isdisjoint(text)})
+    return dict(unknown.most_common(_UNKNOWN_TEXTS) + capitals.most_common(1))
 
 
 def hide_special_tokens(tokenizer_json: str, special_ids: Container[int]) -> str:
