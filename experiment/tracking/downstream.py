@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "downstream/"
 _NAME = re.compile(r"step-\d+\.json")
-SETTLED = 2_000_000_000
-"""Nanoseconds after which another change of a folder has another time."""
+_SETTLED = 2_000_000_000  # nanoseconds after which another change of a folder has another time
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class DownstreamLog:
             reached = {path: written for path, written in unread.items() if _step(path) <= last_step}
             self._taken |= reached
             due |= reached
-            if len(reached) == len(unread) and time.time_ns() - changed > SETTLED:
+            if len(reached) == len(unread) and time.time_ns() - changed > _SETTLED:
                 self._done[folder] = changed
         results = [result for file in due.items() if (result := _read(*file)) is not None]
         new = [result for result in results if not self._is_logged(result)]

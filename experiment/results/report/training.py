@@ -1,6 +1,5 @@
 """The sections of a report about one training run: tables and charts of its metrics, and the marks in them."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -18,7 +17,6 @@ from experiment.results.report.run import Run
 from experiment.run_files.checkpoints import checkpoint_step, named_best
 from experiment.run_files.provenance import read_provenance
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.downstream import SETTLED
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
 NORM, RATE = "Gradient norm before clipping", "Learning rate"
@@ -142,21 +140,17 @@ def _restarts(folder: RunFolder) -> Iterator[Mark]:
 
 def _bad_batches(folder: RunFolder) -> Iterator[Mark]:
     """Yield the last bad batches, of which a long run has thousands. A page that is followed asks every two seconds."""
-    dumps = folder.bad_batch(0).parent
-    with suppress(OSError):
-        changed, now = dumps.stat().st_mtime_ns, time.time_ns()
-        yield from _read_bad_batches(dumps, changed if now - changed > SETTLED else now)
+    for dump in sorted(folder.bad_batch(0).parent.glob("step-*"))[-_BAD_BATCHES:]:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            file = dump / "fault.json"
+            yield _bad_batch(file, file.stat().st_mtime_ns)
 
 
-@lru_cache(maxsize=100)
-def _read_bad_batches(dumps: Path, _changed: int) -> list[Mark]:
-    """Raises OSError. _changed: another number if the folder may have changed."""
-    marks = []
-    for path in sorted(dumps.glob("step-*/fault.json"))[-_BAD_BATCHES:]:
-        with suppress(ValueError, KeyError, TypeError):
-            fault = read_json(path)
-            marks.append(Mark("bad", int(fault["step"]), str(fault["what"])))
-    return marks
+@lru_cache(maxsize=10_000)
+def _bad_batch(file: Path, _written: int) -> Mark:
+    """_written: when, as st_mtime_ns."""
+    fault = read_json(file)
+    return Mark("bad", int(fault["step"]), str(fault["what"]))
 
 
 def _stages(config: Mapping[str, Any]) -> Iterator[Mark]:

@@ -1,5 +1,6 @@
 """Marks, headline and overlays of reports."""
 
+import errno
 import json
 import os
 from contextlib import suppress
@@ -67,7 +68,7 @@ def test_restarts_stay_where_they_are(tmp_path: Path) -> None:
         write_provenance(folder, {"date": f"2026-11-20T09:20:{start:02.0f}+00:00", "step": step})
     assert [mark.step for mark in read_marks(open_run("run", folder))] == [280, 650]
     write_provenance(folder, {"date": "2026-11-20T10:20:00+00:00", "step": 500, "total_steps": 900})
-    write_provenance(folder, {"date": "2026-11-20T11:20:00+00:00"})
+    write_provenance(folder, {"date": "2026-11-20T11:20:00+00:00"})  # as by 0.2.0: its step is not known
     write_provenance(folder, {"date": "2026-11-20T12:20:00+00:00", "step": 900})
     assert [mark.step for mark in read_marks(open_run("run", folder))] == [280, 650, 900]
     folder.provenance.write_text("{")
@@ -76,7 +77,7 @@ def test_restarts_stay_where_they_are(tmp_path: Path) -> None:
 
 def test_bad_batches_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a page that reads the files of thousands of bad batches every two seconds, and draws as many lines; and
-    one that lacks the newest."""
+    one that lacks the newest, keeps a batch that a repeated step has replaced, or lacks all if one cannot be read."""
     folder = open_run_folder(tmp_path)
     for step in range(1, 512):
         write_json(folder.bad_batch(step) / "fault.json", {"step": step, "what": "nan"})
@@ -91,8 +92,21 @@ def test_bad_batches_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [mark.step for mark in read_marks(run)][-1] == 512
     (folder.bad_batch(513)).mkdir()
     assert [mark.step for mark in read_marks(run)][-1] == 512
-    write_json(folder.bad_batch(513) / "fault.json", {"step": 513, "what": "nan"})  # the folder itself is not changed
+    write_json(folder.bad_batch(513) / "fault.json", {"step": 513, "what": "nan"})
     assert [mark.step for mark in read_marks(run)][-1] == 513
+    os.utime(dumps, (1e9, 1e9))
+    assert [mark.text for mark in read_marks(run) if mark.step == 500] == ["nan"]
+    write_json(folder.bad_batch(500) / "fault.json", {"step": 500, "what": "inf"})
+    assert [mark.text for mark in read_marks(run) if mark.step == 500] == ["inf"]
+
+    def fail(path: Path) -> Any:
+        raise OSError(errno.EIO, "no answer", path)
+
+    write_json(folder.bad_batch(513) / "fault.json", {"step": 513, "what": "inf"})
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "read_json", fail)
+        assert [mark.step for mark in read_marks(run)][-1] == 512
+    assert [mark.text for mark in read_marks(run)][-1] == "inf"
 
 
 @pytest.mark.parametrize(
