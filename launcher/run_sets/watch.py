@@ -135,6 +135,7 @@ class Watch:
     ) -> None:
         """score: as `score_checkpoint`. wait: until it is time to look again."""
         self._run = run
+        self._config = read_run_config(run)
         self._task = task
         self._announcement = announcement
         self._score = score
@@ -272,14 +273,17 @@ class Watch:
                 lock.enter_context(lock_run(self._run))
             except UserError:  # a process uses the folder: the run has resumed
                 return False
-            log_results(self._run)
+            try:
+                self._config = load_config(PretrainConfig, self._run.config)  # of the last attempt
+            except UserError as error:  # such as a key of a later version
+                notify(f"watch: warning: {error}; the scores are logged as configured before")
+            log_results(self._run, self._config)
         return True
 
 
-def log_results(run: RunFolder) -> None:
-    """Log the results that metrics.jsonl lacks, as the config of the last attempt says. For the process that has locked
-    the run folder."""
-    config, provenance, outcome = read_run_config(run), read_provenance(run), read_outcome(run)
+def log_results(run: RunFolder, config: PretrainConfig) -> None:
+    """Log the results that metrics.jsonl lacks. For the process that has locked the run folder."""
+    provenance, outcome = read_provenance(run), read_outcome(run)
     assert provenance is not None, "see `read_run_config`"
     tracked = TrackedRun(
         wandb_id=wandb_id(provenance),

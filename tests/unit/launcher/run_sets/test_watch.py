@@ -447,6 +447,20 @@ def test_scores_reach_the_trackers_of_the_last_attempt(run: RunFolder, save: Sav
     assert list(run.tensorboard.iterdir())
 
 
+def test_a_config_of_a_later_version(run: RunFolder, save: Save, end: End, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a watch that ends without the last scores because the run has resumed with an unknown key."""
+
+    def resume_with_later_version() -> None:
+        run.config.write_text(f"{run.config.read_text()}\nlater_key: 1\n")
+        end()
+
+    save(100)
+    assert watch(run, Scorer(), resume_with_later_version) == []
+    assert logged(run) == [(100, 0.1)]
+    assert "later_key" in (said := capsys.readouterr().err)
+    assert "the scores are logged as configured before" in said
+
+
 def test_the_command_gets_the_result(run: RunFolder, tmp_path: Path) -> None:
     """Catches a command that is started without its input, or not by a shell."""
     Announcement(f"cat > {shlex.quote(str(tmp_path / 'result.json'))}").send(run, RESULT)
