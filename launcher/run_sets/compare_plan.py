@@ -89,8 +89,11 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
             pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement)
             cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config, models)
         runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
-    for task in (task for task in tasks if task.is_trained):
-        _warn_of_dropout(task, config, {name: found[task.name].config for name, found in cells.items()})
+    if trained := [task for task in tasks if task.is_trained]:
+        dropout = {name: _dropout_of_model(row.init_from) for name, row in config.rows.items()}
+        for task in trained:
+            of_rows = {name: found[task.name].config for name, found in cells.items()}
+            _warn_of_dropout(task, config.grid, dropout, of_rows)
     run_set = RunSet("compare", folder, "run.dir", COMPARISON_RECORD, tuple(runs), configs=configs)
     return ComparePlan(run_set, cells, config.grid is not None)
 
@@ -194,10 +197,12 @@ def _plan_cells(
     return cells
 
 
-def _warn_of_dropout(task: _Task, config: CompareConfig, cells: Mapping[str, FlatConfig]) -> None:
+def _warn_of_dropout(
+    task: _Task, grid: str | None, of_models: Mapping[str, Mapping[str, object]], cells: Mapping[str, FlatConfig]
+) -> None:
     """Warn if rows would be fine-tuned with different dropout, which is that of their models. cells: by row."""
-    in_grid = parse_grid(config.grid) if config.grid is not None else {}
-    dropout = {row: _dropout(config.rows[row].init_from, cell, in_grid) for row, cell in cells.items()}
+    in_grid = parse_grid(grid) if grid is not None else {}
+    dropout = {row: _dropout(of_models[row], cell, in_grid) for row, cell in cells.items()}
     first, *others = dropout.values()
     if any(other.keys() != first.keys() for other in others):
         values = [value for fields in dropout.values() for value in fields.values() if value is not None]
@@ -213,19 +218,25 @@ def _warn_of_dropout(task: _Task, config: CompareConfig, cells: Mapping[str, Fla
         )
 
 
-def _dropout(model: str, cell: FlatConfig, in_grid: Collection[str]) -> dict[str, object]:
-    """Return the fields for dropout that the model of a cell is trained with, except those in the grid.
+def _dropout(of_model: Mapping[str, object], cell: FlatConfig, in_grid: Collection[str]) -> dict[str, object]:
+    """Return the fields for dropout that a cell is trained with, except those in the grid.
 
     `classifier_dropout` is None, which stands for `hidden_dropout_prob`, if the two are equal.
     """
-    config = load_model_config(local_model(model)).get_text_config().to_dict()
     fields: dict[str, object] = {}
-    for field in (name for name in config if "drop" in name and f"model.config.{name}" not in in_grid):
-        keys = (f"model.config.{field}", f"pretrain.model.config.{field}")
-        fields[field] = next((cell[key] for key in keys if key in cell), config[field])
+    for field, value in of_model.items():
+        if f"model.config.{field}" not in in_grid:
+            keys = (f"model.config.{field}", f"pretrain.model.config.{field}")
+            fields[field] = next((cell[key] for key in keys if key in cell), value)
     if "classifier_dropout" in fields and fields["classifier_dropout"] == fields.get("hidden_dropout_prob"):
         fields["classifier_dropout"] = None
     return fields
+
+
+def _dropout_of_model(model: str) -> dict[str, object]:
+    """Return the fields for dropout in the config of a model."""
+    config = load_model_config(local_model(model)).get_text_config().to_dict()
+    return {name: value for name, value in config.items() if "drop" in name}
 
 
 def _check_cell(
