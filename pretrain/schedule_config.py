@@ -114,7 +114,7 @@ class ScheduleConfig(Section):
 
     def _check_stages(self) -> None:
         if self.epochs is not None:
-            raise ValueError("'stages' cannot be combined with 'epochs': every stage starts new epochs")
+            raise ValueError("'stages' cannot be combined with 'epochs': a stage of another length starts new epochs")
         *others, last = self.stages
         if any(stage.steps is None for stage in others):
             raise ValueError("'stages': only the last one may omit 'steps'")

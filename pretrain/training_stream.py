@@ -1,12 +1,13 @@
 """The training data of a run: step -> this rank's share of the global batch, and the number of steps.
 
-Each stage has sequences, shares of the mixture, an order and masks of its own.
+A stage whose length differs from that of the stage before it has sequences, shares of the mixture, an order and masks
+of its own.
 """
 
 import math
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +85,7 @@ class TrainingStream:
         for order, first, end in zip(self.orders, self.first_steps, self.ends, strict=True):
             if first <= step:
                 read = order.positions_by_corpus(order.start(step if end is None else min(step, end)))
+                read = read - order.positions_by_corpus(order.sizes.first_position)
                 read = np.maximum(read, 1)  # a ratio even before the first step
                 positions += read
                 epochs += read / [corpus.sequences for corpus in order.corpora]
@@ -104,7 +106,7 @@ def open_stream(
     Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.
     """
     config = run.config
-    corpora, orders = zip(*(_open_stage(run, number, stage) for number, stage in enumerate(config.stages)), strict=True)
+    corpora, orders = zip(*_open_stages(run), strict=True)
     total_weight = sum(given.weight for given in run.corpora)
     mean_lengths = [total_weight / sum(order.shares) for order in orders]
     steps = _total_steps(config.schedule, orders, mean_lengths, run.resume_plan)
@@ -133,13 +135,28 @@ def open_stream(
     return TrainingStream(tuple(makers), orders, first_steps, steps, names, rows, begin)
 
 
-def _open_stage(run: ResolvedRun, number: int, stage: Stage) -> tuple[tuple[MaskedCorpus, ...], ShuffledOrder]:
-    """Return the corpora of stage `number`, split into its sequences, with masks that no other stage has; and their
-    order.
+def _open_stages(run: ResolvedRun) -> Iterator[tuple[tuple[MaskedCorpus, ...], ShuffledOrder]]:
+    """Yield the corpora and the order of each stage. A stage of the length of the one before it has the same sequences,
+    and continues its epochs; any other starts new epochs, with an order and masks of its own."""
+    stages = run.config.stages
+    begun, position = 0, 0  # number of the stage that started the present epochs; where this one continues in them
+    for number, stage in enumerate(stages):
+        if stage.max_seq_length != stages[begun].max_seq_length:
+            begun, position = number, 0
+        corpora, order = _open_stage(run, begun, stage, position)
+        if number + 1 < len(stages):
+            position = order.start(stages[number + 1].first_step)
+        yield corpora, order
 
-    The stage has other sequences than the one before it, so it starts new epochs. The weights of a mixture are shares
-    of tokens; an order deals positions to corpora, one per sequence, so its shares are the weights divided by the mean
-    tokens per sequence. Missing sequence indexes are built.
+
+def _open_stage(
+    run: ResolvedRun, begun: int, stage: Stage, position: int
+) -> tuple[tuple[MaskedCorpus, ...], ShuffledOrder]:
+    """Return the corpora of a stage, split into its sequences, with the masks of the epochs that stage number `begun`
+    started; and their order, in which it starts at `position`.
+
+    The weights of a mixture are shares of tokens; an order deals positions to corpora, one per sequence, so its shares
+    are the weights divided by the mean tokens per sequence. Missing sequence indexes are built.
     """
     config, vocabulary = run.config, run.vocabulary
     seed, schedule = config.run.seed, config.schedule
@@ -148,13 +165,13 @@ def _open_stage(run: ResolvedRun, number: int, stage: Stage) -> tuple[tuple[Mask
     for given in run.corpora:
         corpus, fingerprint = given.corpus, given.corpus.fingerprint
         index = open_index(corpus, capacity, run.folder.path / "index")
-        masker = Masker(vocabulary, config.masking, seed, fingerprint, stage=number)
+        masker = Masker(vocabulary, config.masking, seed, fingerprint, stage=begun)
         corpora.append(MaskedCorpus(corpus, index, masker))
-        streams.append(CorpusStream(len(index), make_key(("order", seed, fingerprint, number))))
+        streams.append(CorpusStream(len(index), make_key(("order", seed, fingerprint, begun))))
         shares.append(given.weight / (corpus.tokens / len(index) + vocabulary.num_special_tokens))
     order = ShuffledOrder(
         tuple(streams),
-        BatchSizes(stage.sequences, schedule.batch_warmup_steps, stage.first_step),
+        BatchSizes(stage.sequences, schedule.batch_warmup_steps, stage.first_step, position),
         None if schedule.epochs is None else max(1, round(schedule.epochs * streams[0].sequences)),
         tuple(shares),
     )

@@ -39,15 +39,17 @@ class BatchSizes:
 
     sequences: int
     warmup_steps: int = 0
-    first_step: int = 0  # step of the run at which the stream starts
+    first_step: int = 0  # step of the run from which these sizes apply
+    first_position: int = 0  # S(first_step): positions that were read before it, with other sizes
 
     def start(self, step: int) -> int:
-        """S(step): the position in the stream at which the batch of this step of the run starts; 0 before it starts."""
+        """S(step): the position in the stream at which the batch of this step of the run starts; that of `first_step`
+        before it."""
         step = max(step, self.first_step)
         warm = max(self.first_step, min(step, self.warmup_steps))  # the last step with a growing batch
         triangle = (warm * (warm + 1) - self.first_step * (self.first_step + 1)) // 2
         grown = -(-self.sequences * triangle // (self.warmup_steps + 1))
-        return max(warm - self.first_step, grown) + (step - warm) * self.sequences
+        return self.first_position + max(warm - self.first_step, grown) + (step - warm) * self.sequences
 
     def end(self, positions: int) -> int:
         """Return the first step of the run at whose start `positions` positions of the stream have been read."""

@@ -113,7 +113,7 @@ def test_each_stage_has_its_own_width_of_rows(open_run_stream: OpenStream) -> No
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_each_stage_starts_new_epochs(open_run_stream: OpenStream, stage: int) -> None:
+def test_a_stage_of_another_length_starts_new_epochs(open_run_stream: OpenStream, stage: int) -> None:
     """Catches sequences that are lost or repeated in an epoch of a corpus, and epochs that span two stages."""
     first = (0, 6, 11)[stage]
     stream = open_run_stream(**changing_batches(steps=200))
@@ -125,6 +125,38 @@ def test_each_stage_starts_new_epochs(open_run_stream: OpenStream, stage: int) -
         assert min(epoch for epoch, _ in own) == 0
         for epoch in range(max(epoch for epoch, _ in own)):
             assert sorted(sequence for of, sequence in own if of == epoch) == list(range(len(source.index)))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_a_stage_of_the_same_length_continues_the_epochs(open_run_stream: OpenStream, mixed: bool, warmup: int) -> None:
+    """Catches sequences that are lost or repeated where only the size of batches or microbatches changes, and a stage
+    after it that does not start new epochs."""
+    stages = [
+        {"steps": 3, "sequences": 13},
+        {"steps": 9, "microbatch_tokens": 96},
+        {"steps": 40, "sequences": 40},
+        {"max_seq_length": 64},
+    ]
+    stream = open_run_stream(mixed=mixed, schedule={"steps": 55, "batch_warmup_steps": warmup, "stages": stages})
+    seen = [origin for step in range(52) for origin in origins(stream[step])]
+    assert len(seen) == len(set(seen)) == stream.orders[2].start(52)
+    for corpus, source in enumerate(stream.makers[0].corpora):
+        first_epoch = [sequence for number, epoch, sequence in seen if (number, epoch) == (corpus, 0)]
+        assert sorted(first_epoch) == list(range(len(source.index)))
+        assert (corpus, 1) in {(number, epoch) for number, epoch, _ in seen}
+    assert {epoch for _, epoch, _ in origins(stream[52])} == {0}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_equal_stages_are_one_stage(open_run_stream: OpenStream, mixed: bool) -> None:
+    """Catches batches, epochs or tokens that depend on how a run is divided into stages."""
+    split = open_run_stream(mixed=mixed, schedule={"steps": 20, "stages": [{"steps": 6}, {"steps": 5}, {}]})
+    whole = open_run_stream(mixed=mixed, schedule={"steps": 20})
+    assert all(equal(split[step], whole[step]) for step in range(20))
+    for step in (3, 9, 20):
+        assert split.tokens_per_epoch(step) == pytest.approx(whole.tokens_per_epoch(step))
+    assert split.epochs == whole.epochs
 
 
 @pytest.mark.parametrize("world_size", [*range(1, 9), 22])
@@ -217,8 +249,9 @@ def test_the_masking_rate_follows_the_run(open_run_stream: OpenStream) -> None:
 
 
 def test_masks_differ_between_stages(open_run_stream: OpenStream) -> None:
-    """Catches a stage that repeats the masks of the stage before."""
-    stream = open_run_stream(mixed=False, schedule={"steps": 9, "stages": [{"steps": 4}, {}]}, masking={"rate": 0.3})
+    """Catches a stage of another length that repeats the masks of the stage before."""
+    stages = [{"steps": 4, "max_seq_length": 31}, {}]
+    stream = open_run_stream(mixed=False, schedule={"steps": 9, "stages": stages}, masking={"rate": 0.3})
     first, second = (maker.corpora[0].masker for maker in stream.makers)
     ids = np.arange(50)
     sequences = stream[0].origins._replace(corpora=ids * 0, epochs=ids * 0, ids=ids)

@@ -128,12 +128,13 @@ def test_sequential_order_is_one_pass():
     assert np.concatenate([order.batch(step).ids for step in range(order.steps)]).tolist() == list(range(10))
 
 
-@given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 80))
-def test_batches_grow_linearly(sequences, warmup, first_step):
-    """Catches gaps, overlaps, empty batches and ones that are too large, wherever in the warmup a stage starts."""
-    sizes = BatchSizes(sequences, warmup, first_step)
+@given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 80), st.integers(0, 1000))
+def test_batches_grow_linearly(sequences, warmup, first_step, first_position):
+    """Catches gaps, overlaps, empty batches and ones that are too large, wherever in the warmup a stage starts, and
+    whatever was read before it."""
+    sizes = BatchSizes(sequences, warmup, first_step, first_position)
     starts = [sizes.start(step) for step in range(first_step, first_step + 100)]
-    assert starts[0] == 0
+    assert starts[0] == first_position == sizes.start(0)
     for step, (start, after) in enumerate(pairwise(starts), first_step):
         grown = min(1.0, (step + 1) / (warmup + 1)) * sequences
         assert 1 <= after - start <= sequences
@@ -142,10 +143,10 @@ def test_batches_grow_linearly(sequences, warmup, first_step):
             assert after - start == sequences
 
 
-@given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 80), st.integers(1, 10_000))
-def test_the_end_is_the_first_step_that_reaches_all_positions(sequences, warmup, first_step, positions):
+@given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 80), st.integers(0, 1000), st.integers(1, 10_000))
+def test_the_end_is_the_first_step_that_reaches_all_positions(sequences, warmup, first_step, first_position, more):
     """Catches a run limited by epochs or tokens that is one batch too short or too long."""
-    sizes = BatchSizes(sequences, warmup, first_step)
+    sizes, positions = BatchSizes(sequences, warmup, first_step, first_position), first_position + more
     end = sizes.end(positions)
     assert sizes.start(end - 1) < positions <= sizes.start(end)
 
