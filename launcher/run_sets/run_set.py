@@ -53,7 +53,6 @@ _IRRELEVANT = (  # beginnings of keys
 _PRETRAIN_ORIGINS = ("corpus.fingerprint", "corpus.eval_fingerprints", "encoder.", "engine.ds_config.")
 _ORIGINS = ("data.", *_PRETRAIN_ORIGINS, *(f"pretrain.{key}" for key in _PRETRAIN_ORIGINS))
 """Beginnings of keys that records of earlier versions may lack."""
-_OWN_PATHS = ("run.dir", "checkpoint.mirror")  # keys; each run of a set has its own
 _POLL_SECONDS = 0.5
 _NAMES = 100  # characters of the names of further runs in a message
 
@@ -219,7 +218,6 @@ class RunSet:
             ) from None
         changes: dict[str, str] = {}
         for run in self.runs:
-            self._refuse_other_name(run, records)
             new = RunRecord(config=run.config)
             record = records.get(run.name, new) if self.run_folder(run).path.exists() else new
             before = _with_new_keys(record["config"], run.config)
@@ -249,24 +247,6 @@ class RunSet:
             f"{self.option}: {self.folder.path / first} was started with {change}{more}; choose another {self.option}, "
             f"or remove {removed}"
         )
-
-    def _refuse_other_name(self, run: PlannedRun, records: Mapping[str, RunRecord]) -> None:
-        """Raise UserError if a point of a grid was started under another name, as with 0.001 for 1e-3: it would be
-        trained again."""
-        if not run.values or self.run_folder(run).path.exists():
-            return
-        planned = {other.name for other in self.runs}
-        for name, record in records.items():
-            values = record.get("values", {})
-            if name in planned or values.keys() != run.values.keys() or not (self.folder.path / name).exists():
-                continue
-            if any(key.startswith((*_IRRELEVANT, _SEEDS)) and values[key] != run.values[key] for key in values):
-                continue  # a grid of such values compares speed, or scores of seeds
-            if _changed_key(_with_new_keys(record["config"], run.config), run.config, _OWN_PATHS) is None:
-                raise UserError(
-                    f"{run.name} has the same config as {name}, which was started in {self.folder.path}; write its "
-                    f"values as they were, or choose another {self.option}"
-                )
 
 
 def check_unchanged(configs: Mapping[str, bytes]) -> None:

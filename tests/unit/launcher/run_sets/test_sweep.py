@@ -338,45 +338,6 @@ def test_points_are_compared_by_their_best_checkpoints(tmp_path: Path, best_metr
     assert json.loads((tmp_path / "sweep.json").read_text())["runs"]["lr=1e-4"]["value"] == value
 
 
-@pytest.mark.parametrize(
-    ("values", "is_started", "refused"),
-    [
-        ({"optimizer.lr": "0.001"}, True, True),
-        ({"optimizer.lr": "0.001"}, False, False),
-        ({"optimizer.lr": "1e-3", "run.seed": "1"}, True, False),
-    ],
-    ids=["another spelling", "not started", "a grid of other keys"],
-)
-def test_a_point_that_was_trained_under_another_name(
-    values: dict[str, str], is_started: bool, refused: bool, tmp_path: Path
-) -> None:
-    """Catches a value that is trained again because it is written in another way, and a refusal without need."""
-    earlier = plan(tmp_path, {"1e-3": "2.5"})
-    run_sweep(earlier)
-    if not is_started:
-        shutil.rmtree(tmp_path / "lr=1e-3")
-    (run,) = earlier.runs.runs
-    config = {**run.config, "run.dir": "another", "tracking.name": "another"}
-    argv = (*run.argv[:3], str(tmp_path / "renamed"), *run.argv[4:])
-    renamed = replace(run, name="renamed", values=values, argv=argv, config=config)
-    sweep = plan_of([renamed], tmp_path)
-    if refused:
-        with pytest.raises(UserError, match=r"renamed has the same config as lr=1e-3, which was started in .*; write"):
-            run_sweep(sweep)
-    else:
-        run_sweep(sweep)
-    assert (tmp_path / "renamed").exists() != refused
-
-
-def test_a_grid_of_seeds_has_other_seeds_later(tmp_path: Path) -> None:
-    """Catches seeds that count as another spelling of those before."""
-    for seeds in ("1", "3"):
-        (run,) = plan(tmp_path, {seeds: "4.5"}).runs.runs
-        values, config = {"training.seeds": seeds}, {"training.seeds": [int(seeds)]}
-        run_sweep(plan_of([replace(run, values=values, config=config)], tmp_path))
-    assert (tmp_path / "lr=3").exists()
-
-
 def test_scores_of_a_fine_tuning_name_their_split(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Catches a table of validation scores that are taken for those of the test split."""
     (run,) = plan(tmp_path, {"1e-4": "4.5"}).runs.runs
