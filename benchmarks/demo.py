@@ -218,7 +218,8 @@ def write_combined_page(
     blocks: list[Block] = [table, Text(description), DotCharts("task", [chart])]
     blocks += training_blocks(History.of(run))
     for weights, of in results.items():
-        blocks += result_blocks(RunFolder(output / f"task-{weights}"), of)
+        folder = RunFolder(output / f"task-{weights}")
+        blocks += [*result_blocks(folder, of), *training_blocks(History.of(folder), metric=of["metric"])]
     blocks += [
         Heading("Configs"),
         Code("pretraining", run.config.read_text(encoding="utf-8")),

@@ -21,7 +21,6 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 INK = "#1d2430"
 
 _DASHES = ("", "7 3", "2 3")  # for more lines than colors; lengths of dashes and gaps
-_DASHED = "7 3 2 3"
 LOOKS = len(COLORS) * len(_DASHES)
 
 _CHART_POINTS = 20_000  # of all curves in a chart; browsers draw them in less than 0.1 s
@@ -36,14 +35,12 @@ class Line:
     """One curve.
 
     smoothed: draw a pale line behind its moving average, for noisy values. marked: show the points, for sparse values.
-    dashed: tells it from a line of the same look.
     """
 
     label: str
     curve: Curve
     smoothed: bool = False
     marked: bool = False
-    dashed: bool = False
     color: str | None = None  # default: the color of `look`
     look: int | None = None  # default: the number of the line in its chart, among those without a color or a look
     run: int = 0  # which of the axes of its charts it has
@@ -106,7 +103,7 @@ class Panel:
             else:
                 color, dash = line.color, ""
             if points := len(line.curve):
-                found.append(DrawnLine(line, points, limit, color, _DASHED if line.dashed else dash))
+                found.append(DrawnLine(line, points, limit, color, dash))
         return found
 
 

@@ -79,11 +79,11 @@ def set_page(folder: RunFolder, open_runs: OpenRuns) -> Page | None:
 def run_blocks(run: Run) -> list[Block]:
     """Return the blocks of a run's report; empty if there is nothing to report yet."""
     blocks: list[Block] = []
+    metric = None
     if run.results is not None:
         blocks += result_blocks(run.folder, run.results)
-    # Of fine-tuning, the results show the evaluations of each seed.
-    held_out = run.results is None
-    blocks += training_blocks(run.history, held_out, read_marks(run))
+        metric = str(run.results.get("metric"))
+    blocks += training_blocks(run.history, read_marks(run), metric)
     axis = next((seed.axis for seed in run.history.seeds.values()), NO_AXIS)
     return [*blocks, *downstream_blocks(run.folder, axis), *filling_blocks(run.folder), *goodput_blocks(run)]
 

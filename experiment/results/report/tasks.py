@@ -44,9 +44,8 @@ def read_task_results(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def result_blocks(folder: RunFolder, results: Mapping[str, Any]) -> list[Block]:
-    """Scores, curves, mistakes of a fine-tuning run. results: of `read_task_results`."""
+    """Scores and mistakes of a fine-tuning run. results: of `read_task_results`."""
     blocks = [Heading(f"Task: {results['task']} ({folder.path.name})"), *_score_blocks(results)]
-    blocks += charts_block(_seed_plots(folder, str(results.get("metric"))))
     return [*blocks, *confusion_matrix(folder, results), *worst_rows(folder, list(results["splits"]))]
 
 
@@ -106,31 +105,6 @@ def _label_tables(results: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
-def _seed_plots(folder: RunFolder, metric: str) -> list[Plot]:
-    """Return losses and the metric on validation at each evaluation, from the epochs.csv of the seeds."""
-    losses, scores = [], []
-    for number, path in enumerate(_seed_folders(folder)):
-        rows, seed = _read_table(path / "epochs.csv"), path.name
-        losses.append(Line(f"{seed}, train", _curve(rows, "train_loss"), dashed=True, look=number))
-        losses.append(Line(f"{seed}, validation", _curve(rows, "validation_loss"), marked=True, look=number))
-        scores.append(Line(seed, _curve(rows, metric), marked=True, look=number))
-    return [
-        Plot("seed-losses", [Panel("loss", losses, title="Loss by seed")]),
-        Plot("seed-scores", [Panel(metric, scores, title=f"{metric} on validation, by seed")]),
-    ]
-
-
-def _curve(rows: Sequence[Mapping[str, str]], name: str) -> Curve:
-    """Return a column as a curve over steps, of the rows in which both are numbers."""
-    found = []
-    for row in rows:
-        try:
-            found.append((float(row["steps"]), float(row[name])))
-        except (KeyError, TypeError, ValueError):  # no validation split, or the row is cut off
-            continue
-    return Curve.of([step for step, _ in found], [value for _, value in found])
-
-
 def confusion_matrix(folder: RunFolder, results: Mapping[str, Any]) -> list[ConfusionMatrix]:
     """Return the matrix of all seeds together on the last split with one; empty if there is none, as for regression,
     and for very many labels."""
@@ -147,7 +121,7 @@ def confusion_matrix(folder: RunFolder, results: Mapping[str, Any]) -> list[Conf
 
 def worst_rows(folder: RunFolder, splits: Sequence[str]) -> Iterator[Table]:
     """Yield the rows with the highest loss of the first seed, on the last split that has them."""
-    seeds = _seed_folders(folder)
+    seeds = sorted(folder.path.glob("seed-*"), key=lambda path: (len(path.name), path.name))  # by number
     files = [path for split in reversed(splits) for seed in seeds if (path := seed / f"worst-{split}.csv").is_file()]
     for path in files[:1]:
         rows = _read_table(path)[:_WORST]
@@ -156,10 +130,6 @@ def worst_rows(folder: RunFolder, splits: Sequence[str]) -> Iterator[Table]:
             caption = f"Highest losses on {path.stem.removeprefix('worst-')}, {path.parent.name}"
             cells = [[shorten(row[name] or "", _LONGEST_CELL) for name in columns] for row in rows]
             yield Table(columns, cells, caption, labels=len(columns))
-
-
-def _seed_folders(folder: RunFolder) -> list[Path]:
-    return sorted(folder.path.glob("seed-*"), key=lambda path: (len(path.name), path.name))
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:

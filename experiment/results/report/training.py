@@ -25,32 +25,32 @@ _TRAINING = "training"  # the line of a run with one seed
 _BAD_BATCHES = 500  # marked
 
 
-def training_blocks(history: History, held_out: bool = True, marks: Sequence[Mark] = ()) -> list[Block]:
+def training_blocks(history: History, marks: Sequence[Mark] = (), metric: str | None = None) -> list[Block]:
     """Return the final metrics and curves; empty without events.
 
-    held_out: whether to show evaluations too.
+    metric: of the task of a finished fine-tuning run, which is evaluated on splits, not on held-out text.
     """
     if not history.seeds:
         return []
-    corpora = history.corpora if held_out else []
     blocks: list[Block] = [Heading("Training")]
     shown = [mark for mark in marks if mark.step <= history.step]  # later stages are in the config already
     axes = [seed.axis for seed in history.seeds.values()]
-    blocks += charts_block(_training_plots(history.seeds, corpora), axes, shown)
-    if corpora:
-        blocks += [Heading("Held-out text"), held_out_table(history, corpora)]
+    blocks += charts_block(_training_plots(history, metric), axes, shown)
+    if history.corpora and metric is None:
+        blocks += [Heading("Held-out text"), held_out_table(history, history.corpora)]
     return [*blocks, Heading("Speed and memory"), training_table(history)]
 
 
-def _training_plots(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[str]) -> list[Plot]:
-    loss = [*_training_lines(seeds, "loss", True, INK), *_held_out_lines(seeds, corpora, "loss")]
-    perplexity, accuracy = (_held_out_lines(seeds, corpora, metric) for metric in ("perplexity", "accuracy"))
-    return [
-        Plot("loss", [Panel("loss", loss, title="Loss")]),
-        Plot("perplexity", [Panel("perplexity", perplexity, "log", title="Perplexity on held-out text")]),
-        Plot("accuracy", [Panel("accuracy", accuracy, percent=True, title="Accuracy on held-out text")]),
-        *optimization_plots(partial(_training_lines, seeds)),
-    ]
+def _training_plots(history: History, metric: str | None) -> list[Plot]:
+    lines, held_out = partial(_training_lines, history.seeds), partial(_held_out_lines, history.seeds, history.corpora)
+    loss = Panel("loss", [*lines("loss", True, INK), *held_out("loss")], title="Loss")
+    if metric is None:
+        perplexity = Panel("perplexity", held_out("perplexity"), "log", title="Perplexity on held-out text")
+        accuracy = Panel("accuracy", held_out("accuracy"), percent=True, title="Accuracy on held-out text")
+        scores = [Plot("perplexity", [perplexity]), Plot("accuracy", [accuracy])]
+    else:
+        scores = [Plot("scores", [Panel(metric, held_out(metric), title=metric)])]
+    return [Plot("loss", [loss]), *scores, *optimization_plots(lines)]
 
 
 def optimization_plots(lines: Callable[[str, bool], Sequence[Line]]) -> list[Plot]:

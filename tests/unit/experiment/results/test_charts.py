@@ -29,7 +29,6 @@ def test_lines_become_data() -> None:
     noisy = Line("training", Curve.of(steps, [1.0 + step % 2 for step in steps]), smoothed=True, color=INK)
     sparse = Line("wiki", Curve.of([1, 2, 3], [1.0, None, 1 / 3]), marked=True, run=1)
     many = [Line(f"run {number}", Curve.of([1, 2], [1.0, 2.0])) for number in range(len(COLORS))]
-    many.append(Line("other", Curve.of([1, 2], [1.0, 2.0]), dashed=True, look=0))
     found = block(noisy, sparse, *many, percent=True)
     training, wiki, *others = data_of(found)["charts"][0]["lines"]
     assert training["color"] == "var(--ink)"

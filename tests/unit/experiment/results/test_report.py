@@ -203,7 +203,7 @@ def test_a_validation_split_is_no_held_out_text(tmp_path: Path) -> None:
     folder = run_with(tmp_path, [training(1), evaluation(1, "validation", 2.0), training(2)])
     write_json(folder.path / "results.json", RESULTS)
     page = write_report(folder.path)
-    assert charts_of(page) == ["Loss", RATE, NORM, SPEED, WAIT]
+    assert charts_of(page) == ["Loss", "accuracy", RATE, NORM, SPEED, WAIT]
     assert "eld-out" not in page.read_text(encoding="utf-8")
 
 
@@ -273,19 +273,20 @@ def test_sections_of_tasks_have_names(tmp_path: Path) -> None:
 
 
 def test_the_curves_of_the_seeds_of_a_task(tmp_path: Path) -> None:
-    """Catches a report that fails for an epochs.csv whose last line is cut off, missing curves, and seeds in the order
-    of their names, which has other colors than that of the training curves."""
-    folder = open_run_folder(tmp_path / "task")
-    epochs = "epoch,steps,train_loss,validation_loss,accuracy\n1,10,2.0,3.0,0.5\n2,20,1.0,,0.7\n3,30"
-    for seed in (10, 9):
-        (folder.path / f"seed-{seed}").mkdir()
-        (folder.path / f"seed-{seed}" / "epochs.csv").write_text(epochs)
-    (charts,) = [block for block in result_blocks(folder, RESULTS) if isinstance(block, Charts)]
-    assert [panel.title for panel in charts.panels] == ["Loss by seed", "accuracy on validation, by seed"]
+    """Catches missing curves of a finished run, curves of another metric, and seeds that are joined."""
+    events: list[dict[str, Any]] = []
+    for seed, start in ((10, 0), (9, 20)):
+        for step, loss, score in ((10, 3.0, 0.5), (20, 2.5, 0.7)):
+            of_seed = {"seed": seed, "step": start + step}
+            scores = {"eval/validation/accuracy": 0.1, "eval/validation/f1": score}
+            events += [{**of_seed, "loss": loss - 1.0}, {**of_seed, "eval/validation/loss": loss, **scores}]
+    folder = run_with(tmp_path, events)
+    (charts,) = [block for block in training_blocks(History.of(folder), metric="f1") if isinstance(block, Charts)]
+    assert [panel.title for panel in charts.panels] == ["Loss", "f1"]
     lines = [(line["label"], line["x"], line["y"]) for chart in data_of(charts)["charts"] for line in chart["lines"]]
-    curves = {", train": ([10, 20], [2.0, 1.0]), ", validation": ([10], [3.0]), "": ([10, 20], [0.5, 0.7])}
-    losses = [(f"seed-{seed}{name}", *curves[name]) for seed in (9, 10) for name in (", train", ", validation")]
-    assert lines == [*losses, *((f"seed-{seed}", *curves[""]) for seed in (9, 10))]
+    training = [(f"seed {seed}", [10, 20], [2.0, 1.5]) for seed in (10, 9)]
+    losses, scored = ([(f"seed {seed}, validation", [10, 20], y) for seed in (10, 9)] for y in ([3.0, 2.5], [0.5, 0.7]))
+    assert lines == [*training, *losses, *scored]
 
 
 def test_the_highest_losses_of_long_texts(tmp_path: Path) -> None:
