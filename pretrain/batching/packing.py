@@ -22,6 +22,8 @@ Flat microbatches, which have a single row of T slots, are dealt without packing
 Pure functions of (lengths, world size, microbatch size): every rank computes the same assignment and takes its share.
 """
 
+from bisect import bisect_left, insort
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,103 +106,31 @@ class Assignment:
 def pack(lengths: NDArray[np.int64], width: int) -> PackedRows:
     """Best-fit-decreasing bin packing of sequences with these lengths [S] (at most `width`) into rows of `width` slots.
 
-    Rows are grouped by their free slots, and a bit mask tells which group sizes exist, so that the best fit is a shift
-    and a lowest set bit (cf. Krell et al. 2021, "Efficient sequence packing without cross-contamination"). Sequences of
-    the same length go into the rows of a group at once: until a row is full, it remains the best fit. Each sequence
-    longer than half a row opens a row.
+    Rows are grouped by their free slots (cf. Krell et al. 2021, "Efficient sequence packing without
+    cross-contamination"). Of equally free rows, the last to become so is filled first.
     """
-    rows = _OpenRows(width)
-    counts = np.bincount(lengths, minlength=width + 1)
-    present = np.flatnonzero(counts)[::-1]
-    longer, shorter = present[2 * present > width], present[2 * present <= width]
-    rows.open_each(longer, counts[longer])
-    for length, count in zip(shorter.tolist(), counts[shorter].tolist(), strict=True):
-        rows.place(length, count)
-    return rows.packed(longest_first(lengths))
-
-
-_Fill = tuple[int, int, int, int, int]
-"""Sequences of one length that were placed in rows with the same number of free slots: free slots in each of these rows
-before, length, rows, sequences in each of these rows, and in the last one."""
-
-
-class _OpenRows:
-    """Rows that are being filled."""
-
-    def __init__(self, width: int) -> None:
-        self._width = width
-        self._by_free: dict[int, list[int]] = {}  # rows, by free slots; the last one is filled first
-        self._sizes = 0  # bit f is set if there is by_free[f]
-        self._count = 0
-        self._fills: list[_Fill] = []
-        self._filled: list[int] = []  # the rows of these fills
-
-    def open_each(self, lengths: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        """Open a row for each of `counts` sequences of these lengths, falling and longer than half a row."""
-        width, first = self._width, 0
-        for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
-            self._fills.append((width, length, count, 1, 1))
-            if length < width:
-                self._by_free[width - length] = list(range(first, first + count))
-            first += count
-        self._count, self._filled = first, list(range(first))
-        exists = np.zeros(width + 1, dtype=np.bool_)
-        exists[list(self._by_free)] = True
-        self._sizes = int.from_bytes(np.packbits(exists, bitorder="little").tobytes(), "little")
-
-    def place(self, length: int, count: int) -> None:
-        """Place `count` sequences of this length; all that were placed before were longer."""
-        while count:
-            fitting = self._sizes >> length
-            free = length + (fitting & -fitting).bit_length() - 1 if fitting else self._open(length, count)
-            each = free // length
-            taken = self._take(free, -(-count // each))
-            last = min(each, count - (len(taken) - 1) * each)
-            count -= (len(taken) - 1) * each + last
-            self._filled += taken
-            self._fills.append((free, length, len(taken), each, last))
-            if len(taken) > 1:
-                self._put(free - each * length, taken[:-1])
-            self._put(free - last * length, taken[-1:])
-
-    def _open(self, length: int, count: int) -> int:
-        """Add empty rows for `count` sequences; returns the number of their free slots."""
-        added = -(-count // (self._width // length))
-        self._put(self._width, list(range(self._count + added - 1, self._count - 1, -1)))
-        self._count += added
-        return self._width
-
-    def _take(self, free: int, wanted: int) -> list[int]:
-        rows = self._by_free[free]
-        if wanted < len(rows):
-            taken = rows[: -wanted - 1 : -1]
-            del rows[-wanted:]
-            return taken
-        del self._by_free[free]
-        self._sizes ^= 1 << free
-        return rows[::-1]
-
-    def _put(self, free: int, rows: list[int]) -> None:
-        if not free:
-            return
-        if free in self._by_free:
-            self._by_free[free] += rows
+    order = longest_first(lengths)
+    by_free = defaultdict[int, list[int]](list)  # rows, by free slots
+    sizes, count = list[int](), 0  # sizes: those with a row, rising
+    rows, offsets = list[int](), list[int]()
+    for length in lengths[order].tolist():
+        fit = bisect_left(sizes, length)
+        if fit < len(sizes):
+            free = sizes[fit]
+            row = by_free[free].pop()
+            if not by_free[free]:
+                del sizes[fit]
         else:
-            self._by_free[free] = rows
-            self._sizes |= 1 << free
-
-    def packed(self, order: NDArray[np.int64]) -> PackedRows:
-        """Return the rows. `order` [S]: the sequences in the order in which they were placed."""
-        free, length, rows, each, last = np.array(self._fills, dtype=np.int64).reshape(-1, 5).T
-        per_row = np.repeat(each, rows)
-        per_row[np.cumsum(rows) - 1] = last
-        row_of = np.repeat(np.arange(len(per_row)), per_row)
-        fill_of = np.repeat(np.arange(len(rows)), rows)[row_of]
-        before_in_row = np.arange(len(order)) - (np.cumsum(per_row) - per_row)[row_of]
-        row, offset = np.empty_like(order), np.empty_like(order)
-        row[order] = np.array(self._filled, dtype=np.int64)[row_of]
-        offset[order] = (self._width - free)[fill_of] + before_in_row * length[fill_of]
-        return PackedRows(row, offset, self._count)
+            free, row, count = width, count, count + 1
+        rows.append(row)
+        offsets.append(width - free)
+        if left := free - length:
+            if not by_free[left]:
+                insort(sizes, left)
+            by_free[left].append(row)
+    row_of, offset = np.empty_like(order), np.empty_like(order)
+    row_of[order], offset[order] = rows, offsets
+    return PackedRows(row_of, offset, count)
 
 
 def longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

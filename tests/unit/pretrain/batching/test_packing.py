@@ -31,7 +31,7 @@ def test_rows_hold_whole_sequences_side_by_side(lengths):
 
 
 def best_fit_decreasing(lengths, width):
-    """(row, offset) of each sequence, placed one at a time; of equally free rows, the last to become so."""
+    """(row, offset) of each sequence; of equally free rows, the last to become so."""
     free, rows_by_age, places = [], [], {}
     for sequence in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         fitting = [row for row in rows_by_age if free[row] >= lengths[sequence]]
@@ -49,7 +49,7 @@ def best_fit_decreasing(lengths, width):
 
 @given(LENGTHS, st.integers(32, 70))
 def test_rows_are_those_of_best_fit_decreasing(lengths, width):
-    """Catches equal lengths placed at once in other rows than one after the other: the layout of a run would change."""
+    """Catches sequences in other rows than the best-fitting ones: the layout of a run would change."""
     packed_rows = pack(lengths, width)
     assert list(zip(packed_rows.row, packed_rows.offset, strict=True)) == best_fit_decreasing(lengths, width)
 
