@@ -157,12 +157,9 @@ def _write_shards(
     splits = split_tasks(plan, counts)
     while True:
         records = tokenize(plan, run_tasks, splits, counts)
-        try:
-            check_records(plan, records)
-        except UserError:
-            if plan.options.document_start is not None and not any(record.start_matches for record in records):
-                shutil.rmtree(plan.partial, ignore_errors=True)  # the right pattern cannot resume this build
-            raise
+        if plan.options.document_start is not None and not any(record.start_matches for record in records):
+            shutil.rmtree(plan.partial, ignore_errors=True)  # the right pattern cannot resume this build
+        check_records(plan, records)
         joins = shard_tasks(plan, records)
         if forget_other_shards(plan.partial, joins):
             continue

@@ -1,7 +1,6 @@
 """The folder of an unfinished build, which tasks on several machines write at the same time.
 
 DIR.partial/build.json                  arguments of the build
-DIR.partial/.lock                       locked by a task that replaces them
 DIR.partial/KEY.count.json              a split that was counted; only if documents are sampled
 DIR.partial/KEY-main-000.arrow …        the pieces of a split, by part
 DIR.partial/KEY.json                    its record: the split is finished
@@ -11,14 +10,12 @@ DIR.partial/main/                       becomes the corpus
 """
 
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import xxhash
-from filelock import FileLock
 
 from experiment.errors import UserError, notify
 from experiment.files import create_json, names_in, parse_record, write_json
@@ -31,10 +28,9 @@ from pretrain.corpus.splits import Split
 
 T = TypeVar("T")
 
-_LOCK = ".lock"
 _KEY = re.compile(r"[0-9a-f]{32}")  # of a split; its files begin with it
 _OF_SOURCE = {"source", "hub"}  # arguments that are in the keys of splits
-_NOT_OF_COUNTS = {"limit", "holdout", "seed", *_OF_SOURCE}  # arguments that the count of a split does not depend on
+_OF_SAMPLE = {"limit", "holdout", "seed"}  # arguments that the count of a split does not depend on
 
 
 class SplitTask(NamedTuple):
@@ -97,44 +93,28 @@ class ShardRecord:
 
 
 def open_partial(folder: Path, arguments: Mapping[str, Any], splits: Sequence[Split]) -> None:
-    """Create the folder of an unfinished build, or resume one. Raises UserError if it had other arguments and has
-    tokenized something: another source is one of which no split is finished."""
+    """Create the folder of an unfinished build, or resume one. Raises UserError if it holds work of other arguments.
+    Before a split is tokenized, the sample may be another one; another source is one of which no split can be used."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "journal.json").exists():
-        raise UserError(f"{folder} holds an unfinished build of an earlier version; delete it to start over")
     create_json(folder / ARGUMENTS, arguments)
-    # Before the arguments are read: a task that replaces them may tokenize something right after.
-    has_tokenized = holds_work(folder, counts=False)
+    # Before the arguments are read: a task that replaces them may write something right after.
+    has_work, has_tokenized = holds_work(folder), holds_work(folder, counts=False)
     found = read_record(folder / ARGUMENTS, dict[str, Any]) or {}
-    if found != arguments and not has_tokenized:
-        with FileLock(folder / _LOCK):  # the tasks of an array begin at the same time: one of them starts over
-            found = read_record(folder / ARGUMENTS, dict[str, Any]) or {}
-            if found != arguments and not holds_work(folder, counts=False):
-                _start_over(folder, found, arguments)
-                return
     names = set(names_in(folder))
-    finished = sum(f"{split.key}.json" in names for split in splits)
-    for name, value in arguments.items():
-        if found.get(name) != value and not (name in _OF_SOURCE and finished):
-            difference = "" if name == "source" else f" (found {found.get(name)}, expected {value})"
+    usable = sum(not names.isdisjoint((f"{split.key}.json", f"{split.key}.count.json")) for split in splits)
+    may_change = (_OF_SOURCE if usable else set()) | (set() if has_tokenized else _OF_SAMPLE)
+    changed = [name for name, value in arguments.items() if found.get(name) != value]
+    for name in changed:
+        if has_work and name not in may_change:
+            difference = "" if name == "source" else f" (found {found.get(name)}, expected {arguments[name]})"
             raise UserError(
                 f"{folder} holds an unfinished build with another {name}{difference}; "
                 f"use the same arguments to resume it, or delete {folder} to start over"
             )
-    if found != arguments:
-        notify(f"--source names other files than before: {finished:,} of {len(splits):,} splits are finished")
+    if changed:
         write_json(folder / ARGUMENTS, arguments)
-
-
-def _start_over(folder: Path, found: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-    """Replace the arguments of a build that has tokenized nothing. Counts are kept unless they depend on these."""
-    if any(found.get(name) != arguments.get(name) for name in {*found, *arguments} - _NOT_OF_COUNTS):
-        for path in folder.glob("[!.]*"):  # hidden ones are of other tasks that begin
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != ARGUMENTS:
-                path.unlink()
-    write_json(folder / ARGUMENTS, arguments)
+    if usable and "source" in changed:
+        notify(f"--source names other files than before: {usable:,} of {len(splits):,} splits can be used")
 
 
 def holds_work(folder: Path, counts: bool = True) -> bool:

@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import chdir
+from contextlib import chdir, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from experiment.process import cpu_cores
 from launcher.cli import main
 from pretrain.corpus import build, engines, job_array, records, shards, splits, tasks
 from pretrain.corpus.build import build_corpus, complete_corpus
-from pretrain.corpus.build_plan import plan_build
+from pretrain.corpus.build_plan import ARGUMENTS, plan_build
 from pretrain.corpus.job_array import array_share, build_share
 from pretrain.corpus.options import CorpusOptions
 from s3_server import free_port
@@ -164,21 +164,27 @@ def test_a_job_array_samples_in_two_rounds(
         assert contents(tmp_path / f"c{part}") == contents(tmp_path / f"whole{part}")
 
 
+@pytest.mark.parametrize("counts", [0, 200])
 @pytest.mark.parametrize("changed", ["holdout", "tokenizer"])
-def test_tasks_of_a_job_array_that_start_over(tmp_path: Path, changed: str) -> None:
-    """Catches a task that fails because another one deletes the same folder, counts that are lost although the sample
-    does not change them, and counts with another tokenizer."""
+def test_tasks_of_a_job_array_with_other_arguments(tmp_path: Path, changed: str, counts: int) -> None:
+    """Catches a task that fails although the sample does not change the counts, counts with another tokenizer, and a
+    mistake that cannot be corrected although nothing was read with it."""
     folder = tmp_path / "c.partial"
     arguments = {"tokenizer": "a", "holdout": 1, "limit": None}
+    records.open_partial(folder, arguments, [])
+    for number in range(counts):
+        (folder / f"{number:032x}.count.json").touch()
     for attempt in range(5):
-        records.open_partial(folder, arguments, [])
-        for number in range(200):
-            (folder / f"{number:032x}.count.json").touch()
         arguments = {**arguments, changed: f"{attempt}"}
-        with ThreadPoolExecutor(8) as array:
+        with (
+            pytest.raises(UserError, match=r"another tokenizer \(found a, expected .\); use the same")
+            if counts and changed == "tokenizer"
+            else nullcontext(),
+            ThreadPoolExecutor(8) as array,
+        ):
             list(array.map(lambda _: records.open_partial(folder, arguments, []), range(8)))  # noqa: B023
-        records.open_partial(folder, arguments, [])
-        assert len(list(folder.glob("*.count.json"))) == (200 if changed == "holdout" else 0)
+            assert records.read_record(folder / ARGUMENTS, dict[str, Any]) == arguments
+        assert len(list(folder.glob("*.count.json"))) == counts
 
 
 @pytest.mark.parametrize("variables", [{}, {"MAX": 9}], ids=["no array", "gaps"])
