@@ -79,7 +79,6 @@ def write_inspection(path: Path, found: Inspection, tokenizer: PreTrainedTokeniz
         ),
         SeenTexts(found.masked),
         *_origin_blocks(found.manifest, found.cleanings),
-        *_manifest_blocks(found.manifest),
     ]
     write_page(path, Page(found.sample.corpus.name, blocks, _headline(found)))
 
@@ -243,20 +242,6 @@ def _origin_blocks(manifest: Manifest, cleanings: Sequence[Cleaning]) -> list[Bl
 
 def _cleaning_title(cleaning: Cleaning) -> str:
     return f"Cleaning of {cleaning['folder']}" if cleaning["folder"] else "Cleaning"
-
-
-def _manifest_blocks(manifest: Manifest) -> list[Block]:
-    recipe = manifest.recipe
-    numbers = {name: getattr(recipe, name) for name in ("limit", "holdout", "seed")}
-    rows = [
-        ["tokenizer", recipe.tokenizer],
-        ["documents read", recipe.source],
-        ["part", recipe.part],
-        *([name, f"{value:,}"] for name, value in numbers.items() if value is not None),
-        *([["segmenter", recipe.segmenter]] if recipe.segmenter else []),
-        ["fingerprint", manifest.fingerprint],
-    ]
-    return [Heading("Recipe"), Table(["input", "value"], rows, labels=2)]
 
 
 def _bytes_per_token(manifest: Manifest) -> str:
