@@ -23,7 +23,6 @@ from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -41,14 +40,6 @@ _EXIT_SECONDS = 5.0  # a worker whose pipe is closed has exited by then
 _START_SECONDS = 10.0
 _START_ATTEMPTS = 5
 _STARTED = b"started"  # the first message of a worker
-_STATES = {
-    "D": "it waits for a disk",
-    "R": "it is busy",
-    "S": "it is waiting",
-    "T": "it is stopped (SIGSTOP)",
-    "Z": "it has exited",
-    "t": "it is stopped by a debugger",
-}
 
 
 # A batch; the text of a worker's error; an error of the rank itself; None where a worker has closed its pipe, because
@@ -125,9 +116,8 @@ class _Prefetcher(Iterator[RankBatch]):
         try:
             batch = self._ready.get(timeout=self._timeout)
         except queue.Empty:
-            raise self._failure(
-                worker, f"has not made the batch of step {step + 1} in {self._timeout:.0f} s: {_describe_state(worker)}"
-            ) from None
+            what = f"has not made the batch of step {step + 1} in {self._timeout:.0f} s"
+            raise self._failure(worker, what) from None
         if isinstance(batch, Exception):
             self._end_workers()
             what = f"{type(batch).__name__}: {batch}"
@@ -254,14 +244,6 @@ def _describe_exit(worker: BaseProcess) -> str:
     if code is not None and code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"exited with code {code}"
-
-
-def _describe_state(worker: BaseProcess) -> str:
-    try:
-        state = Path(f"/proc/{worker.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except OSError:
-        return "its state is unknown"
-    return _STATES.get(state, f"its process state is {state}")
 
 
 def _defer_signals() -> None:

@@ -52,7 +52,7 @@ def test_a_bug_is_the_same_after_a_host_was_left_out_and_taken_back() -> None:
         ("node-1, rank 0: the data worker (pid {}) failed at step 7: OSError: [Errno 5] Input/output error", False),
         ("node-1, rank 0: the data worker (pid {}) failed at step 7: TimeoutError: [Errno 110]", False),
         ("node-1, rank 0: the data worker (pid {}) was killed (SIGKILL), perhaps because the memory ran out", False),
-        ("node-1, rank 0: the data worker (pid {}) has not made the batch of step 7 in 420 s: sleeping", False),
+        ("node-1, rank 0: the data worker (pid {}) has not made the batch of step 7 in 420 s", False),
         ("node-{}, rank 0: OSError: [Errno 5] Input/output error", False),
     ],
 )

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from experiment.process.signals import STOP_SIGNALS, signals_blocked
 from pretrain.batching import loader
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
-from pretrain.batching.loader import DataWorkerError, _describe_state, load_batches
+from pretrain.batching.loader import DataWorkerError, load_batches
 from pretrain.batching.order import BatchSequences
 from rank_pool import RankPool
 from waiting import LIMIT, wait_until
@@ -100,7 +100,7 @@ class LargeBatches:
     [
         (signal.SIGKILL, None, r"was killed \(SIGKILL\), perhaps because the memory ran out"),
         (signal.SIGABRT, None, "was killed by SIGABRT"),  # not SIGHUP, which nohup ignores
-        (signal.SIGSTOP, 2, r"has not made the batch of step 6 in 2 s: it is stopped \(SIGSTOP\)"),
+        (signal.SIGSTOP, 2, "has not made the batch of step 6 in 2 s$"),
         (None, None, "failed at step 6: ValueError: the corpus has changed"),
     ],
 )
@@ -318,22 +318,6 @@ def started_as_case(_, method):
 def test_workers_are_forked_whatever_the_rank_was(pools, method):
     """Catches workers that are started as their rank was, which the tests of GPUs do in another way than a launch."""
     assert pools[1].run(started_as_case, method) == [{"ForkProcess"}]
-
-
-@pytest.mark.parametrize(
-    ("number", "expected"), [(signal.SIGSTOP, "it is stopped (SIGSTOP)"), (signal.SIGKILL, "it has exited")]
-)
-def test_the_state_of_a_worker_is_described(number, expected):
-    """Catches a message that calls a stopped, waiting or dead worker busy."""
-    worker = get_context("fork").Process(target=signal.pause)
-    worker.start()
-    try:
-        wait_until(lambda: _describe_state(worker) == "it is waiting")
-        os.kill(worker.pid, number)
-        wait_until(lambda: _describe_state(worker) == expected)
-    finally:
-        worker.kill()
-        worker.join()
 
 
 def small_shared_memory_case(_):
