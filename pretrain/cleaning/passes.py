@@ -66,7 +66,6 @@ class Done:
 
     files: PassFolder
     parts: int
-    source: str  # digest of the documents that the first pass read
     tallies: tuple[StepTally, ...]
 
     @classmethod
@@ -77,13 +76,13 @@ class Done:
             return None
         try:
             found = read_json(path)
-            return cls(files, found["parts"], found["source"], tuple(_STEP_TALLIES.validate_python(found["steps"])))
+            return cls(files, found["parts"], tuple(_STEP_TALLIES.validate_python(found["steps"])))
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged; delete {files.folder.parent} to start over") from None
 
     def write(self) -> None:
         steps = [asdict(tally) for tally in self.tallies]
-        write_json(self.files.folder / _DONE, {"parts": self.parts, "source": self.source, "steps": steps})
+        write_json(self.files.folder / _DONE, {"parts": self.parts, "steps": steps})
 
 
 class _Part(NamedTuple):
@@ -129,36 +128,24 @@ def run_passes(
     return before, tallies
 
 
-def digest_of(documents: Iterator[Document]) -> str:
-    """Return the `source` of a cleaning of these documents."""
-    digests = list[str]()
-
-    def read() -> Iterator[int]:
-        for chunk in _chunks(documents):
-            digests.append(_digest(chunk))
-            yield len(chunk)
-
-    _count("comparing the sources", read())
-    return _joined_digest(digests)
-
-
 def _first_pass(
     planned: Pass, documents: Iterator[Document], files: PassFolder, run_tasks: TaskRunner, label: str
 ) -> Done:
     """Divide the documents into parts, and handle those that are not finished, or whose documents were others: a source
     may have been repaired since."""
-    digests = list[str]()
+    parts = 0
 
     def unfinished() -> Iterator[_Part]:
+        nonlocal parts
         for number, chunk in enumerate(_chunks(documents)):
-            digests.append(_digest(chunk))
-            if not files.is_finished(number) or files.tally(number).digest != digests[-1]:
-                yield _Part(0, files, number, chunk, digests[-1])
+            parts, digest = number + 1, _digest(chunk)
+            if not files.is_finished(number) or files.tally(number).digest != digest:
+                yield _Part(0, files, number, chunk, digest)
 
     _count(label, run_tasks(_process, unfinished()))
-    if not digests:
+    if not parts:
         raise UserError("source: it holds no documents with text")
-    return Done(files, len(digests), _joined_digest(digests), _merged(planned, files, len(digests)))
+    return Done(files, parts, _merged(planned, files, parts))
 
 
 def _next_pass(number: int, planned: Pass, before: Done, files: PassFolder, run_tasks: TaskRunner, label: str) -> Done:
@@ -169,7 +156,7 @@ def _next_pass(number: int, planned: Pass, before: Done, files: PassFolder, run_
     tallies = _merged(planned, files, before.parts)
     if isinstance(planned.decided, DuplicateStep):
         _name_kept(tallies[0], before)
-    return Done(files, before.parts, before.source, tallies)
+    return Done(files, before.parts, tallies)
 
 
 def _count(label: str, parts: Iterable[int]) -> None:
@@ -285,10 +272,6 @@ def _digest(documents: Iterable[Document]) -> str:
         for each in documents
     )
     return xxhash.xxh3_128_hexdigest("\0".join(chain(*parts)).encode())
-
-
-def _joined_digest(digests: Iterable[str]) -> str:
-    return xxhash.xxh3_128_hexdigest("".join(digests).encode())
 
 
 def _decide(planned: Pass, before: Done, current: PassFolder) -> None:

@@ -46,9 +46,9 @@ def summarize(
 ) -> Summary:
     """Return the content of clean.json.
 
-    identity: digests of config and documents; the tasks that the sources were decontaminated against. empty: documents
-    whose markup held no text, which no step reads. kept, languages: documents. tallies: of the removal of markup, and
-    of each step.
+    identity: digest of the config; the tasks that the sources were decontaminated against. empty: documents whose
+    markup held no text, which no step reads. kept, languages: documents. tallies: of the removal of markup, and of each
+    step.
     """
     markup, *others = tallies
     return {

@@ -21,7 +21,7 @@ from experiment.files import fsync_tree, json_digest, read_json, write_json
 from experiment.output_folder import holds_result, lock_output
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX, PassFolder
-from pretrain.cleaning.passes import Done, Pass, digest_of, plan_passes, run_passes
+from pretrain.cleaning.passes import Done, Pass, plan_passes, run_passes
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
 from pretrain.cleaning.report import Summary, describe_kept, print_steps, summarize, write_report
 from pretrain.cleaning.step import ReadTask, Step, check_installed
@@ -57,10 +57,13 @@ def clean(
             summary = read_clean_summary(str(folder))
             if summary is None:
                 raise UserError(f"{folder / CLEAN_SUMMARY} is damaged; delete {folder} to start over")
-            if summary["recipe"] != recipe or not _is_of(folder, summary, sources, config):
+            recorded = None
+            with suppress(OSError, ValueError):
+                recorded = read_json(folder / _SOURCES)
+            if summary["recipe"] != recipe or recorded != identity_of(sources):
                 raise UserError(
-                    f"output: {folder} already holds documents that were cleaned with another config or version, or "
-                    "of other sources or lists; name a new folder or delete it"
+                    f"output: {folder} already holds documents that were cleaned with another config or version, or of "
+                    "other sources or lists, also if files were changed or copied since; name a new folder or delete it"
                 )
             print(f"{folder} already exists, of the same sources and steps")
             shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # killed after the rename
@@ -73,14 +76,6 @@ def clean(
         print_steps(summary)
     print(f"{config.output}/report.html")
     return summary
-
-
-def _is_of(folder: Path, summary: Summary, sources: Sequence[Source], config: CleanConfig) -> bool:
-    """Return whether a result is of these sources: by their sizes and versions, or else by their documents."""
-    with suppress(OSError, ValueError):
-        if all(source.version for source in sources) and read_json(folder / _SOURCES) == identity_of(sources):
-            return True
-    return bool(summary.get("source") == digest_of(read_inputs(sources, config)))
 
 
 def check(config: CleanConfig, read_task: ReadTask) -> None:
@@ -135,11 +130,7 @@ def _clean(
         kept += tally.kept
         languages.update(tally.languages)
     _, decontaminated = read_cleanings(sources)
-    identity = {
-        "recipe": recipe,
-        "source": last.source,
-        **({"decontaminated": decontaminated} if decontaminated else {}),
-    }
+    identity = {"recipe": recipe, **({"decontaminated": decontaminated} if decontaminated else {})}
     summary = summarize(config, identity, empty, kept, languages, [markup, *tallies], steps)
     write_report(result, summary)
     write_json(result / _SOURCES, identity_of(sources))

@@ -22,7 +22,9 @@ def clean(tmp_path: Path) -> Clean:
         lines: Sequence[str], *steps: dict[str, Any], evaluated: Sequence[str] = (), **keys: Any
     ) -> dict[str, Any]:
         source = tmp_path / "in.txt"
-        source.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        text = "".join(f"{line}\n" for line in lines)
+        if not source.exists() or source.read_text(encoding="utf-8") != text:
+            source.write_text(text, encoding="utf-8")
         tree = {"source": str(source), "output": str(tmp_path / "out"), "steps": list(steps), **keys}
         texts = [EvaluationText("test", f"test.tsv:{number}", text) for number, text in enumerate(evaluated, 2)]
         return dict(run.clean(build_config(CleanConfig, tree), lambda name: texts, 1))

@@ -24,7 +24,6 @@ from experiment.errors import UserError
 from pretrain.cleaning import near_duplicates, parts, passes, run, step
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import read_documents, write_documents
-from pretrain.cleaning.passes import digest_of
 from pretrain.cleaning.reading import find_inputs
 from pretrain.cleaning.step import Document
 from pretrain.corpus import formats
@@ -227,28 +226,24 @@ def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path:
         clean(["a text"], {"exact_dedup": {}})
 
 
+@pytest.mark.parametrize("change", ["times", "damage", "no file"])
 def test_a_finished_result_is_compared_without_reading(
-    config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """Catches a crawl that is decompressed for hours to find that its cleaning is finished, and a result of sources of
-    other times, or without them, that is refused or cleaned again."""
-    compare, compared = run.digest_of, list[str]()
-
-    def recorded(documents: Any) -> str:
-        compared.append("")
-        return compare(documents)
-
-    monkeypatch.setattr(run, "digest_of", recorded)
+    other times, or without them, that is taken for that of these sources."""
     found = clean(config, tmp_path / "out")
+    monkeypatch.setattr(run, "read_inputs", lambda *_: pytest.fail("the sources are read again"))
     assert clean(config, tmp_path / "out") == found
-    assert not compared
-    os.utime(tmp_path / "a.txt", ns=(1, 1))
-    assert clean(config, tmp_path / "out") == found
-    (tmp_path / "out" / ".sources.json").write_text("")
-    clean(config, tmp_path / "out")
-    (tmp_path / "out" / ".sources.json").unlink()
-    clean(config, tmp_path / "out")
-    assert len(compared) == 3
+    recorded = tmp_path / "out" / ".sources.json"
+    if change == "times":
+        os.utime(tmp_path / "a.txt", ns=(1, 1))
+    elif change == "damage":
+        recorded.write_text("")
+    else:
+        recorded.unlink()
+    with pytest.raises(UserError, match=r"also if files were changed or copied since; name a new folder or delete it$"):
+        clean(config, tmp_path / "out")
 
 
 def test_a_flipped_bit_is_no_text(tmp_path: Path) -> None:
@@ -262,10 +257,11 @@ def test_a_flipped_bit_is_no_text(tmp_path: Path) -> None:
             list(read_documents(path))
 
 
-def test_metadata_count_when_sources_are_compared() -> None:
-    """Catches a result with the metadata of before that is kept for sources with other ones."""
+def test_metadata_count_when_documents_are_compared() -> None:
+    """Catches a part with the metadata of before that is kept for sources with other ones."""
     digests = {
-        digest_of([Document("1", "s", "a text", metadata)]) for metadata in ({}, {"language": "en"}, {"language": "de"})
+        passes._digest([Document("1", "s", "a text", metadata)])
+        for metadata in ({}, {"language": "en"}, {"language": "de"})
     }
     assert len(digests) == 3
 
