@@ -28,27 +28,13 @@ from experiment.errors import UserError
 
 _OVERRIDES = "overrides"
 
-_DASHES = "-\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"
-"""Including characters that word processors and web pages put in place of two hyphens."""
-
 ABOUT_FLAGS = (
     "With `-q` or `--quiet`, every command prints results, warnings and errors only. `deepcloze --version` prints the "
     "version."
 )
 
-_SYNONYMS = {
-    "config": "file",
-    "file": "input",
-    "gpu": "device",
-    "hosts": "hostfile",
-    "input": "source",
-    "nproc_per_node": "num_gpus",
-    "num_accelerators": "num_gpus",
-    "num_nodes": "include",
-    "text_column": "column",
-    "text_field": "column",
-}
-"""Flag of another program, or of another command -> ours, where the names are not similar."""
+_SYNONYMS = {"gpu": "device", "input": "source", "num_nodes": "include"}
+"""Flag of another program, or of another command -> ours, where the name of a wrong one is more similar."""
 
 Command = Callable[[Any], None]
 """A function of its options, a subclass of `Section`."""
@@ -172,9 +158,11 @@ def _split(
     rest = list(arguments)
     while rest:
         if not (argument := rest.pop(0)).startswith("--"):
-            if not positional or argument.startswith(tuple(_DASHES)):
-                hint = _meant_flag(argument, options_type, texts, overrides)
-                raise UserError(f"unexpected argument '{argument}'; {hint}")
+            if not positional or argument.startswith("-"):
+                raise UserError(
+                    f"unexpected argument '{argument}'; flags are written --name=value, with quotes around a value "
+                    "that has spaces or *"
+                )
             texts.setdefault(positional[0], []).append(argument)
             if not flags[positional[0]].is_repeated:
                 positional.pop(0)
@@ -215,32 +203,9 @@ def _plain_keys(command: str) -> list[str]:
     return [name for name, field in fields.items() if not is_section(field.annotation)]
 
 
-def _meant_flag(
-    argument: str, options_type: type[Section], texts: Mapping[str, Sequence[str]], overrides: Mapping[str, str]
-) -> str:
-    """Suggest a correction of an argument that is no flag. texts, overrides: given before it."""
-    given = [text for of_flag in texts.values() for text in of_flag] + list(overrides.values())
-    if given and given[-1].startswith(("[", "{")) and given[-1][-1] not in "]}":
-        return "put quotes around a value with spaces"
-    if given and os.path.isfile(argument) and os.path.isfile(given[-1]):  # noqa: PTH113  (Path raises if it is too long)
-        return "put quotes around a pattern, so that the shell does not replace it by the names of files"
-    flags = flags_of(options_type)
-    written = argument.lstrip(_DASHES)
-    name, equals, _ = written.partition("=")
-    is_override = "." in name and equals and _OVERRIDES in options_type.model_fields
-    if is_override or (name.replace("-", "_") in flags and (equals or argument != written)):
-        return f"did you mean '--{written}'?"
-    missing = [flag for flag in flags.values() if flag.required and flag.name not in texts]
-    if missing and argument == written:
-        return f"did you mean '--{missing[0].name}={argument}'?"
-    return "flags are written --name=value"
-
-
 def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_type: type[Section]) -> str:
     """Return the config keys that may be meant if the dot is missing, as in --run-dir, or the section, as in --steps;
     else the most similar flag, and how keys are written."""
-    if name == "ssh_port" and "hostfile" in flags:
-        return "; ports belong in ~/.ssh/config"
     synonym = _SYNONYMS.get(name)
     known = did_you_mean(name, [*flags, *_plain_keys(command)], prefix="--")
     suggestion = f"; did you mean '--{synonym}'?" if synonym in flags else known

@@ -159,12 +159,13 @@ def test_a_positional_argument():
         ("train|--config=c|stray", "unexpected argument 'stray'"),
         ("train|--config=c|--dry_run|true", "unexpected argument 'true'"),
         ("train|--config=c|-x", "unexpected argument '-x'; flags are written --name=value"),
-        ("train|c.yaml", "unexpected argument 'c.yaml'; did you mean '--config=c.yaml'?"),
-        ("train|-config|c.yaml", "unexpected argument '-config'; did you mean '--config'?"),
-        ("train|--config=c|—ranks=2", "unexpected argument '—ranks=2'; did you mean '--ranks=2'?"),
-        ("train|--config=c|dry-run=true", "unexpected argument 'dry-run=true'; did you mean '--dry-run=true'?"),
-        ("train|--config=c|a.b=1", "unexpected argument 'a.b=1'; did you mean '--a.b=1'?"),
-        ("train|--config=c|--a.b=[1,|2]", "unexpected argument '2]'; put quotes around a value with spaces"),
+        ("train|c.yaml", "unexpected argument 'c.yaml'; flags are written --name=value"),
+        ("train|-config|c.yaml", "unexpected argument '-config'; flags are written --name=value"),
+        ("train|--config=c|—ranks=2", "unexpected argument '—ranks=2'; flags are written --name=value"),
+        ("train|--config=c|dry-run=true", "unexpected argument 'dry-run=true'; flags are written --name=value"),
+        ("train|--config=c|a.b=1", "unexpected argument 'a.b=1'; flags are written --name=value"),
+        ("train|--config=c|--a.b=[1,|2]", "unexpected argument '2]'; flags are written --name=value, with quotes"),
+        ("show|-a", "unexpected argument '-a'"),
         ("show|a|b|c", "unexpected argument 'c'"),
         ("show|--run=a|b|c", "unexpected argument 'c'"),
         ("train|--config", "--config needs a value"),
@@ -311,32 +312,20 @@ def test_an_unknown_flag_says_how_keys_are_written() -> None:
     }.items():
         with pytest.raises(UserError, match=re.escape(message)):
             parse_command_line(["finetune", "--config=c", f"{flag}=1"], COMMANDS)
-    with pytest.raises(UserError, match=r"unknown flag '--config'; did you mean '--file'\?"):
-        parse_command_line(["compare", "--config=c"], COMMANDS)
     with pytest.raises(UserError, match=r"'--optimizer.lr' or '--training.lr'\?"):
         parse_command_line(["sweep", "--config=c", "--learning_rate=1"], COMMANDS)
 
 
 def test_flags_of_deepspeed() -> None:
-    """Catches `--num_nodes` taken for `--num_gpus`, and a user of `deepspeed` who finds no flag for a port."""
+    """Catches `--num_nodes` taken for `--num_gpus`."""
     from launcher.commands import COMMANDS
 
     for flag, message in {
         "--num_nodes": "did you mean '--include'?",
-        "--num_accelerators": "did you mean '--num_gpus'?",
         "--hosts": "did you mean '--hostfile'?",
-        "--ssh_port": "unknown flag '--ssh_port'; ports belong in ~/.ssh/config",
     }.items():
         with pytest.raises(UserError, match=re.escape(message)):
             parse_command_line(["pretrain", "--config=c", f"{flag}=1"], COMMANDS)
-
-
-def test_a_long_argument_without_its_flag() -> None:
-    """Catches an argument that is taken for the name of a file, and is too long for one."""
-    from launcher.commands import COMMANDS
-
-    with pytest.raises(UserError, match=r"unexpected argument 'optimizer.lr=1,1.*'; did you mean '--optimizer.lr="):
-        parse_command_line(["sweep", "--config", "c", f"optimizer.lr={'1,' * 200}1"], COMMANDS)
 
 
 def test_an_argument_may_be_repeated() -> None:

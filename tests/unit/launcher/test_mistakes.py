@@ -90,18 +90,18 @@ COMMAND_LINE = {
     "output by URL": Mistake("export --checkpoint run --output s3://b/a", r"a path on a disk, found the URL s3://b/a"),
     "no flag": Mistake("pretrain", r"missing: --config FILE"),
     "no value": Mistake("pretrain --config", r"--config needs a value"),
-    "by position": Mistake("pretrain run.yaml", r"'run.yaml'; did you mean '--config=run.yaml'\?"),
-    "model by position": Mistake("serve task", r"'task'; did you mean '--model=task'\?"),
-    "one dash": Mistake("pretrain -config run.yaml", r"'-config'; did you mean '--config'\?"),
-    "long dash": Mistake("pretrain --config run.yaml —num_gpus 2", r"'—num_gpus'; did you mean '--num_gpus'\?"),
-    "no dashes": Mistake("pretrain --config run.yaml run.dir=x", r"'run.dir=x'; did you mean '--run.dir=x'\?"),
+    "by position": Mistake("pretrain run.yaml", r"argument 'run.yaml'; flags are written --name=value, with"),
+    "model by position": Mistake("serve task", r"argument 'task'; flags are written"),
+    "one dash": Mistake("pretrain -config run.yaml", r"argument '-config'; flags are written --name=value, with"),
+    "long dash": Mistake("pretrain --config run.yaml —num_gpus 2", r"argument '—num_gpus'; flags are written"),
+    "no dashes": Mistake("pretrain --config run.yaml run.dir=x", r"argument 'run.dir=x'; flags are written"),
     "no dot": Mistake("pretrain --config run.yaml --run-dir x", r"'--run-dir'; did you mean '--run.dir'\?"),
     "flag by meaning": Mistake("plan --config run.yaml --gpu A100", r"'--gpu'; did you mean '--device'\?"),
-    "flag of torchrun": Mistake("pretrain --nproc-per-node 2", r"per-node'; did you mean '--num_gpus'\?"),
+    "flag of torchrun": Mistake("pretrain --nproc-per-node 2", r"per-node'; known: .* --num_gpus, "),
     "flag of another command": Mistake("pretrain --config run.yaml --gpu 2", r"'--gpu'; did you mean '--num_gpus'\?"),
     "no section": Mistake("pretrain --config run.yaml --steps 9", r"'--steps'; did you mean '--schedule.steps'\?"),
     "list without quotes": Mistake(
-        "finetune --config task.yaml --training.seeds=[1, 2]", r"'2\]'; put quotes around a value with spaces"
+        "finetune --config task.yaml --training.seeds=[1, 2]", r"'2\]'; .*, with quotes around a value that has spaces"
     ),
     "mapping without quotes": Mistake(
         "pretrain --config run.yaml --model.config=model_type:bert --model.config=hidden_size:8",
@@ -479,7 +479,7 @@ TEXT = {
     ),
     "pattern without quotes": Mistake(
         "tokenizer --source train.csv test.csv --output new --vocab_size 100",
-        r"'test.csv'; put quotes around a pattern",
+        r"'test.csv'; .*, with quotes around a value that has spaces or \*",
     ),
     "folder as file": Mistake("python_docs --output corpus", r"--output corpus is a folder; expected a file"),
 }
