@@ -2,7 +2,8 @@
 
 compare.json: row -> column -> `init_from`, `step` of that checkpoint, `metric`, `split`, `values` by seed, `mean`, its
 95 % `interval`, `std`, `collapsed` seeds, `folder`, `chosen` point of the grid, and `against`: another row ->
-`difference`, its 95 % `interval`, and `p`. Files of version 0.2.0 have no models and no intervals of means.
+`difference`, its 95 % `interval`, and `p`. Intervals and p are null if the split has too few texts. Files of version
+0.2.0 have no models and no intervals of means.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,8 @@ def _test_cells(comparison: Comparison) -> Cells:
     tests = [
         [
             *(column, row, other),
-            *(f"{test['difference']:+.4f}", interval(*test["interval"])),
+            f"{test['difference']:+.4f}",
+            UNKNOWN if test["interval"] is None else interval(*test["interval"]),
             _p_value(test["p"], cell, comparison[other][column]),
         ]
         for row, cells in comparison.items()
@@ -59,10 +61,10 @@ def _test_cells(comparison: Comparison) -> Cells:
     return [header, *sorted(tests, key=lambda cells: cells[0])]
 
 
-def _p_value(p: float, *cells: Mapping[str, Any]) -> str:
-    """Return p as text; "–" if all seeds of a cell have collapsed: its training has failed."""
+def _p_value(p: float | None, *cells: Mapping[str, Any]) -> str:
+    """Return p as text; "–" if it is unknown, and if all seeds of a cell have collapsed: its training has failed."""
     collapsed = any(cell["collapsed"] == len(cell["values"]) for cell in cells)
-    return UNKNOWN if collapsed else f"{p:.3f}"
+    return UNKNOWN if collapsed else show(p, ".3f")
 
 
 def tables(comparison: Comparison, failed: Mapping[str, str]) -> dict[str, Cells]:

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from experiment.intervals import wilson_interval
 
+FEWEST_UNITS = 6
+"""Units of a test split that a difference needs: of five, even five wins have a two-sided p of 2 / 2⁵ = 0.06."""
+
 _ROUNDING = 1e-9  # largest error of a sum of right answers
 
 Scores = NDArray[np.float64]  # R resamples
@@ -23,8 +26,8 @@ class Difference:
     """The difference of the scores of two models, as in compare.json."""
 
     difference: float  # of the means over seeds
-    interval: Interval
-    p: float  # two-sided, of no difference
+    interval: Interval | None  # None without resamples
+    p: float | None  # two-sided, of no difference
 
 
 def draw_records(units: Sequence[Sequence[int]], resamples: int) -> Iterator[NDArray[np.int64]]:
@@ -63,13 +66,15 @@ def compare_scores(
     first: Sequence[float], second: Sequence[float], first_drawn: Scores, second_drawn: Scores
 ) -> Difference:
     """Return the difference of the mean scores over seeds. first, second: scores by seed; drawn: as from
-    `bootstrap_scores`.
+    `bootstrap_scores`; without resamples there is no test.
 
     The p-value of the bootstrap counts the resamples on the other side of zero, twice; it is at least 2 / (R + 1).
     From few seeds a bootstrap finds differences where there are none: n draws of n seeds vary less than n new seeds.
     So the result is the more cautious one of the bootstrap and of Welch's (1947) test of the scores by seed.
     """
-    differences = first_drawn - second_drawn
+    difference, differences = float(np.mean(first) - np.mean(second)), first_drawn - second_drawn
+    if not len(differences):
+        return Difference(difference, None, None)
     opposite = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
     # Ends that are resamples exclude zero exactly if p is below 0.05; interpolated ones, also slightly above it.
     low, high = np.percentile(differences, 2.5, method="lower"), np.percentile(differences, 97.5, method="higher")
@@ -80,11 +85,13 @@ def compare_scores(
         welch = ttest_ind(first, second, equal_var=False)
         by_seed = welch.confidence_interval()
         low, high, p = min(low, by_seed.low), max(high, by_seed.high), max(p, welch.pvalue)
-    return Difference(float(np.mean(first) - np.mean(second)), (float(low), float(high)), float(p))
+    return Difference(difference, (float(low), float(high)), float(p))
 
 
-def percentile_interval(scores: Scores) -> Interval:
-    """Return the 95 % interval of bootstrap scores."""
+def percentile_interval(scores: Scores) -> Interval | None:
+    """Return the 95 % interval of bootstrap scores, if there are any."""
+    if not len(scores):
+        return None
     low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(high)
 

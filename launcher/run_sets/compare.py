@@ -20,7 +20,14 @@ from experiment.results.plots import draw_dots
 from experiment.run_files.checkpoints import checkpoint_step, is_checkpoint_name
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder
 from finetune.results.predictions import DamagedPredictionsError, ScoredSplit, read_scored_split
-from finetune.scores.significance import Scores, bootstrap_scores, compare_scores, draw_records, percentile_interval
+from finetune.scores.significance import (
+    FEWEST_UNITS,
+    Scores,
+    bootstrap_scores,
+    compare_scores,
+    draw_records,
+    percentile_interval,
+)
 from finetune.splits import related_records
 from launcher.report import print_report
 from launcher.run_sets.compare_plan import ComparePlan
@@ -129,7 +136,8 @@ def _scores(
 
 
 def test_rows(cells: ScoresByRow) -> Tests:
-    """Bootstrap the scores and test all pairs of rows in each column, see `significance.bootstrap_scores`.
+    """Bootstrap the scores and test all pairs of rows in each column, see `significance.bootstrap_scores`. A split with
+    too few units, such as texts with questions, has neither intervals nor p.
 
     Raises UserError if data have changed since they were scored, and for damaged predictions.
     """
@@ -155,10 +163,11 @@ def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]
         raise UserError(f"{column}: the rows were scored on {count:,} and {others[0]:,} records; run them again")
     any_row = next(iter(splits.values()))
     units = related_records(any_row.records, any_row.kind.config.columns)
+    resamples = RESAMPLES if len(units) >= FEWEST_UNITS else 0
     shown = track(enumerate(splits.items()), f"{column}: bootstrap", len(splits), "rows")
     scores: dict[str, Scores] = {}
     for stream, (row, split) in shown:
-        samples = draw_records(units, RESAMPLES)
+        samples = draw_records(units, resamples)
         scores[row] = bootstrap_scores(split.scorer(cells[row].metric), len(split.predictions), samples, stream)
     return scores
 

@@ -60,6 +60,13 @@ def test_a_row_whose_seeds_have_all_collapsed_has_no_p_value() -> None:
     ]
 
 
+def test_a_difference_without_a_test_is_shown() -> None:
+    """Catches a traceback for a split with too few texts for a test."""
+    test = {"difference": 0.3, "interval": None, "p": None}
+    comparison = {"a": {"toy": {**CELL, "interval": None, "against": {"b": test}}}, "b": {"toy": CELL}}
+    assert tables(comparison, {})[TESTS][1:] == [["toy", "a", "b", "+0.3000", "–", "–"]]
+
+
 def test_the_title_of_differences_names_both_tests() -> None:
     """Catches a paper that cites the bootstrap for intervals and p-values that are often those of Welch's test, or that
     takes a difference of two checkpoints for one of two ways to pretrain."""

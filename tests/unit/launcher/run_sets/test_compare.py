@@ -192,7 +192,7 @@ def test_differences_have_the_sign_of_their_interval(tmp_path: Path, monkeypatch
 
 def test_rows_share_the_drawn_texts_but_not_the_drawn_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches questions on one text that are drawn one by one, texts drawn for each row, and seeds in pairs."""
-    records = [Record(f"f.jsonl:{number}", {"context": f"text {number // 20}"}) for number in range(40)]
+    records = [Record(f"f.jsonl:{number}", {"context": f"text {number // 5}"}) for number in range(40)]
     split = SimpleNamespace(
         records=records,
         kind=SimpleNamespace(config=SimpleNamespace(columns=QuestionAnsweringColumns())),
@@ -203,9 +203,34 @@ def test_rows_share_the_drawn_texts_but_not_the_drawn_seeds(monkeypatch: pytest.
     cell: Any = SimpleNamespace(metric="f1")
     drawn = compare._resample("toy", {"a": cell, "b": cell})
     seeds, texts = zip(*(np.divmod(drawn[row], 5) for row in "ab"), strict=True)
-    assert set(texts[0]) == {0.0, 0.5, 1.0}
+    assert set(texts[0] * 8) == set(range(9))
     assert np.array_equal(*texts)
     assert not np.array_equal(*seeds)
+
+
+@pytest.mark.parametrize(("contexts", "tested"), [(1, False), (5, False), (6, True)])
+def test_few_texts_have_no_test(monkeypatch: pytest.MonkeyPatch, contexts: int, tested: bool) -> None:
+    """Catches chance that is called significant: all resamples of one text are the same, however many questions."""
+    records = [Record(f"f.jsonl:{number}", {"context": f"text {number % contexts}"}) for number in range(60)]
+    config = SimpleNamespace(columns=QuestionAnsweringColumns())
+
+    def read(cell: CellScores) -> Any:
+        right = np.arange(60) % 10 < 10 * cell.mean
+        kind = SimpleNamespace(config=config)
+        return SimpleNamespace(
+            records=records, kind=kind, predictions=[[]], scorer=lambda _: lambda _, drawn: right[drawn].mean()
+        )
+
+    monkeypatch.setattr(compare, "_read_split", read)
+    cells = {
+        row: [CellScores("toy", "", None, RunFolder(Path()), "test", {}, "f1", (mean, mean), mean, 0.0, 0, ())]
+        for row, mean in {"a": 0.6, "b": 0.5}.items()
+    }
+    tests = compare.test_rows(cells)
+    against = tests["toy", "a"]["against"]["b"]
+    assert against["difference"] == pytest.approx(0.1)
+    assert (against["interval"] is not None) == (against["p"] is not None) == tested
+    assert (tests["toy", "a"]["interval"] is not None) == tested
 
 
 def test_a_stopped_comparison_runs_each_cell_once(
