@@ -147,7 +147,7 @@ def _read_labels(cell: object) -> list[str] | str | None:
         if not all(flags := [_FLAGS.get(value.lower(), "") for value in values]):
             raise ValueError("; of several columns, each must have 1 or 0")
         return flags
-    cell = _parse_json(cell)
+    cell = _parse_list(cell)
     if isinstance(cell, str) or cell is None:
         return cell or []
     if isinstance(cell, list) and None not in cell:
@@ -168,7 +168,7 @@ def _read_words(cell: object) -> list[str] | None:
 
 def _read_tags(cell: object) -> list[str] | None:
     """Read a list of tags; None if it holds nothing but null or -1, as data sets without tags on the Hub."""
-    cell = _parse_json(cell)
+    cell = _parse_list(cell)
     if isinstance(cell, list) and cell and all(tag is None or isinstance(tag, int | float) for tag in cell):
         if all(tag in (None, -1) for tag in cell):
             return None
@@ -239,6 +239,14 @@ def _parse_json(cell: object) -> object:
         except ValueError as error:
             if cell.startswith(("['", '["', "[[", "{'", '{"')) and cell.endswith(("]", "}")):
                 raise ValueError(f"; not JSON, where texts are in double quotes: {error}") from None
+    return cell
+
+
+def _parse_list(cell: object) -> object:
+    """Parse a cell as above, but reject other text in brackets: arrays of numpy are written as [0 1]."""
+    cell = _parse_json(cell)
+    if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
+        raise ValueError('; not JSON: write a list as ["a", "b"], numbers as [0, 1]')
     return cell
 
 

@@ -24,7 +24,7 @@ from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 _THRESHOLD = 0.5
 _YES, _NO = {"1", "true"}, {"0", "false"}  # in multi-hot vectors
-_SEPARATORS = ",，、;；|/"  # that are written between labels
+_SEPARATORS = ",，、;；|/ "  # that are written between labels
 
 
 class MultiLabelColumns(TextColumns):

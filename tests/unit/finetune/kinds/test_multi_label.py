@@ -43,10 +43,21 @@ def test_another_separator_is_remarked_upon(tmp_path: Path) -> None:
         return Kind(CONFIG, Kind.find_labels(CONFIG, table)).describe(table)[1:]
 
     assert remarks("快|贵", "快，慢", "好/坏") == []
+    assert remarks("very positive", "positive", "negative") == []
+    assert remarks("0", "0 27", "27")[0].startswith("the label '0 27' is other labels with ' ' between them: set")
     assert remarks("快|贵", "快， 贵", "贵") == [
         "the label '快， 贵' is other labels with '，' between them: set task.label_separator, or use one "
         "separator in all rows"
     ]
+
+
+@pytest.mark.parametrize("cell", ["[ 2 27]", "[0. 1. 0.]", "[joy, anger]", "['joy']"])
+def test_brackets_without_json_are_rejected(tmp_path: Path, cell: str) -> None:
+    """Catches a class for each combination of labels, because pandas wrote arrays or Python lists to a CSV file."""
+    with pytest.raises(
+        UserError, match=r"f\.csv:2: expected a list of labels, or text in 'labels', found .*; not JSON"
+    ):
+        read(tmp_path / "f.csv", f'labels,text\n"{cell}",x\n')
 
 
 def test_an_empty_label_is_none(tmp_path: Path) -> None:

@@ -246,7 +246,12 @@ def test_words_and_tags_must_be_as_many(encoder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tags", "hint"), [("['O', 'O']", "not JSON, where texts are in double quotes"), ('["O", ""]', "a tag is empty")]
+    ("tags", "hint"),
+    [
+        ("['O', 'O']", "not JSON, where texts are in double quotes"),
+        ("[B-ORG, O]", "not JSON: write a list as "),
+        ('["O", ""]', "a tag is empty"),
+    ],
 )
 def test_tags_that_are_nearly_right_are_rejected(tmp_path: Path, tags: str, hint: str) -> None:
     """Catches a list as Python prints it, whose brackets and quotes become parts of tags, and a tag ''."""
