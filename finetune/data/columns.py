@@ -18,7 +18,7 @@ from experiment.files import parse_json
 from experiment.unspaced_scripts import HAN
 
 _LARGEST = 1e18  # of the numbers to predict
-_FLAGS = {"1": "1", "1.0": "1", "true": "1", "0": "0", "0.0": "0", "false": "0"}
+FLAGS = {"1": "1", "1.0": "1", "true": "1", "0": "0", "0.0": "0", "false": "0"}
 _HAN = re.compile(f"[{HAN}]")
 _HAN_IN_WORD = 4  # at most, in text of one word
 _HAN_IN_WORDS = 12  # at most, in half of the words of other text
@@ -144,7 +144,7 @@ def _read_labels(cell: object) -> list[str] | str | None:
         values = [_read_id(part) or "" for part in cell]
         if {"", "-1", "-1.0"}.issuperset(values):
             return None
-        if not all(flags := [_FLAGS.get(value.lower(), "") for value in values]):
+        if not all(flags := [FLAGS.get(value.lower(), "") for value in values]):
             raise ValueError("; of several columns, each must have 1 or 0")
         return flags
     cell = _parse_list(cell)

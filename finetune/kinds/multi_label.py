@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from experiment.errors import UserError
-from finetune.data.columns import LabelsColumn, TextColumn, TextColumns
+from finetune.data.columns import FLAGS, LabelsColumn, TextColumn, TextColumns
 from finetune.data.records import Record, Table, reject_two_spellings
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
@@ -23,7 +23,6 @@ from finetune.scores.metrics import LabelScores, f1_of_counts, scores_of_counts
 from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 _THRESHOLD = 0.5
-_YES, _NO = {"1", "true"}, {"0", "false"}  # in multi-hot vectors
 _SEPARATORS = ",，、;；|/ "  # that are written between labels
 
 
@@ -216,8 +215,8 @@ def _labels_of(record: Record, config: Config) -> list[str]:
         found = [label for part in found.split(config.label_separator) if (label := part.strip())]
     # 0 and 1 may be labels themselves; of three values, two are the same, as in no list of labels.
     is_vector = isinstance(config.columns.labels, tuple) or len(known) > 2 or not {*found} & {*known}
-    if len(found) == len(known) and (_YES | _NO).issuperset(found) and is_vector:
-        return [label for label, value in zip(known, found, strict=True) if value in _YES]
+    if len(found) == len(known) and FLAGS.keys() >= {*found} and is_vector:
+        return [label for label, value in zip(known, found, strict=True) if FLAGS[value] == "1"]
     return found
 
 
@@ -226,4 +225,4 @@ def _multi_hot_length(rows: Sequence[Sequence[str]]) -> int | None:
     lengths = {len(row) for row in rows}
     values = {value for row in rows for value in row}
     is_vector = any(len(set(row)) < len(row) for row in rows) or all(values == set(row) for row in rows)
-    return lengths.pop() if len(lengths) == 1 and len(values) == 2 and values <= _YES | _NO and is_vector else None
+    return lengths.pop() if len(lengths) == 1 and len(values) == 2 and values <= FLAGS.keys() and is_vector else None
