@@ -20,6 +20,7 @@ from experiment.formatting import counted, shorten
 from experiment.models.tokenizer import decode_token, many_unknown
 from finetune.data.columns import CONTEXT, LABEL, TEXT, as_number
 from finetune.data.records import Record, Table
+from finetune.data.task_config import TaskConfig
 from finetune.encoding.examples import Split
 from finetune.task_kind import TaskKind
 
@@ -47,7 +48,7 @@ def data_warnings(tables: Mapping[str, Table], kind: TaskKind[Any]) -> list[str]
             labels = [record.values[role] for record in train.records]
             lines += _odd_labels(labels, role)
             lines += _swapped(labels, [record.values[texts[0]] for record in train.records], role)
-            lines += _missing(labels, tables, role)
+        lines += _missing(tables, kind.config)
         lines += _contradictions(train, targets, kind)
     return [*lines, *_shared(tables, targets)]
 
@@ -83,9 +84,14 @@ def _swapped(labels: Sequence[str], texts: Sequence[str], role: str) -> Iterator
         )
 
 
-def _missing(labels: Sequence[str], tables: Mapping[str, Table], role: str) -> Iterator[str]:
-    for split, table in tables.items():
-        if table.labelled and (missing := set(labels) - {record.values[role] for record in table.records}):
+def _missing(tables: Mapping[str, Table], task: TaskConfig) -> Iterator[str]:
+    labels = {
+        split: {label for record in table.records for label in task.labels_of(record.values)}
+        for split, table in tables.items()
+        if table.labelled
+    }
+    for split, found in labels.items():
+        if missing := labels["train"] - found:
             yield f"{split}: no row with {counted(len(missing), 'label')} of train, such as '{shorten(min(missing))}'"
 
 

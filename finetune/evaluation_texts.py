@@ -48,7 +48,7 @@ def texts_of(task: TaskConfig) -> list[EvaluationText]:
     if "train" in tables:
         from finetune.splits import split_off  # imports torch
 
-        _, tables["validation"] = split_off(tables.pop("train"), task.columns, task.validation_share, task.split_seed)
+        _, tables["validation"] = split_off(tables.pop("train"), task)
     kind = find_kind(task.kind)(task, ())
     return [
         EvaluationText(split, record.place, text)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from experiment.errors import UserError
 from experiment.progress import track
 from finetune.config import TrainingConfig
-from finetune.data.columns import CONTEXT, LABEL, Columns
+from finetune.data.columns import CONTEXT, Columns
 from finetune.data.records import Record, Table, find_labels, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, load_task_tokenizer, turn_joiner
@@ -73,7 +73,7 @@ def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[st
         if validation := tables.pop("validation", None):
             tables["train"] = _joined(tables["train"], validation, task.columns)
     elif "train" in tables and "validation" not in tables:
-        train, validation = split_off(tables.pop("train"), task.columns, task.validation_share, task.split_seed)
+        train, validation = split_off(tables.pop("train"), task)
         tables = {"train": train, "validation": validation, **tables}
     return tables
 
@@ -194,24 +194,25 @@ def describe_task(task: Task) -> list[str]:
     return lines + [f"{name}: no labels, so it is predicted but not scored" for name in unlabelled]
 
 
-def split_off(table: Table, columns: Columns, share: float, seed: int) -> tuple[Table, Table]:
-    """Divide a table at random, but always in the same way, into the rest and a share (at most 0.5) of it.
+def split_off(table: Table, task: TaskConfig) -> tuple[Table, Table]:
+    """Divide a table at random, but always in the same way, into the rest and `task.validation_share` of it.
 
-    The share has about as much of each label (a column of type LABEL) as the table has. A label that occurs once stays
-    in the rest, so that the share has no label that the rest lacks. Turns of a dialogue, and records with the same
-    context (a column of type CONTEXT), such as the questions on a text, stay together. Raises UserError if the table is
-    too small.
+    The share has about as much of each label as the table has; a row with several counts by its rarest one. A label
+    that occurs once stays in the rest, so that the share has no label that the rest lacks. Turns of a dialogue, and
+    records with the same context (a column of type CONTEXT), such as the questions on a text, stay together. Raises
+    UserError if the table is too small.
     """
-    labelled = columns.roles(LABEL)
-    in_order = related_records(table.records, columns)
-    shuffled = [in_order[index] for index in np.random.default_rng(seed).permutation(len(in_order))]
-    labels = [_values(table.records[unit[0]], labelled) for unit in shuffled]
+    share, in_order = task.validation_share, related_records(table.records, task.columns)
+    shuffled = [in_order[index] for index in np.random.default_rng(task.split_seed).permutation(len(in_order))]
+    of_rows = [task.labels_of(record.values) for record in table.records]
+    support = Counter(label for labels in of_rows for label in labels)
+    labels = [min(of_rows[unit[0]], key=lambda label: (support[label], label), default="") for unit in shuffled]
     counts = Counter(labels)
     # One of every 1/share units, in the order of their labels.
     by_label = sorted((label, place) for place, label in enumerate(labels) if counts[label] > 1)
     taken = [place for number, (_, place) in enumerate(by_label) if int((number + 1) * share) > int(number * share)]
     if not taken:
-        raise _too_small(table, columns, len(labels) - len(by_label))
+        raise _too_small(table, task.columns, len(labels) - len(by_label))
     indices = {index for place in taken for index in shuffled[place]}
     records = [replace(record, skipped=0) for record in table.records]  # they have numbers of their own
     rest = tuple(record for index, record in enumerate(records) if index not in indices)
@@ -233,8 +234,8 @@ def related_records(records: Sequence[Record], columns: Columns) -> list[list[in
 
 def _too_small(table: Table, columns: Columns, once: int) -> UserError:
     """Return the error. once: how many units have a label that occurs once."""
-    named = " and ".join(f"task.columns.{role}" for role in columns.roles(LABEL))
-    if once > len(table) / 2:
+    named = " and ".join(f"task.columns.{role}" for role, cell_type in columns.cell_types().items() if cell_type.target)
+    if once > max(1, len(table) / 2):
         advice = f"{once:,} of its {len(table):,} rows have a label that no other row has: is {named} the column of the"
         return UserError(f"{table.path}: no validation split can be taken from it: {advice} labels?")
     return UserError(

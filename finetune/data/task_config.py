@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -14,7 +14,7 @@ from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum, json_digest
 from experiment.hub_data import PREFIX, HubData
-from finetune.data.columns import Columns, GroupColumn, IdColumn, Name, OrderColumn, TextsColumn
+from finetune.data.columns import LABEL, Columns, GroupColumn, IdColumn, Name, OrderColumn, TextsColumn
 from finetune.data.formats import FileFormat, visible_files
 
 
@@ -134,6 +134,10 @@ class TaskConfig(Section):
         tests = self.test if isinstance(self.test, Mapping) else {"test": self.test}
         splits = {"train": self.train, "validation": self.validation, **tests}
         return {split: path for split, path in splits.items() if path is not None}
+
+    def labels_of(self, values: Mapping[str, Any]) -> Collection[str]:
+        """Return the labels of a record's values; a drawn validation split has about as much of each as the rest."""
+        return [values[role] for role in self.columns.roles(LABEL)]
 
     def pinned(self, earlier: Iterable[str] = ()) -> Self:
         """Return the same task with absolute paths, and with the commits of its data sets of the Hub. Raises UserError.

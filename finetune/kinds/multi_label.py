@@ -1,7 +1,7 @@
 """Multi-label classification: any number of labels, perhaps none, for a text or for a pair of texts."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
@@ -54,6 +54,16 @@ class Config(TaskConfig):
         columns = self.columns.labels
         return self.labels or (columns if isinstance(columns, tuple) else ())
 
+    def labels_of(self, values: Mapping[str, Any]) -> list[str]:
+        found, known = values["labels"], self.known_labels
+        if not isinstance(found, list):
+            found = [label for part in found.split(self.label_separator) if (label := part.strip())]
+        # 0 and 1 may be labels themselves; of three values, two are the same, as in no list of labels.
+        is_vector = isinstance(self.columns.labels, tuple) or len(known) > 2 or not {*found} & {*known}
+        if len(found) == len(known) and FLAGS.keys() >= {*found} and is_vector:
+            return [label for label, value in zip(known, found, strict=True) if FLAGS[value] == "1"]
+        return found
+
     @model_validator(mode="after")
     def _columns_are_labels(self) -> Self:
         columns = self.columns.labels
@@ -76,9 +86,9 @@ class Kind(TaskKind[Config]):
         if config.known_labels:
             return config.known_labels
         rows = reversed(train.records)
-        places = {label: record.place for record in rows for label in _labels_of(record, config)}
+        places = {label: record.place for record in rows for label in config.labels_of(record.values)}
         reject_two_spellings(places)
-        if length := _multi_hot_length([_labels_of(record, config) for record in train.records]):
+        if length := _multi_hot_length([config.labels_of(record.values) for record in train.records]):
             raise UserError(
                 f"{train.path}: the labels of each row are {length} zeros and ones, a multi-hot vector; list the names "
                 f"of the {length} labels, in its order, in task.labels"
@@ -98,7 +108,7 @@ class Kind(TaskKind[Config]):
         return super().usage.replace("$tokenizing", "top_k=None, $tokenizing")  # the probabilities of all labels
 
     def describe(self, train: Table) -> list[str]:
-        rows = [_labels_of(record, self.config) for record in train.records]
+        rows = [self.config.labels_of(record.values) for record in train.records]
         counts = Counter(label for labels in rows for label in labels)
         shares, none = self.describe_shares(counts, len(train)), sum(not labels for labels in rows) / len(train)
         return [
@@ -111,15 +121,18 @@ class Kind(TaskKind[Config]):
         ]
 
     def check_target(self, record: Record) -> None:
-        self._multi_hot(_labels_of(record, self.config), record.place)
+        self._target(record)
 
     def target(self, record: Record, roles: Sequence[str]) -> object:
         """Return the labels as a set: their order means nothing."""
-        return set(_labels_of(record, self.config))
+        return set(self.config.labels_of(record.values))
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        target = self._multi_hot(_labels_of(record, self.config), record.place) if "labels" in record.values else None
+        target = self._target(record) if "labels" in record.values else None
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), target)]
+
+    def _target(self, record: Record) -> list[float]:
+        return self._multi_hot(self.config.labels_of(record.values), record.place)
 
     def _multi_hot(self, labels: Sequence[str], place: str) -> list[float]:
         ids = {self.label_id(label, place) for label in labels}
@@ -189,7 +202,7 @@ class Kind(TaskKind[Config]):
 
     def _gold(self, records: Sequence[Record]) -> NDArray[np.float64]:
         """Return 1 for each label that a record has, otherwise 0, as NC."""
-        return np.array([self._multi_hot(_labels_of(record, self.config), record.place) for record in records])
+        return np.array([self._target(record) for record in records])
 
     def _predicted(self, predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         return np.array([self._multi_hot(prediction["labels"], "") for prediction in predictions])
@@ -207,17 +220,6 @@ def _joined(labels: Sequence[str]) -> Iterator[tuple[str, str]]:
             parts = [part.strip() for part in label.split(separator)]
             if len(parts) > 1 and known.issuperset(parts):
                 yield label, separator
-
-
-def _labels_of(record: Record, config: Config) -> list[str]:
-    found, known = record.values["labels"], config.known_labels
-    if not isinstance(found, list):
-        found = [label for part in found.split(config.label_separator) if (label := part.strip())]
-    # 0 and 1 may be labels themselves; of three values, two are the same, as in no list of labels.
-    is_vector = isinstance(config.columns.labels, tuple) or len(known) > 2 or not {*found} & {*known}
-    if len(found) == len(known) and FLAGS.keys() >= {*found} and is_vector:
-        return [label for label, value in zip(known, found, strict=True) if FLAGS[value] == "1"]
-    return found
 
 
 def _multi_hot_length(rows: Sequence[Sequence[str]]) -> int | None:

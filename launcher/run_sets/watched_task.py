@@ -91,6 +91,8 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
             del settings["model"][key]
     with user_errors_in(file):
         settings["data"] = data_checksums(task)
+    if task.kind == "multi_label" and task.validation is None:  # version 0.2.0 draws other rows
+        settings["drawn"] = "by the rarest label"
     if probe:
         name = f"{name}-probe"
         del settings["training"]

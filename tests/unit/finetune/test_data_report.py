@@ -55,6 +55,24 @@ def test_a_label_that_a_split_lacks_is_named() -> None:
     assert found == ["validation: no row with 2 labels of train, such as 'odd'"]
 
 
+def test_labels_of_several_that_a_split_lacks_are_named() -> None:
+    """Catches a rare label of a multi-label task whose F1 is 0, because the split has no row with it."""
+    config = multi_label.Config()
+    rows = {"train": ["x, y", "z", "x"], "validation": ["y", "x"]}
+    tables = {
+        split: Table(
+            Path(split),
+            tuple(
+                Record(f"{split}:{line}", {"text": f"{split} {line}", "labels": row}) for line, row in enumerate(found)
+            ),
+            labelled=True,
+        )
+        for split, found in rows.items()
+    }
+    found = data_warnings(tables, multi_label.Kind(config, ("x", "y", "z")))
+    assert found == ["validation: no row with 1 label of train, such as 'z'"]
+
+
 def test_texts_with_different_labels_are_counted() -> None:
     """Catches duplicates that contradict each other and set a limit to every score."""
     found = oddities(train=[*GOOD, ("text 1", "more", "b"), ("text 1", "more", "a"), ("text 1", "more", "a")])

@@ -8,6 +8,7 @@ import pytest
 from experiment.errors import UserError
 from finetune.data.columns import Columns, LabelColumn
 from finetune.data.records import Record, Table
+from finetune.data.task_config import TaskConfig
 from finetune.kinds import multi_label
 from finetune.kinds.classification import ClassificationColumns
 from finetune.kinds.multiple_choice import MultipleChoiceColumns
@@ -23,6 +24,10 @@ def table(*rows: dict[str, object]) -> Table:
     return Table(Path("f.csv"), tuple(Record(f"f.csv:{line}", row) for line, row in enumerate(rows, 2)), labelled=True)
 
 
+def draw(table: Table, columns: Columns, share: float, seed: int) -> tuple[Table, Table]:
+    return split_off(table, TaskConfig(columns=columns, metric="", validation_share=share, split_seed=seed))
+
+
 def labels(table: Table) -> Counter[str]:
     return Counter(record.values["label"] for record in table.records)
 
@@ -32,7 +37,7 @@ LABELLED = table(*({"text": str(number), "label": "rare" if number % 10 == 3 els
 
 def test_the_share_has_as_much_of_each_label() -> None:
     """Catches a rare label that is missing in validation, and a row in both splits or in none."""
-    train, validation = split_off(LABELLED, TEXTS, share=0.1, seed=0)
+    train, validation = draw(LABELLED, TEXTS, share=0.1, seed=0)
     assert labels(train) == {"common": 162, "rare": 18}
     assert labels(validation) == {"common": 18, "rare": 2}
     places = [record.place for split in (train, validation) for record in split.records]
@@ -42,21 +47,21 @@ def test_the_share_has_as_much_of_each_label() -> None:
 def test_rows_of_the_share_are_counted_in_it() -> None:
     """Catches row numbers that have gaps where rows of the file were skipped."""
     records = tuple(replace(record, skipped=number // 50) for number, record in enumerate(LABELLED.records))
-    for split in split_off(replace(LABELLED, records=records), TEXTS, 0.1, seed=0):
+    for split in draw(replace(LABELLED, records=records), TEXTS, 0.1, seed=0):
         assert {record.skipped for record in split.records} == {0}
 
 
 def test_the_seed_decides() -> None:
     """Catches a split that differs between the seeds of a run or after a resume, and a seed that has no effect."""
-    assert split_off(LABELLED, TEXTS, 0.1, seed=0) == split_off(LABELLED, TEXTS, 0.1, seed=0)
-    assert split_off(LABELLED, TEXTS, 0.1, seed=0) != split_off(LABELLED, TEXTS, 0.1, seed=1)
+    assert draw(LABELLED, TEXTS, 0.1, seed=0) == draw(LABELLED, TEXTS, 0.1, seed=0)
+    assert draw(LABELLED, TEXTS, 0.1, seed=0) != draw(LABELLED, TEXTS, 0.1, seed=1)
 
 
 def test_a_label_that_occurs_once_stays_in_train() -> None:
     """Catches a label in validation that the model cannot know."""
     once = table(*({"text": "", "label": str(number)} for number in range(50)), *[{"text": "", "label": "twice"}] * 2)
     for seed in range(20):
-        train, validation = split_off(once, TEXTS, 0.5, seed)
+        train, validation = draw(once, TEXTS, 0.5, seed)
         assert labels(validation) == {"twice": 1}
         assert labels(train)["twice"] == 1
 
@@ -64,7 +69,7 @@ def test_a_label_that_occurs_once_stays_in_train() -> None:
 def test_rows_without_a_label() -> None:
     """Catches numbers to predict that are taken for labels which occur once."""
     numbers = table(*({"label": number / 7, "text": "a"} for number in range(40)))
-    _, validation = split_off(numbers, RegressionColumns(), 0.25, seed=0)
+    _, validation = draw(numbers, RegressionColumns(), 0.25, seed=0)
     assert len(validation) == 10
 
 
@@ -72,7 +77,7 @@ def test_the_texts_of_right_choices_are_not_labels() -> None:
     """Catches questions that stay in train because no other has the same answer."""
     answers = ["yes"] * 40 + [f"answer {number}" for number in range(160)]
     asked = table(*({"question": "", "choices": [answer, "no"], "label": answer} for answer in answers))
-    _, validation = split_off(asked, MultipleChoiceColumns(), 0.1, seed=0)
+    _, validation = draw(asked, MultipleChoiceColumns(), 0.1, seed=0)
     assert len(validation) == 20
     assert labels(validation)["yes"] < 20
 
@@ -84,14 +89,28 @@ def test_labels_of_any_role_are_balanced() -> None:
         emotion: LabelColumn = "emotion"
 
     rows = table(*({"emotion": "rare" if number % 10 == 3 else "common"} for number in range(200)))
-    _, validation = split_off(rows, Emotions(), 0.1, seed=0)
+    _, validation = draw(rows, Emotions(), 0.1, seed=0)
     assert Counter(record.values["emotion"] for record in validation.records) == {"common": 18, "rare": 2}
+
+
+@pytest.mark.parametrize("labels", [["b", "a"], "b, a", ["1", "1", "0"]])
+def test_rare_labels_of_several_are_in_both_splits(labels: object) -> None:
+    """Catches a rare label of a multi-label task without a row in validation, or in train."""
+    config = multi_label.Config(labels=("a", "b", "c"))
+    for seed in range(20):
+        rows = table(*({"text": "", "labels": labels if number % 20 == 3 else "a"} for number in range(200)))
+        train, validation = split_off(rows, config.model_copy(update={"split_seed": seed}))
+        counts = [
+            sum("b" in config.labels_of(record.values) for record in split.records) for split in (train, validation)
+        ]
+        assert counts == [9, 1]
+        assert len(validation) == 20
 
 
 def test_questions_on_one_text_stay_together() -> None:
     """Catches a validation split whose texts are all known from train."""
     rows = table(*({"context": str(number // 4), "question": str(number)} for number in range(80)))
-    train, validation = split_off(rows, QuestionAnsweringColumns(), 0.1, seed=0)
+    train, validation = draw(rows, QuestionAnsweringColumns(), 0.1, seed=0)
     assert len(validation) == 8
     contexts = [{record.values["context"] for record in split.records} for split in (train, validation)]
     assert not contexts[0] & contexts[1]
@@ -152,7 +171,7 @@ def test_a_dash_that_is_no_label_of_the_training_split(tmp_path: Path) -> None:
 def test_too_few_rows_are_rejected() -> None:
     """Catches an empty validation split."""
     with pytest.raises(UserError, match=r"f\.csv: too few rows to take a validation split from; set task\.validation"):
-        split_off(table(*[{"label": "a"}] * 4, {"label": "b"}), TEXTS, 0.1, seed=0)
+        draw(table(*[{"label": "a"}] * 4, {"label": "b"}), TEXTS, 0.1, seed=0)
 
 
 def test_labels_that_occur_once_are_named_as_the_reason() -> None:
@@ -161,4 +180,7 @@ def test_labels_that_occur_once_are_named_as_the_reason() -> None:
     with pytest.raises(
         UserError, match=r"200 of its 200 rows have a label that no other row has: is task\.columns\.label"
     ):
-        split_off(swapped, TEXTS, 0.1, seed=0)
+        draw(swapped, TEXTS, 0.1, seed=0)
+    several = table(*({"text": "", "labels": [f"{number} a", f"{number} b"]} for number in range(200)))
+    with pytest.raises(UserError, match=r"200 of its 200 rows have a label .*: is task\.columns\.labels the column of"):
+        split_off(several, multi_label.Config())

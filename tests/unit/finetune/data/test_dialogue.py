@@ -8,7 +8,7 @@ from experiment.errors import UserError
 from finetune.config import FinetuneConfig
 from finetune.data.formats import FileFormat, read_rows
 from finetune.data.records import TurnJoiner, join_turns, read_records, read_table
-from finetune.data.task_config import DialogueContext
+from finetune.data.task_config import DialogueContext, TaskConfig
 from finetune.kinds.classification import ClassificationColumns
 from finetune.splits import split_off
 
@@ -79,7 +79,7 @@ def test_dialogues_stay_together_in_a_random_split(tmp_path: Path) -> None:
     rows = (f"{number // 4},text,{'xy'[number // 4 % 2]}\n" for number in range(80))
     path.write_text("dialogue,said,label\n" + "".join(rows))
     table = read_table(path, COLUMNS, joiner=TurnJoiner(DialogueContext(group="dialogue"), "[SEP]"))
-    train, validation = split_off(table, COLUMNS, 0.1, seed=0)
+    train, validation = split_off(table, TaskConfig(columns=COLUMNS, metric="accuracy"))
     assert len(validation) == 8
     assert not {record.group for record in train.records} & {record.group for record in validation.records}
 

@@ -59,6 +59,15 @@ def test_scores_of_earlier_versions_stay_comparable(write_task: WriteTask, monke
     )
 
 
+def test_scores_on_other_drawn_rows_are_not_comparable(write_task: WriteTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a curve of the scores of version 0.2.0, which drew the validation split of multi-label tasks by other
+    labels, and of later ones."""
+    keys = {"task__kind": "multi_label", "task__columns": {"labels": "label", "text": "text"}}
+    path = write_task(**keys, task__train="train.tsv", task__validation=None, task__test="test.tsv")
+    monkeypatch.chdir(path.parent)
+    assert read_watched_task("toy.yaml", probe=False).config[:16] != "90dbe9f17fcb4572"
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[ChildRun]:
     """The processes that were started. They write scores of both splits."""
