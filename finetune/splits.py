@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
+from experiment.formatting import counted
 from experiment.progress import track
 from finetune.config import TrainingConfig
 from finetune.data.columns import CONTEXT, Columns
@@ -212,7 +213,7 @@ def split_off(table: Table, task: TaskConfig) -> tuple[Table, Table]:
     by_label = sorted((label, place) for place, label in enumerate(labels) if counts[label] > 1)
     taken = [place for number, (_, place) in enumerate(by_label) if int((number + 1) * share) > int(number * share)]
     if not taken:
-        raise _too_small(table, task.columns, len(labels) - len(by_label))
+        raise _too_small(table, task.columns, len(labels), len(labels) - len(by_label))
     indices = {index for place in taken for index in shuffled[place]}
     records = [replace(record, skipped=0) for record in table.records]  # they have numbers of their own
     rest = tuple(record for index, record in enumerate(records) if index not in indices)
@@ -232,16 +233,19 @@ def related_records(records: Sequence[Record], columns: Columns) -> list[list[in
     return list(units.values())
 
 
-def _too_small(table: Table, columns: Columns, once: int) -> UserError:
+def _too_small(table: Table, columns: Columns, units: int, once: int) -> UserError:
     """Return the error. once: how many units have a label that occurs once."""
     named = " and ".join(f"task.columns.{role}" for role, cell_type in columns.cell_types().items() if cell_type.target)
     if once > max(1, len(table) / 2):
         advice = f"{once:,} of its {len(table):,} rows have a label that no other row has: is {named} the column of the"
         return UserError(f"{table.path}: no validation split can be taken from it: {advice} labels?")
-    return UserError(
-        f"{table.path}: too few rows to take a validation split from; set task.validation to a file, or raise "
-        "task.validation_share"
-    )
+    few = "too few rows"
+    if units < len(table):
+        texts = columns.roles(CONTEXT)
+        noun, key = ("text", f"columns.{texts[0]}") if texts else ("dialogue", "dialogue.group")
+        few = f"only {counted(units, noun)} (task.{key}) for {counted(len(table), 'row')}, too few"
+    advice = ", or raise task.validation_share" if units > 1 else ""
+    return UserError(f"{table.path}: {few} to take a validation split from; set task.validation to a file{advice}")
 
 
 def _values(record: Record, roles: Sequence[str]) -> tuple[str, ...]:

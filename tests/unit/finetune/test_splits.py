@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,19 @@ def test_too_few_rows_are_rejected() -> None:
     """Catches an empty validation split."""
     with pytest.raises(UserError, match=r"f\.csv: too few rows to take a validation split from; set task\.validation"):
         draw(table(*[{"label": "a"}] * 4, {"label": "b"}), TEXTS, 0.1, seed=0)
+
+
+@pytest.mark.parametrize(("texts", "found"), [(1, "1 text"), (9, "9 texts")])
+def test_few_texts_are_named_as_the_reason(texts: int, found: str) -> None:
+    """Catches 900 questions that are called too few rows because they are on a few texts, which stay together."""
+    rows = table(*({"context": str(number % texts), "question": "", "answers": []} for number in range(900)))
+    advice = ", or raise task.validation_share" if texts > 1 else ""
+    message = f"only {found} (task.columns.context) for 900 rows, too few to take a validation split from; set "
+    with pytest.raises(UserError, match=re.escape(f"{message}task.validation to a file{advice}") + "$"):
+        draw(rows, QuestionAnsweringColumns(), 0.1, seed=0)
+    turns = replace(LABELLED, records=tuple(replace(record, group="1") for record in LABELLED.records))
+    with pytest.raises(UserError, match=r"only 1 dialogue \(task\.dialogue\.group\) for 200 rows"):
+        draw(turns, TEXTS, 0.1, seed=0)
 
 
 def test_labels_that_occur_once_are_named_as_the_reason() -> None:
