@@ -21,7 +21,7 @@ from experiment.files import atomic_write, parse_json, read_json
 from experiment.models.model_names import local_model
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import FinetuneConfig
-from finetune.data.records import Record
+from finetune.data.records import Record, Table
 from finetune.scores.significance import Score
 from finetune.splits import read_splits
 from finetune.task_kind import Prediction, TaskKind, find_kind
@@ -219,12 +219,21 @@ class ScoredSplit:
         return lambda seed, rows: scorers[seed](rows)[metric]
 
 
-def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> ScoredSplit:
-    """Read a split. labels: as in the results of the run. Raises UserError if the data or the predictions have changed
-    or cannot be read, DamagedPredictionsError if the latter are damaged."""
+def read_scored_split(
+    folder: RunFolder, split: str, labels: Sequence[str], files: Mapping[str, str], tables: dict[str, Table]
+) -> ScoredSplit:
+    """Read a split. labels: as in the results of the run. files: split -> where its data are now. tables: of this split
+    for other runs, to which the one for this run is added.
+
+    Raises UserError if the data or the predictions have changed or cannot be read, DamagedPredictionsError if the
+    latter are damaged.
+    """
     config = load_config(FinetuneConfig, folder.config)
-    table = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)[split]
-    kind = find_kind(config.task.kind)(config.task, tuple(labels))
+    task, model, fit_on = config.task.with_files(files), config.model.init_from, config.training.fit_on
+    key = repr((task, fit_on, model if task.dialogue else None))
+    if key not in tables:
+        tables[key] = read_splits(task, local_model(model), fit_on)[split]
+    table, kind = tables[key], find_kind(task.kind)(task, tuple(labels))
     predictions = []
     for seed in config.training.seeds:
         path = folder.seed_folder(seed)

@@ -19,6 +19,7 @@ from experiment.results.main_score import count_collapsed
 from experiment.results.plots import draw_dots
 from experiment.run_files.checkpoints import checkpoint_step, is_checkpoint_name
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder
+from finetune.data.records import Table
 from finetune.results.predictions import DamagedPredictionsError, ScoredSplit, read_scored_split
 from finetune.scores.significance import (
     FEWEST_UNITS,
@@ -36,6 +37,7 @@ from launcher.run_sets.run_set import DONE, PlannedRun, has_planned_seeds
 RESAMPLES = 1000
 
 _FITTED_ON = ("train", "validation")
+_NOT_TESTED: Mapping[str, Any] = {"interval": None, "against": {}}
 
 ScoresByRow = Mapping[str, Sequence["CellScores"]]
 """Row -> its cells, without the failed ones."""
@@ -60,6 +62,7 @@ class CellScores:
     std: float | None  # None for one seed
     collapsed: int  # number of seeds, on this split
     labels: tuple[str, ...]
+    files: Mapping[str, str]  # split -> where its data are now
 
 
 def run_comparison(plan: ComparePlan) -> None:
@@ -77,26 +80,32 @@ def run_comparison(plan: ComparePlan) -> None:
             for row, row_runs in plan.cells.items()
         }
         failed = {name: state for name, state in states.items() if state != DONE}
-        _write_tables(runs.folder, cells, test_rows(cells), failed)
+        try:
+            tests = test_rows(cells)
+        except UserError:
+            _write_tables(runs.folder, cells, {}, failed)  # the scores are finished
+            raise
+        _write_tables(runs.folder, cells, tests, failed)
 
 
 def _cells_of(plan: ComparePlan, task: str, run: PlannedRun, state: str) -> list[CellScores]:
     """Return the scores of a cell, see `_read_cell`. Of a failed sweep, the best of its other runs, if any, unless it
     failed before it replaced the record of earlier seeds."""
-    folder = plan.runs.run_folder(run)
+    folder, files = plan.runs.run_folder(run), plan.files[task]
     if state == DONE:
-        return _read_cell(task, folder, plan.grid)
+        return _read_cell(task, folder, plan.grid, files)
     if plan.grid and has_planned_seeds(run, folder):
         with suppress(UserError):
-            return _read_cell(task, folder, grid=True)
+            return _read_cell(task, folder, True, files)
     return []
 
 
-def _read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
+def _read_cell(task: str, folder: RunFolder, grid: bool, files: Mapping[str, str]) -> list[CellScores]:
     """Return the scores of a finished cell for each test split that has the task's metric; on validation if there is
     none.
 
-    grid: whether the folder holds a sweep. Raises UserError for a file that is damaged or cannot be read.
+    grid: whether the folder holds a sweep. files: see `CellScores`. Raises UserError for a file that is damaged or
+    cannot be read.
     """
     chosen: Mapping[str, str] = {}
     cell = folder.path
@@ -111,7 +120,7 @@ def _read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
         scored = [split for split, scores in results["splits"].items() if results["metric"] in scores]
         splits = [split for split in scored if split not in _FITTED_ON] or ["validation"]
         columns = {task if len(splits) == 1 else f"{task} {split}": split for split in splits}
-        return [_scores(column, folder, split, chosen, results) for column, split in columns.items()]
+        return [_scores(column, folder, split, chosen, results, files) for column, split in columns.items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         require_damage(error, f"{path} cannot be read")
         raise _damaged(cell, f"{path} is damaged: {type(error).__name__}: {reason(error)}") from None
@@ -124,7 +133,12 @@ def _damaged(cell: Path, problem: str) -> UserError:
 
 
 def _scores(
-    column: str, folder: RunFolder, split: str, chosen: Mapping[str, str], results: Mapping[str, Any]
+    column: str,
+    folder: RunFolder,
+    split: str,
+    chosen: Mapping[str, str],
+    results: Mapping[str, Any],
+    files: Mapping[str, str],
 ) -> CellScores:
     metric, labels = results["metric"], tuple(results["labels"])
     scores, collapsed = results["splits"][split][metric], count_collapsed(results, split)
@@ -132,7 +146,7 @@ def _scores(
     checkpoint = Path(results["init"]).parent
     step = checkpoint_step(checkpoint) if is_checkpoint_name(checkpoint.name) else None
     model = (results["init"], step)
-    return CellScores(column, *model, folder, split, chosen, metric, values, mean, std, collapsed, labels)
+    return CellScores(column, *model, folder, split, chosen, metric, values, mean, std, collapsed, labels, files)
 
 
 def test_rows(cells: ScoresByRow) -> Tests:
@@ -157,7 +171,8 @@ def test_rows(cells: ScoresByRow) -> Tests:
 
 
 def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]:
-    splits = {row: _read_split(cell) for row, cell in cells.items()}
+    tables: dict[str, Table] = {}
+    splits = {row: _read_split(cell, tables) for row, cell in cells.items()}
     (count, *others) = {len(split.records) for split in splits.values()}
     if others:
         raise UserError(f"{column}: the rows were scored on {count:,} and {others[0]:,} records; run them again")
@@ -172,9 +187,9 @@ def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]
     return scores
 
 
-def _read_split(cell: CellScores) -> ScoredSplit:
+def _read_split(cell: CellScores, tables: dict[str, Table]) -> ScoredSplit:
     try:
-        return read_scored_split(cell.folder, cell.split, cell.labels)
+        return read_scored_split(cell.folder, cell.split, cell.labels, cell.files, tables)
     except DamagedPredictionsError as error:
         run = cell.folder.path
         raise _damaged(run.parent if cell.chosen else run, str(error)) from None  # chosen: a run of the cell's sweep
@@ -183,10 +198,10 @@ def _read_split(cell: CellScores) -> ScoredSplit:
 def _write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: Mapping[str, str]) -> None:
     """Write compare.json, compare.csv, compare.md, compare.png and the report, and print the tables.
 
-    A report that cannot be written is a warning. failed: name of a run -> how it failed.
+    A report that cannot be written is a warning. tests: empty if they failed. failed: name of a run -> how it failed.
     """
     comparison = {
-        row: {cell.column: _as_json(cell, folder, tests[cell.column, row]) for cell in found}
+        row: {cell.column: _as_json(cell, folder, tests.get((cell.column, row), _NOT_TESTED)) for cell in found}
         for row, found in cells.items()
     }
     write_json(folder.path / "compare.json", comparison)
@@ -202,5 +217,5 @@ def _write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: M
 
 def _as_json(cell: CellScores, folder: RunFolder, tests: Mapping[str, Any]) -> dict[str, Any]:
     path = str(cell.folder.path.relative_to(folder.path))
-    found = {name: value for name, value in vars(cell).items() if name not in ("column", "labels")}
+    found = {name: value for name, value in vars(cell).items() if name not in ("column", "labels", "files")}
     return {**found, "folder": path, **tests}

@@ -49,6 +49,7 @@ class ComparePlan:
     runs: RunSet
     cells: Mapping[str, Mapping[str, PlannedRun]]  # row -> task -> its fine-tuning run, or a sweep of them
     grid: bool  # whether a cell is a sweep
+    files: Mapping[str, Mapping[str, str]]  # task -> split -> where its data are now
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class _Task:
 
     name: str  # of its folders
     file: str
+    files: Mapping[str, str]  # split -> file
     data: FlatConfig  # data.SPLIT -> checksum
     pinned: Mapping[str, str]  # overrides with the commits of data sets of the Hub
     is_trained: bool
@@ -95,7 +97,7 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
             of_rows = {name: found[task.name].config for name, found in cells.items()}
             _warn_of_dropout(task, config.grid, dropout, of_rows)
     run_set = RunSet("compare", folder, "run.dir", COMPARISON_RECORD, tuple(runs), configs=configs)
-    return ComparePlan(run_set, cells, config.grid is not None)
+    return ComparePlan(run_set, cells, config.grid is not None, {task.name: task.files for task in tasks})
 
 
 def _find_encoders(
@@ -140,7 +142,8 @@ def _read_tasks(config: CompareConfig, recorded: Sequence[str]) -> list[_Task]:
         with user_errors_in(file):
             task = task_config.task.pinned(recorded)
             check_data(task_config.model_copy(update={"task": task}))
-            tasks.append(_Task(folders[name], file, data_origin(task), task.hub_overrides(), task.is_trained))
+            origin, pinned = data_origin(task), task.hub_overrides()
+            tasks.append(_Task(folders[name], file, task.files(), origin, pinned, task.is_trained))
     return tasks
 
 

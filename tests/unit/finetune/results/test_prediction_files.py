@@ -101,15 +101,15 @@ def test_data_are_those_that_were_scored(trained_run: Path, tmp_path: Path) -> N
     run = RunFolder(Path(shutil.copytree(trained_run, tmp_path / "run")))
     data = tmp_path / "test.tsv"
     shutil.copy(trained_run.parent / "test.tsv", data)
-    run.config.write_text(run.config.read_text().replace(str(trained_run.parent / "test.tsv"), str(data)))
-    assert len(read_scored_split(run, "test", ["high", "low"]).records) == 20
+    files = {split: str(trained_run.parent / f"{split}.tsv") for split in ("train", "validation")} | {"test": str(data)}
+    assert len(read_scored_split(run, "test", ["high", "low"], files, {}).records) == 20
     predictions = run.path / "seed-2" / "predictions-test.jsonl"
     predictions.write_text("".join(predictions.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(DamagedPredictionsError, match=r"predictions-test\.jsonl is damaged: expected 20 .*, found 19"):
-        read_scored_split(run, "test", ["high", "low"])
+        read_scored_split(run, "test", ["high", "low"], files, {})
     data.write_text(data.read_text().replace("low", "high", 1))
     with pytest.raises(UserError, match=r"test\.tsv differs from the data that .*/seed-1 was scored on: it was"):
-        read_scored_split(run, "test", ["high", "low"])
+        read_scored_split(run, "test", ["high", "low"], files, {})
     (run.path / "seed-1" / "COMPLETE").write_text("{}")
     with pytest.raises(DamagedPredictionsError, match="COMPLETE is damaged"):
-        read_scored_split(run, "test", ["high", "low"])
+        read_scored_split(run, "test", ["high", "low"], files, {})

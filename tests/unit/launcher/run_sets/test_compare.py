@@ -17,7 +17,7 @@ import pytest
 import yaml
 from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
-from experiment.errors import StoppedError
+from experiment.errors import StoppedError, UserError
 from experiment.results.plots import draw_dots
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete, write_best
 from experiment.run_files.outcome_file import Outcome, write_outcome
@@ -25,6 +25,8 @@ from experiment.run_files.run_folder import RunFolder
 from finetune.data.records import Record
 from finetune.kinds.question_answering import QuestionAnsweringColumns
 from finetune.resolve import load_run_config
+from finetune.results import predictions
+from finetune.splits import read_splits
 from hub_server import HubServer
 from launcher.cli import main
 from launcher.run_sets import compare, run_set
@@ -180,7 +182,7 @@ def test_differences_have_the_sign_of_their_interval(tmp_path: Path, monkeypatch
     monkeypatch.setattr(compare, "_resample", lambda *_: drawn)
     means = {"good": 0.9, "bad": 0.5}
     cells = {
-        row: [CellScores("toy", "", None, RunFolder(tmp_path), "test", {}, "accuracy", (mean,), mean, None, 0, ())]
+        row: [CellScores("toy", "", None, RunFolder(tmp_path), "test", {}, "accuracy", (mean,), mean, None, 0, (), {})]
         for row, mean in means.items()
     }
     tests = compare.test_rows(cells)
@@ -199,7 +201,7 @@ def test_rows_share_the_drawn_texts_but_not_the_drawn_seeds(monkeypatch: pytest.
         predictions=[[], []],  # of two seeds
         scorer=lambda _: lambda seed, drawn: 10 * seed + np.mean(drawn < 20),
     )
-    monkeypatch.setattr(compare, "_read_split", lambda _: split)
+    monkeypatch.setattr(compare, "_read_split", lambda *_: split)
     cell: Any = SimpleNamespace(metric="f1")
     drawn = compare._resample("toy", {"a": cell, "b": cell})
     seeds, texts = zip(*(np.divmod(drawn[row], 5) for row in "ab"), strict=True)
@@ -214,7 +216,7 @@ def test_few_texts_have_no_test(monkeypatch: pytest.MonkeyPatch, contexts: int, 
     records = [Record(f"f.jsonl:{number}", {"context": f"text {number % contexts}"}) for number in range(60)]
     config = SimpleNamespace(columns=QuestionAnsweringColumns())
 
-    def read(cell: CellScores) -> Any:
+    def read(cell: CellScores, _: object) -> Any:
         right = np.arange(60) % 10 < 10 * cell.mean
         kind = SimpleNamespace(config=config)
         return SimpleNamespace(
@@ -223,7 +225,7 @@ def test_few_texts_have_no_test(monkeypatch: pytest.MonkeyPatch, contexts: int, 
 
     monkeypatch.setattr(compare, "_read_split", read)
     cells = {
-        row: [CellScores("toy", "", None, RunFolder(Path()), "test", {}, "f1", (mean, mean), mean, 0.0, 0, ())]
+        row: [CellScores("toy", "", None, RunFolder(Path()), "test", {}, "f1", (mean, mean), mean, 0.0, 0, (), {})]
         for row, mean in {"a": 0.6, "b": 0.5}.items()
     }
     tests = compare.test_rows(cells)
@@ -231,6 +233,43 @@ def test_few_texts_have_no_test(monkeypatch: pytest.MonkeyPatch, contexts: int, 
     assert against["difference"] == pytest.approx(0.1)
     assert (against["interval"] is not None) == (against["p"] is not None) == tested
     assert (tests["toy", "a"]["interval"] is not None) == tested
+
+
+def test_data_may_be_moved_after_training(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches finished cells whose scores are tested on the files that their configs name, and splits that are read
+    again for each row."""
+    file, task = write_files(), tmp_path / "toy.yaml"
+    assert main(["compare", str(file)]) == 0
+    before = read_tables(tmp_path / "compare")
+    (tmp_path / "moved").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.csv").rename(tmp_path / "moved" / f"{split}.csv")
+        task.write_text(task.read_text().replace(f"{tmp_path}/{split}.csv", f"{tmp_path}/moved/{split}.csv"))
+    read: list[object] = []
+    monkeypatch.setattr(predictions, "read_splits", lambda *args: read.append(args) or read_splits(*args))
+    assert main(["compare", str(file)]) == 0
+    assert read_tables(tmp_path / "compare") == before
+    assert len(started) == 2
+    assert len(read) == 1
+
+
+def test_scores_are_written_if_their_tests_fail(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches hours of training without a table because a file of predictions is damaged."""
+    file = str(write_files())
+    monkeypatch.setattr(compare, "_read_split", fail_to_read)
+    assert main(["compare", file]) == 2
+    found = read_tables(tmp_path / "compare")
+    cells = [cells["toy"] for cells in found.values()]
+    assert [(len(cell["values"]), cell["interval"], cell["against"]) for cell in cells] == [(2, None, {})] * 2
+    assert "toy, accuracy" in (tmp_path / "compare" / "compare.md").read_text()
+
+
+def fail_to_read(*_: object) -> None:
+    raise UserError("predictions-test.jsonl is damaged")
 
 
 def test_a_stopped_comparison_runs_each_cell_once(
