@@ -25,13 +25,16 @@ class SweepResult:
     value: float | None  # of the metric; None if the run has none
     collapsed: int | None = None  # seeds of a fine-tuning run
     seeds: int = 0
+    std: float | None = None  # over the seeds, if there are several
+    by_seed: Sequence[float] = ()
 
     def shown(self) -> str:
-        """Return the value for a table, with the share of collapsed seeds."""
+        """Return the value for a table, with its standard deviation and the share of collapsed seeds."""
         if self.value is None:
             return UNKNOWN if self.state == "done" else self.state
         collapsed = f" ({self.collapsed} of {self.seeds} seeds collapsed)" if self.collapsed else ""
-        return f"{self.value:.4f}{collapsed}"
+        std = "" if self.std is None else f" ± {self.std:.4f}"
+        return f"{self.value:.4f}{std}{collapsed}"
 
 
 def read_metric(folder: RunFolder, metric: str, lower_is_better: bool | None = None) -> float | None:
@@ -58,7 +61,7 @@ def read_metric(folder: RunFolder, metric: str, lower_is_better: bool | None = N
     return float(values[-1]) if values and values[-1] is not None else None
 
 
-def read_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]]) -> list[SweepResult]:
+def read_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]], metric: str) -> list[SweepResult]:
     """Return the results of a sweep's runs, without points that were taken out of the grid. runs: of its record, by
     name."""
     return [
@@ -67,20 +70,22 @@ def read_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]]) -> li
             dict(run["values"]),
             str(run.get("state", "not done")),
             run.get("value"),
-            *_count_collapsed(RunFolder(folder.path / name)),
+            **_read_seeds(RunFolder(folder.path / name), metric),
         )
         for name, run in runs.items()
         if "values" in run and not run.get("removed")
     ]
 
 
-def _count_collapsed(folder: RunFolder) -> tuple[int | None, int]:
-    """Return how many seeds of a fine-tuning run have collapsed on validation, and how many it has."""
+def _read_seeds(folder: RunFolder, metric: str) -> dict[str, Any]:
+    """Return the fields of a result that a fine-tuning run has; a metric of validation."""
     try:
         results = read_json(folder.results)
-        return count_collapsed(results, "validation"), len(results["seeds"])
-    except (OSError, ValueError, KeyError, TypeError):  # pretraining, not done, or damaged, which `read_metric` reports
-        return None, 0
+        scores = results.get("splits", {}).get("validation", {}).get(metric, {})
+        seeds = {"collapsed": count_collapsed(results, "validation"), "seeds": len(results["seeds"])}
+        return {**seeds, "std": scores.get("std"), "by_seed": scores.get("values", ())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # pretraining, not done, or damaged, which `read_metric` reports
 
 
 def metric_title(metric: str, config: Mapping[str, object]) -> str:
@@ -96,8 +101,11 @@ def sort_results(results: Sequence[SweepResult], lower_is_better: bool) -> list[
 
 def score_charts(best_first: Sequence[SweepResult], metric: str) -> list[DotChart]:
     """Return a chart with a row for each result that has a finite value; empty if none has. metric: its name."""
-    values = {result.name: result.value for result in best_first if result.value is not None}
-    scored = [Dots(name, [value], value) for name, value in values.items() if math.isfinite(value)]
+    scored = [
+        Dots(result.name, list(result.by_seed) or [result.value], result.value)
+        for result in best_first
+        if result.value is not None and math.isfinite(result.value)
+    ]
     return [DotChart(metric, scored)] if scored else []
 
 
@@ -114,8 +122,8 @@ def write_summary(results: Sequence[SweepResult], output: Path, metric: str, low
     """
     best_first = sort_results(results, lower_is_better)
     keys = list(best_first[0].values)
-    rows = [[*run.values.values(), run.value, run.state, run.name, run.collapsed] for run in best_first]
-    write_text(output / "sweep.csv", csv_table([[*keys, metric, "state", "folder", "collapsed"], *rows]))
+    rows = [[*run.values.values(), run.value, run.state, run.name, run.collapsed, run.std] for run in best_first]
+    write_text(output / "sweep.csv", csv_table([[*keys, metric, "state", "folder", "collapsed", "std"], *rows]))
     print_table([*keys, metric], ([*result.values.values(), result.shown()] for result in best_first), labels=0)
     if charts := score_charts(best_first, metric):
         from experiment.results.plots import draw_dots  # matplotlib takes a second

@@ -174,8 +174,8 @@ def sweep_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
     path = folder.path / SWEEP_RECORD
     try:
         record = read_json(path)
-        lower, results = bool(record.get("lower_is_better", True)), read_results(folder, record["runs"])
-        best_first = sort_results(results, lower)
+        results = read_results(folder, record["runs"], record["metric"])
+        best_first = sort_results(results, bool(record.get("lower_is_better", True)))
         configs = [run.get("config", {}) for run in record["runs"].values()]
         metric = metric_title(str(record["metric"]), configs[0] if configs else {})
         table = _sweep_table(best_first, metric)

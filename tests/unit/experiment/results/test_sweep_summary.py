@@ -95,8 +95,24 @@ def test_collapsed_seeds_are_marked(tmp_path: Path, content: str | None, shown: 
     folder.path.mkdir()
     if content is not None:
         folder.results.write_text(content)
-    (result,) = read_results(RunFolder(tmp_path), {"lr=1": {"values": {"lr": "1"}, "state": "done", "value": 0.5}})
+    runs = {"lr=1": {"values": {"lr": "1"}, "state": "done", "value": 0.5}}
+    (result,) = read_results(RunFolder(tmp_path), runs, "f1")
     assert result.shown() == shown
+
+
+def test_the_spread_of_several_seeds_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a best point that is one by chance, because the table and the chart show the mean of its seeds only."""
+    folder = RunFolder(tmp_path / "lr=1")
+    folder.path.mkdir()
+    scores = {"f1": {"values": [0.4, 0.6], "mean": 0.5, "std": 0.1414}}
+    folder.results.write_text(json.dumps({"collapsed": {}, "seeds": [7, 8], "splits": {"validation": scores}}))
+    runs = {"lr=1": {"values": {"lr": "1"}, "state": "done", "value": 0.5}}
+    results = read_results(RunFolder(tmp_path), runs, "f1")
+    assert [dots.values for dots in score_charts(results, "f1")[0].rows] == [[0.4, 0.6]]
+    write_summary(results, tmp_path, "f1", lower_is_better=False)
+    assert "0.5000 ± 0.1414" in capsys.readouterr().out
+    with (tmp_path / "sweep.csv").open() as file:
+        assert [row["std"] for row in csv.DictReader(file)] == ["0.1414"]
 
 
 def test_collapsed_seeds_are_counted_in_the_csv(tmp_path: Path) -> None:
@@ -107,6 +123,6 @@ def test_collapsed_seeds_are_counted_in_the_csv(tmp_path: Path) -> None:
         folder = RunFolder(tmp_path / f"lr={lr}")
         folder.path.mkdir()
         folder.results.write_text(json.dumps({"collapsed": collapsed, "seeds": [7, 8, 9]}))
-    write_summary(read_results(RunFolder(tmp_path), runs), tmp_path, "f1", lower_is_better=False)
+    write_summary(read_results(RunFolder(tmp_path), runs, "f1"), tmp_path, "f1", lower_is_better=False)
     with (tmp_path / "sweep.csv").open() as file:
         assert [(row["lr"], row["collapsed"]) for row in csv.DictReader(file)] == [("1", "1"), ("2", "0"), ("3", "")]

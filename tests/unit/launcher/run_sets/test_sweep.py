@@ -284,7 +284,7 @@ def test_a_sweep_with_a_failure_run_twice(
     assert said.out.index("3.5000") < said.out.index("4.5000") < said.out.index("failed")
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["optimizer.lr", "eval/held/loss", "state", "folder", "collapsed"]
+    assert rows[0] == ["optimizer.lr", "eval/held/loss", "state", "folder", "collapsed", "std"]
     assert [row[0] for row in rows[1:]] == ["1e-2", "1e-4", "1e-3"]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
