@@ -26,6 +26,7 @@ from finetune.results.predictions import prediction_rows, write_rows, write_wors
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_epochs
 from finetune.scores.calibration import measure_calibration
+from finetune.scores.metrics import Number
 from finetune.training.fit import Epoch, Fitted, Log, StateFile, fit, score
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
@@ -119,19 +120,22 @@ def print_seed(seed: int, record: SeedRecord, run: ResolvedRun) -> None:
     if record.epochs:
         print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
     if record.collapsed:
-        advice = _advice_for_collapsed(run) if run.task.is_trained else ""
+        advice = _advice_for_collapsed(run, record.epochs[-1]["steps"]) if record.epochs else ""
         splits = ", ".join(record.collapsed)
         print_warning(f"seed {seed} has collapsed: it predicts the same for every row of {splits}{advice}")
 
 
-def _advice_for_collapsed(run: ResolvedRun) -> str:
+def _advice_for_collapsed(run: ResolvedRun, steps: Number) -> str:
     """Advice: change the learning rate if it is unusual for the size of the model, else the length of the training.
+    steps: that were taken.
 
     The ranges are from docs/finetuning.md, which has their sources.
     """
     lr, is_small = run.training.lr, run.parameters < _SMALL_MODEL or not run.model.pretrained
     low, high = ("1e-4", "1e-3") if is_small else ("1e-5", "5e-5")
     if float(low) <= lr <= float(high):
+        if steps < run.steps:
+            return f"; training.patience stopped it at step {steps:,} of {run.steps:,}: raise it, or leave it out"
         key = "epochs" if run.training.steps is None else "steps"
         return f"; train longer than {run.steps:,} updates (training.{key})"
     weights = f"{'' if run.model.pretrained else 'a random model of '}{format_parameters(run.parameters)}"

@@ -212,6 +212,10 @@ def test_warnings_are_not_quiet(
             r"lower training\.lr: .* for a random model of [\d,]+ parameters",
         ),
         ({"training.lr": "5e-4"}, r"train longer than \d+ updates \(training\.epochs\)"),
+        (
+            {"training.lr": "5e-4", "training.epochs": "4", "training.patience": "1"},
+            r"training\.patience stopped it at step \d+ of \d+: raise it, or leave it out",
+        ),
         ({"training.lr": "5e-4", "training.steps": "3"}, r"train longer than 3 updates \(training\.steps\)"),
     ],
 )
