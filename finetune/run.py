@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiment.config import dump_config, flatten
 from experiment.errors import StoppedError, stopped_by_disk_errors
 from experiment.files import write_text
@@ -107,7 +109,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     order = _in_order_of_events(seeds, folder)
     missing = [seed for seed in order if seed in seeds and seed not in finished]
     left_out = [seed for seed in finished if seed not in seeds and resolved.task.is_trained]
-    for line in _describe_finished(list(records), left_out, resolved):
+    for line in (*_describe_finished(list(records), left_out, resolved), *_describe_gpus(missing, resolved)):
         terminal().print(line)
     if records and missing and (version := other_version(folder)) is not None:
         print_warning(
@@ -208,6 +210,13 @@ def _describe_finished(seeds: Sequence[int], left_out: Sequence[int], resolved: 
     if folders and resolved.keep != "none":
         lines.append(f"finished without a model: {', '.join(folders)}; remove these folders to train and keep one")
     return lines
+
+
+def _describe_gpus(missing: Sequence[int], resolved: ResolvedRun) -> list[str]:
+    """Return a line if seeds are trained one after the other although there are several GPUs."""
+    count = torch.cuda.device_count()
+    one_by_one = len(missing) > 1 and not _in_parallel(missing, resolved)
+    return [f"using 1 of {count} GPUs: see training.parallel_seeds"] if count > 1 and one_by_one else []
 
 
 def _describe_training(resolved: ResolvedRun) -> str:

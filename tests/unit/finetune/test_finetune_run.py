@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,6 +189,19 @@ def test_a_collapsed_seed_is_reported(
     assert "seed 2 has collapsed: it predicts the same for every row of validation, test; " in captured.err
     assert "1 of 2 seeds collapsed (2)" in captured.out
     assert "next: deepcloze predict" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "seeds", "parallel", "mentioned"), [(8, 3, 1, True), (1, 3, 1, False), (8, 1, 1, False), (8, 3, 2, False)]
+)
+def test_gpus_that_are_not_used_are_mentioned(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, seeds: int, parallel: int, mentioned: bool
+) -> None:
+    """Catches a run of many seeds on one of eight GPUs that takes eight times as long as it needs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    resolved: Any = SimpleNamespace(training=SimpleNamespace(parallel_seeds=parallel))
+    line = "using 1 of 8 GPUs: see training.parallel_seeds"
+    assert run_module._describe_gpus(range(seeds), resolved) == ([line] if mentioned else [])
 
 
 def test_warnings_are_not_quiet(
