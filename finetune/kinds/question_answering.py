@@ -20,7 +20,7 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens, windows
 from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.scores.calibration import confidence_losses
-from finetune.scores.metrics import exact_match, word_f1
+from finetune.scores.metrics import answer_scores
 from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind, predictor_usage
 
 _MOST_LOST = 0.1  # share of the training questions that may be left out
@@ -190,19 +190,13 @@ class Kind(TaskKind[Config]):
 
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         """Means over the questions, in [0, 1]. Each answer is compared with the right one that fits best."""
-        pairs = [
-            (prediction["answer"], _right_answers(record))
-            for record, prediction in zip(records, predictions, strict=True)
-        ]
-        exact = np.array([any(exact_match(text, right) for right in rights) for text, rights in pairs])
-        f1 = np.array([_best_f1(text, rights) for text, rights in pairs])
+        f1, exact = _best_scores_of_answers(records, predictions)
         return lambda rows: {"f1": float(f1[rows].mean()), "exact_match": float(exact[rows].mean())}
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         """Return the cross-entropy of an answer's probability with its F1 as the target: wrong answers that the model
         is sure of are the worst."""
-        pairs = zip(records, predictions, strict=True)
-        f1 = [_best_f1(prediction["answer"], _right_answers(record)) for record, prediction in pairs]
+        f1, _ = _best_scores_of_answers(records, predictions)
         return confidence_losses([prediction["score"] for prediction in predictions], f1)
 
 
@@ -226,12 +220,13 @@ def _lost(train: Table) -> list[Record]:
     return [record for record in train.records if _is_lost(record)]
 
 
-def _right_answers(record: Record) -> list[str]:
-    return [answer["text"] for answer in record.values["answers"]] or [""]
-
-
-def _best_f1(text: str, rights: Sequence[str]) -> float:
-    return max(word_f1(text, right) for right in rights)
+def _best_scores_of_answers(records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
+    """2N F1 and exact match of each answer, with the right one that fits best."""
+    best = []
+    for record, prediction in zip(records, predictions, strict=True):
+        rights = [answer["text"] for answer in record.values["answers"]] or [""]
+        best.append(np.max([answer_scores(prediction["answer"], right) for right in rights], axis=0))
+    return np.array(best).T
 
 
 def _classification_token(tokens: Tokens, encoder: Encoder) -> int:

@@ -28,7 +28,6 @@ _SPELLINGS = (
 # Shape suffixes: C labels; N texts or queries, M documents, R rows of a part, D hidden.
 
 LabelIds = NDArray[np.int64]  # N
-Confusion = NDArray[np.int64]  # CC counts: rows by label, columns by predicted label
 
 Vectors = NDArray[np.float32]
 """Vectors of length 1, so that products are cosines."""
@@ -206,20 +205,12 @@ def _in_other_spelling(labels: Sequence[str]) -> dict[str, str]:
     return {}
 
 
-def exact_match(found: str, right: str) -> bool:
-    """Return whether two answers have the same words, as the script of SQuAD (Rajpurkar et al. 2016) compares them:
-    without case, punctuation and articles."""
+def answer_scores(found: str, right: str) -> tuple[float, float]:
+    """Return F1 of the words of an answer, and 1 if they are the right ones, else 0, as the script of SQuAD (Rajpurkar
+    et al. 2016) compares them: without case, punctuation and articles."""
     words, right_words = _words(found, right)
-    return words == right_words
-
-
-def word_f1(found: str, right: str) -> float:
-    """Return F1 of the words of an answer, as the script of SQuAD counts them."""
-    words, right_words = _words(found, right)
-    common = (Counter(words) & Counter(right_words)).total()
-    if not words or not right_words:
-        return float(words == right_words)
-    return 2 * common / (len(words) + len(right_words))
+    common, exact = (Counter(words) & Counter(right_words)).total(), float(words == right_words)
+    return 2 * common / (len(words) + len(right_words)) if words and right_words else exact, exact
 
 
 def _words(*answers: str) -> list[list[str]]:

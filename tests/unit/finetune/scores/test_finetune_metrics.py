@@ -3,11 +3,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from finetune.data.records import Record
 from finetune.kinds.classification import Config, Kind
 from finetune.scores.metrics import (
-    Confusion,
     classification_scores,
     confusion_matrix,
     is_constant,
@@ -128,7 +128,7 @@ def test_mistakes_of_many_words_need_no_memory() -> None:
     assert [mistake["count"] for mistake in mistakes(matrix)] == [10**12]
 
 
-def mistakes(matrix: Confusion, count: int = 10) -> list[dict[str, Any]]:
+def mistakes(matrix: NDArray[np.int64], count: int = 10) -> list[dict[str, Any]]:
     return top_confusions(np.flatnonzero(matrix), matrix[matrix > 0], LABELS, count)
 
 
