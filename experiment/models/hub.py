@@ -6,13 +6,10 @@ never code. Functions raise UserError with one line: for missing or restricted r
 network, and for a full disk. They retry transient errors.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from experiment.config import did_you_mean
 from experiment.errors import UserError, describe_disk_error, first_line, inform
 from experiment.models.hub_names import HubName
 from experiment.progress import terminal
@@ -34,7 +31,6 @@ _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 _ONNX = ("model.onnx", "model.onnx.data")  # as `deepcloze export` names them
 _MODULE_WEIGHTS = "[0-9]*_*/model.safetensors"  # of sentence-transformers, such as 2_Dense
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
-_CANDIDATES = 50  # repositories to compare a misspelt name with
 
 
 def resolve_commit(name: HubName, kind: Kind = "model") -> HubName:
@@ -198,42 +194,13 @@ def _explain(name: HubName, kind: Kind, error: Exception) -> UserError:
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name.repository}"
         return UserError(f"{name}: access is restricted: accept the conditions at {page}, then {LOG_IN}")
     if isinstance(error, errors.RevisionNotFoundError):
-        return UserError(f"{name}: there is no revision '{name.revision}'{_other_revisions(name, kind)}")
+        return UserError(f"{name}: there is no revision '{name.revision}'")
     if isinstance(error, errors.RepositoryNotFoundError):
         return UserError(
             f"{name}: no such folder, and no such {kind} on the Hugging Face Hub (for a private one, {LOG_IN})"
-            f"{_similar_name(name, kind)}"
         )
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 403:
         return UserError(f"{name}: the token does not allow this: {LOG_IN} to one that does")
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
         return UserError(f"{name}: the Hugging Face Hub rejects the token: {LOG_IN} to another one")
     return UserError(f"{name}: the Hugging Face Hub: {first_line(error)}")
-
-
-def _other_revisions(name: HubName, kind: Kind) -> str:
-    from huggingface_hub import HfApi
-
-    with suppress(Exception):  # it only improves a message
-        refs = HfApi().list_repo_refs(name.repository, repo_type=kind)
-        return did_you_mean(str(name.revision), [ref.name for ref in (*refs.branches, *refs.tags)])
-    return ""
-
-
-def _similar_name(name: HubName, kind: Kind) -> str:
-    """Return the end of a message about a repository that does not exist: the most similar one, if any.
-
-    The Hub finds parts of names. A misspelt name is right in its first or in its second half, unless it is wrong twice.
-    """
-    from huggingface_hub import HfApi
-
-    owner, _, last = name.repository.rpartition("/")
-    middle = len(last) // 2
-    candidates: dict[str, str] = {}  # compared text -> whole name
-    with suppress(Exception):  # it only improves a message
-        search = HfApi().list_models if kind == "model" else HfApi().list_datasets
-        for part in (last, last[:middle], last[middle:]):
-            for found in search(search=part, sort="downloads", limit=_CANDIDATES):
-                candidates.setdefault(found.id if owner else found.id.rpartition("/")[2], found.id)
-    close = difflib.get_close_matches(name.repository, candidates, n=1, cutoff=0.75)
-    return f"; did you mean '{candidates[close[0]]}'?" if close else ""

@@ -183,19 +183,6 @@ class Handler(BaseHTTPRequestHandler):
             files = found[0].commits.get(found[1], {})
             self.answer_json(_describe({path: content for path, content in files.items() if path in wanted}))
 
-    def refs(self, kind: str, name: str) -> None:
-        if found := self._find(f"{kind}/{name}"):
-            branches = [
-                {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit}
-                for branch, commit in found[0].branches.items()
-            ]
-            self.answer_json({"branches": branches, "tags": [], "converts": []})
-
-    def search(self, kind: str) -> None:
-        names = [name.removeprefix(f"{kind}/") for name in self.hub.repositories if name.startswith(f"{kind}/")]
-        wanted = self.query.get("search", "").lower()
-        self.answer_json([{"_id": name, "id": name, "tags": []} for name in names if wanted in name.lower()])
-
     def file(self, name: str, revision: str, path: str) -> None:
         kind, name = ("datasets", name[9:]) if name.startswith("datasets/") else ("models", name)
         if not (found := self._find(f"{kind}/{name}", revision)):
@@ -270,11 +257,9 @@ def _describe(files: Mapping[str, bytes]) -> list[dict[str, Any]]:
 
 
 _ROUTES: list[tuple[str, Callable[..., None]]] = [
-    (r"GET /api/(models|datasets)", Handler.search),
     (r"GET /api/(models|datasets)/(.+)/revision/(.+)", Handler.info),
     (r"GET /api/(models|datasets)/(.+)/tree/([^/]+)(?:/(.+))?", Handler.tree),
     (r"POST /api/(models|datasets)/(.+)/paths-info/([^/]+)", Handler.paths),
-    (r"GET /api/(models|datasets)/(.+)/refs", Handler.refs),
     (r"POST /api/models/(.+)/preupload/main", Handler.preupload),
     (r"POST /api/models/(.+)/commit/main", Handler.commit),
     (r"GET /api/(models|datasets)/(.+)", Handler.info),

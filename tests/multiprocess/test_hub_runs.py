@@ -73,7 +73,7 @@ def test_a_run_from_a_model_that_does_not_exist(
     tree = run_config(tmp_path / "run", wordpiece_corpus) | {"model": {"init_from": f"{NAME}-1"}}
     hub.repository(NAME).push({"config.json": b"{}"})
     with pytest.raises(
-        RankError, match=rf"model\.init_from: {NAME}-1: no such folder, and no such model .*; did you mean '{NAME}'"
+        RankError, match=rf"model\.init_from: {NAME}-1: no such folder, and no such model on the Hugging"
     ):
         pools[2].run(host_case, tree, hub.url, str(tmp_path / "cache"))
     tree["model"] = {"init_from": NAME}

@@ -275,4 +275,4 @@ def test_a_tokenizer_of_the_hub(
     assert main([*build, "--tokenizer", "org/tny", "--output", str(tmp_path / "none")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("deepcloze: org/tny: no such folder, and no such model on the Hugging Face Hub")
-    assert message.endswith("; did you mean 'org/tiny'?\n")
+    assert message.count("\n") == 1
