@@ -104,21 +104,6 @@ def test_only_the_files_of_a_model_are_exported(run: Path, tmp_path: Path, capsy
         "left out: .env, .git, 3_Old, checkpoint-10, data, hf_token.json, training_args.bin\n"
         in capsys.readouterr().out
     )
-    (folder / "modules.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"modules.json: expected a list of modules"):
-        export(folder, tmp_path / "damaged")
-
-
-def test_modules_that_are_missing(run: Path, tmp_path: Path) -> None:
-    """Catches an export that sentence-transformers cannot open, and a refusal because of a module without files."""
-    folder = Path(shutil.copytree(checkpoint_path(run / "checkpoints", 2) / "hf", tmp_path / "source"))
-    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match=r"modules\.json names the module 1_Pooling, but there is no such folder"):
-        export(folder, tmp_path / "incomplete")
-    (folder / "1_Pooling").mkdir()
-    export(folder, tmp_path / "complete")
 
 
 def test_modules_of_a_model_of_the_hub(hub: HubServer, run: Path, tmp_path: Path) -> None:
