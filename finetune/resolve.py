@@ -15,9 +15,8 @@ from experiment.files import checksum
 from experiment.formatting import counted
 from experiment.models.model_names import local_model, mention_state, record_model
 from experiment.progress import print_warning, terminal
-from experiment.run_files.checkpoints import checkpoint_step, find_model_folder, is_checkpoint_name
+from experiment.run_files.checkpoints import find_model_folder
 from experiment.run_files.run_folder import RunFolder, check_not_moved, check_run_folder
-from experiment.run_files.run_lock import Owner
 from experiment.tracking.tracker import check_tracking
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig
 from finetune.data.records import Table
@@ -112,7 +111,6 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     for warning in (
         *data_warnings(tables, kind),
         *_split_warnings(tables, config.task),
-        *_retention_warnings(model.folder),
         *(contamination_warnings(config.task, model.folder) if model.pretrained else ()),
     ):
         print_warning(f"{name}: {warning}")
@@ -154,19 +152,6 @@ def _split_warnings(tables: Mapping[str, Table], task: TaskConfig) -> Iterator[s
             f"validation: only {counted(rows, 'row')} of train, so that chance decides which epoch is best; set "
             "task.validation, or train on all rows with training.fit_on: train+validation"
         )
-
-
-def _retention_warnings(model: Path) -> Iterator[str]:
-    """Warn of a checkpoint that its run, which trains, may delete."""
-    checkpoint = model.resolve().parent
-    if is_checkpoint_name(checkpoint.name):
-        run = RunFolder(checkpoint.parent.parent)
-        keep_every = flatten(read_recorded(run.config)).get("checkpoint.keep_every")
-        if (not keep_every or checkpoint_step(checkpoint) % keep_every) and Owner(run).is_alive():
-            yield (
-                f"model.init_from: {checkpoint} is of a run that trains, which may delete it before each seed has "
-                "started; name a checkpoint that checkpoint.keep_every keeps, or a copy by `deepcloze export`"
-            )
 
 
 def check_data(config: FinetuneConfig) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +20,6 @@ from experiment.errors import StoppedError, UserError
 from experiment.progress import quiet
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete, write_best
 from experiment.run_files.outcome_file import Outcome
-from experiment.run_files.run_folder import open_run_folder
-from experiment.run_files.run_lock import lock_run
 from experiment.tracking.tracker import Trackers
 from finetune import run as run_module
 from finetune import seed_run
@@ -627,26 +624,6 @@ def test_a_checkpoint_that_is_deleted_during_training(
     with pytest.raises(UserError, match=rf"^{checkpoint}/hf does not exist: runs delete old checkpoints, but those of"):
         finetune(config_file, {"model.init_from": str(tmp_path / "pretraining"), "training.epochs": "1"})
     assert Predictor.load(tmp_path / "run" / "seed-1" / "model").predict([{"text": "word1"}])
-
-
-@pytest.mark.parametrize(("state", "keep_every", "is_warned"), [("trains", 15, 1), ("trains", 5, 0), ("done", 15, 0)])
-def test_a_checkpoint_that_may_be_deleted(
-    config_file: Path,
-    tmp_path: Path,
-    pretraining: Callable[[int], Path],
-    capsys: pytest.CaptureFixture[str],
-    state: str,
-    keep_every: int,
-    is_warned: bool,
-) -> None:
-    """Catches training that ends because retention deletes the checkpoint, and a warning where it never does."""
-    pretraining(10)
-    run = open_run_folder(tmp_path / "pretraining")
-    run.config.write_text(f"checkpoint: {{keep_every: {keep_every}}}\n")
-    with lock_run(run) if state == "trains" else nullcontext():
-        finetune(config_file, {"model.init_from": str(run.path)}, dry_run=True)
-    said = "step-00000010 is of a run that trains, which may delete it before each seed has started; name"
-    assert (said in " ".join(capsys.readouterr().err.split())) == is_warned
 
 
 @pytest.mark.parametrize(("changes", "is_warned"), [({}, 1), ({"max_seq_length": 8}, 0), ({"weights": "random"}, 0)])
