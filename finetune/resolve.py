@@ -52,7 +52,6 @@ class ResolvedRun:
     folder: RunFolder
     keep: Literal["best", "all", "none"]  # models to save
     model: ModelSpec
-    parameters: int  # of the model
     max_seq_length: int  # tokens of a sequence, special tokens included
     task: Task
     training: TrainingConfig
@@ -135,7 +134,6 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
         folder=folder,
         keep=config.run.keep,
         model=model,
-        parameters=sum(parameter.numel() for parameter in built.model.parameters()),
         max_seq_length=length,
         task=task,
         training=training,

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError, require_damage
 from experiment.files import created_parents, parse_record, removed_on_error, write_json
-from experiment.formatting import format_parameters
 from experiment.progress import print_warning, terminal
 from experiment.run_files.provenance import read_provenance, write_origin
 from experiment.run_files.run_folder import RunFolder
@@ -26,13 +25,11 @@ from finetune.results.predictions import prediction_rows, write_rows, write_wors
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_epochs
 from finetune.scores.calibration import measure_calibration
-from finetune.scores.metrics import Number
 from finetune.training.fit import Epoch, Fitted, Log, StateFile, fit, score
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
 _EVALUATIONS = "evaluations"  # folder of the models of all evaluations
 _CHECKSUMS = ("data.", "encoder.")
-_SMALL_MODEL = 30_000_000  # parameters
 _CONFUSION_LABELS = 1000  # whose counts are kept: files of more would have tens of megabytes
 
 
@@ -120,26 +117,11 @@ def print_seed(seed: int, record: SeedRecord, run: ResolvedRun) -> None:
     if record.epochs:
         print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
     if record.collapsed:
-        advice = _advice_for_collapsed(run, record.epochs[-1]["steps"]) if record.epochs else ""
+        advice = "; usual values of training.lr are in docs/finetuning.md" if record.epochs else ""
+        if record.epochs and (steps := record.epochs[-1]["steps"]) < run.steps:
+            advice = f"; training.patience stopped it at step {steps:,} of {run.steps:,}: raise it, or leave it out"
         splits = ", ".join(record.collapsed)
         print_warning(f"seed {seed} has collapsed: it predicts the same for every row of {splits}{advice}")
-
-
-def _advice_for_collapsed(run: ResolvedRun, steps: Number) -> str:
-    """Advice: change the learning rate if it is unusual for the size of the model, else the length of the training.
-    steps: that were taken.
-
-    The ranges are from docs/finetuning.md, which has their sources.
-    """
-    lr, is_small = run.training.lr, run.parameters < _SMALL_MODEL or not run.model.pretrained
-    low, high = ("1e-4", "1e-3") if is_small else ("1e-5", "5e-5")
-    if float(low) <= lr <= float(high):
-        if steps < run.steps:
-            return f"; training.patience stopped it at step {steps:,} of {run.steps:,}: raise it, or leave it out"
-        key = "epochs" if run.training.steps is None else "steps"
-        return f"; train longer than {run.steps:,} updates (training.{key})"
-    weights = f"{'' if run.model.pretrained else 'a random model of '}{format_parameters(run.parameters)}"
-    return f"; {'raise' if lr < float(low) else 'lower'} training.lr: {low} to {high} are usual for {weights}"
 
 
 def _working_folder(seed: int, folder: RunFolder) -> Path:

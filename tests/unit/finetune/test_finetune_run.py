@@ -217,17 +217,12 @@ def test_warnings_are_not_quiet(
 @pytest.mark.parametrize(
     ("overrides", "advice"),
     [
-        ({"training.lr": "2e-5"}, r"raise training\.lr: 1e-4 to 1e-3 are usual for [\d,]+ parameters"),
+        ({}, "usual values of training.lr are in docs/finetuning.md"),
+        ({"model.weights": "random"}, "usual values of training.lr are in docs/finetuning.md"),
         (
-            {"training.lr": "0.005", "model.weights": "random"},
-            r"lower training\.lr: .* for a random model of [\d,]+ parameters",
-        ),
-        ({"training.lr": "5e-4"}, r"train longer than \d+ updates \(training\.epochs\)"),
-        (
-            {"training.lr": "5e-4", "training.epochs": "4", "training.patience": "1"},
+            {"training.epochs": "4", "training.patience": "1"},
             r"training\.patience stopped it at step \d+ of \d+: raise it, or leave it out",
         ),
-        ({"training.lr": "5e-4", "training.steps": "3"}, r"train longer than 3 updates \(training\.steps\)"),
     ],
 )
 def test_what_to_change_after_a_collapse(
@@ -239,14 +234,14 @@ def test_what_to_change_after_a_collapse(
     overrides: dict[str, str],
     advice: str,
 ) -> None:
-    """Catches the advice to predict with a model that predicts one label, and to lower a rate that is too low; and a
-    table in which the untrained baseline carries the pretrained model's name."""
+    """Catches a collapse without advice, and the advice to predict with a model that predicts one label; and a table in
+    which the untrained baseline carries the pretrained model's name."""
     monkeypatch.setattr(Kind, "decode", lambda *_: {"label": "low", "probabilities": {"high": 0.1, "low": 0.9}})
-    finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1", **overrides})
+    finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1"} | overrides)
     error = capsys.readouterr().err
     assert re.search(f"seed 1 has collapsed: .*; {advice}", error)
     assert "next:" not in error
-    assert results(tmp_path / "run")["init"] == overrides.get("model.weights", str(encoder))
+    assert results(tmp_path / "run")["init"] == ("random" if "model.weights" in overrides else str(encoder))
 
 
 def test_a_collapse_on_a_test_split_alone_is_no_failure(

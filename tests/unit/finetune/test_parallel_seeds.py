@@ -100,7 +100,7 @@ def test_a_collapsed_seed_is_reported(config_file: Path, tmp_path: Path, capfd: 
     collapsed = json.loads((tmp_path / "run" / "results.json").read_text())["collapsed"]
     assert collapsed
     assert sorted(line.split(" has ")[0] for line in reported) == [f"seed {seed}" for seed in collapsed]
-    assert all("; raise training.lr" in line for line in reported)
+    assert all("; usual values of training.lr are in docs/finetuning.md" in line for line in reported)
 
 
 @pytest.mark.parametrize("parallel", ["1", "2"])
