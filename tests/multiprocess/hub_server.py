@@ -52,16 +52,16 @@ class Repository:
     gated: bool = False
     private: bool = False
 
-    def push(self, files: Mapping[str, bytes], branch: str = "main") -> str:
+    def push(self, files: Mapping[str, bytes]) -> str:
         """Commit exactly these files. Returns the commit."""
         commit = hashlib.sha1(repr([len(self.commits), sorted(files.items())]).encode()).hexdigest()
         self.commits[commit] = dict(files)
-        self.branches[branch] = commit
+        self.branches["main"] = commit
         return commit
 
-    def push_folder(self, folder: Path, branch: str = "main", **more: bytes) -> str:
+    def push_folder(self, folder: Path, **more: bytes) -> str:
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-        return self.push({**files, **{name.replace("__", "."): content for name, content in more.items()}}, branch)
+        return self.push({**files, **{name.replace("__", "."): content for name, content in more.items()}})
 
     def find(self, revision: str) -> str | None:
         """The commit of a revision."""
