@@ -13,6 +13,8 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.cleaning.step import is_first
+
 IntegerT = TypeVar("IntegerT", bound=np.integer[Any])
 
 _SEED = 1
@@ -78,9 +80,7 @@ def _hash_functions(bands: Bands) -> NDArray[np.uint64]:
 def sorted_distinct(values: NDArray[IntegerT]) -> NDArray[IntegerT]:
     """Return the different values, sorted. For many integers, `np.unique` of NumPy 2.4 takes 100 times as long."""
     ordered = np.sort(values)
-    differs = np.ones(len(ordered), bool)
-    differs[1:] = ordered[1:] != ordered[:-1]
-    return ordered[differs]
+    return ordered[is_first(ordered)]
 
 
 def jaccard(first: NDArray[np.uint32], second: NDArray[np.uint32]) -> float:

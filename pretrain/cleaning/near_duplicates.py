@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from experiment.progress import track
 from pretrain.cleaning.minhash import NgramSets, jaccard, sorted_distinct
-from pretrain.cleaning.step import first_of_equal, joined
+from pretrain.cleaning.step import StoredArray, first_of_equal
 from pretrain.cleaning.words import normalized_words
 
 _MEMBERS = 32  # representatives of a band's bucket that a document is compared with
@@ -31,7 +31,7 @@ def hash_ngrams(text: str, ngram: int) -> NDArray[np.uint32]:
 
 
 def choose_duplicates(
-    bands: Sequence[NDArray[np.uint64]], sets: Sequence[NgramSets], threshold: float
+    bands: Sequence[NDArray[np.uint64] | StoredArray], sets: Sequence[NgramSets], threshold: float
 ) -> NDArray[np.int64]:
     """Return the index of the kept document that each document duplicates, or -1.
 
@@ -39,7 +39,7 @@ def choose_duplicates(
     """
     similarity = _Similarity(sets, threshold)
     for band in track(range(len(bands[0])), "comparing documents", len(bands[0]), "bands"):
-        _compare_band(joined(part[band] for part in bands), similarity)
+        _compare_band(np.concatenate([part[band : band + 1][0] for part in bands]), similarity)
     kept = np.full(similarity.count, -1, np.int64)
     for later, earlier in similarity.similar_pairs():
         if kept[later] >= 0:

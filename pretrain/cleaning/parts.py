@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from experiment.errors import UserError
 from experiment.files import parse_record, write_file, write_json
-from pretrain.cleaning.step import Arrays, Document, OpenedParts
+from pretrain.cleaning.step import Arrays, Document, StoredArray
 from pretrain.cleaning.tally import PartTally
 
 SUFFIX = ".jsonl.zst"
@@ -60,14 +60,9 @@ class PassFolder:
         except ValueError:
             raise UserError(f"{self._tally(part)} is damaged; delete {self.folder.parent} to start over") from None
 
-    def observed(self, parts: int) -> OpenedParts[Arrays]:
-        """Return the observations of a finished pass, memory-mapped. All parts have arrays of the same names."""
-        names = self.tally(0).observed
-
-        def open_part(part: int) -> Arrays:
-            return {name: np.asarray(np.load(self.folder / f"{part:06d}.{name}.npy", mmap_mode="r")) for name in names}
-
-        return OpenedParts(open_part, parts)
+    def observed(self, parts: int, name: str) -> list[StoredArray]:
+        """Return an array of each part of a finished pass."""
+        return [StoredArray(self.folder / f"{part:06d}.{name}.npy") for part in range(parts)]
 
     def write_decisions(self, decisions: Sequence[NDArray[Any]]) -> None:
         for part, values in enumerate(decisions):

@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -198,7 +199,7 @@ def _process(passes: Sequence[Pass], part: _Part) -> int:
         documents = [document for document, verdict in pairs if verdict is None or not verdict.dropped]
     observed = {} if planned.observed is None else planned.observed.observe(documents)
     languages = Counter(str(found) for document in documents if (found := document.metadata.get("language")))
-    tally = PartTally(part.digest, empty, markup, len(documents), dict(languages), tallies, sorted(observed))
+    tally = PartTally(part.digest, empty, markup, len(documents), dict(languages), tallies)
     part.files.write(part.number, documents, observed, tally)
     return read
 
@@ -281,7 +282,7 @@ def _decide(planned: Pass, before: Done, current: PassFolder) -> None:
     assert planned.decided is not None
     shutil.rmtree(current.folder)
     current.folder.mkdir()
-    current.write_decisions(planned.decided.decide(before.files.observed(before.parts)))
+    current.write_decisions(planned.decided.decide(partial(before.files.observed, before.parts)))
     write_json(current.folder / _DECIDED, {})
 
 

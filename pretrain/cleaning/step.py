@@ -5,10 +5,12 @@ From its declaration follow its config keys, their reference, and its place in t
 
 import importlib
 import importlib.util
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,7 +21,6 @@ from experiment.decontamination import EvaluationText
 from experiment.errors import UserError
 from pretrain.cleaning import steps
 
-T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -49,21 +50,29 @@ ReadTask = Callable[[str], Sequence[EvaluationText]]
 """Name or path of a fine-tuning config -> the texts of its validation and test splits. Raises UserError."""
 
 
-_OPENED = 8_000  # parts: Linux allows a process 65,530 memory maps, and `minhash` has up to six of a part
+class StoredArray:
+    """An array in a .npy file, which is open only while rows are read: there may be more parts than a process may have
+    open files or memory maps."""
 
-
-class OpenedParts(Sequence[T]):
-    """Something of each part that is memory-mapped when it is used: there may be more parts than memory maps."""
-
-    def __init__(self, open_part: Callable[[int], T], parts: int) -> None:
-        self._open = lru_cache(_OPENED)(open_part)
-        self._parts = range(parts)
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r")
+        self._path, self._offset = path, mapped.offset
+        self._shape, self._dtype = mapped.shape, mapped.dtype
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return int(self._shape[0])
 
-    def __getitem__(self, part: Any) -> Any:
-        return self._open(self._parts[part])
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        start, stop, _ = rows.indices(len(self))
+        row_bytes = math.prod(self._shape[1:]) * self._dtype.itemsize
+        with self._path.open("rb") as file:  # in half the time of np.fromfile, for a few rows
+            file.seek(self._offset + start * row_bytes)
+            values = np.frombuffer(file.read((stop - start) * row_bytes), self._dtype)
+        return values.reshape(stop - start, *self._shape[1:])
+
+
+Observed = Callable[[str], Sequence[StoredArray]]
+"""Name of an array -> this array of each part."""
 
 
 class Step(ABC, Generic[ConfigT]):
@@ -134,7 +143,7 @@ class CollectionStep(Step[ConfigT]):
         """Return the observations of the documents of a part, for `decide`."""
 
     @abstractmethod
-    def decide(self, observed: OpenedParts[Arrays]) -> list[NDArray[Any]]:
+    def decide(self, observed: Observed) -> list[NDArray[Any]]:
         """Return decisions for each part."""
 
     @abstractmethod
@@ -150,22 +159,22 @@ class DuplicateStep(CollectionStep[ConfigT]):
         return [None if kept < 0 else Verdict("duplicate", detail=f"#{kept}") for kept in decisions.tolist()]
 
 
-def joined(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
-    """Return the arrays of all parts in memory, one after another."""
-    return np.concatenate([np.array(part) for part in parts])
-
-
 def split_by_part(values: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:
     """Divide an array over all parts into one for each part."""
     return np.split(values, np.cumsum(counts)[:-1])
 
 
-def first_of_equal(ordered: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the place of the first of the equal values that each value is one of. ordered: equal values are
-    neighbours; [N] or [N, K]."""
+def is_first(ordered: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return whether each value is the first of those that equal it. ordered: equal values are neighbours; [N] or
+    [N, K]."""
     differs = np.ones(len(ordered), bool)
     differs[1:] = (ordered[1:] != ordered[:-1]).any(axis=tuple(range(1, ordered.ndim)))
-    return np.maximum.accumulate(np.where(differs, np.arange(len(ordered)), 0))
+    return differs
+
+
+def first_of_equal(ordered: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the place of the first of the equal values that each value is one of. ordered: as of `is_first`."""
+    return np.maximum.accumulate(np.where(is_first(ordered), np.arange(len(ordered)), 0))
 
 
 def check_installed(place: str, packages: Sequence[str]) -> None:

@@ -92,4 +92,3 @@ class PartTally:
     kept: int  # documents
     languages: dict[str, int]  # documents of each language, if their metadata tells it
     steps: list[StepTally]
-    observed: list[str]  # names of the arrays

@@ -10,15 +10,7 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt
 
 from experiment.config import Section
-from pretrain.cleaning.step import (
-    Arrays,
-    CollectionStep,
-    Document,
-    OpenedParts,
-    Verdict,
-    joined,
-    split_by_part,
-)
+from pretrain.cleaning.step import Arrays, CollectionStep, Document, Observed, Verdict, split_by_part
 
 _SEPARATORS = {"line": r"(\r?\n)", "paragraph": r"(\r?\n(?:[^\S\n]*\r?\n)+)"}
 
@@ -50,16 +42,17 @@ class Step(CollectionStep[Config]):
         ]
         return {"hashes": np.array(hashes, np.uint64)}
 
-    def decide(self, observed: OpenedParts[Arrays]) -> list[NDArray[Any]]:
-        removed = joined(arrays["hashes"] != 0 for arrays in observed)  # first: those that are compared
-        hashes = joined(arrays["hashes"][arrays["hashes"] != 0] for arrays in observed)
+    def decide(self, observed: Observed) -> list[NDArray[Any]]:
+        parts = observed("hashes")
+        removed = np.concatenate([part[:] != 0 for part in parts])  # first: those that are compared
+        hashes = np.concatenate([found[found != 0] for part in parts for found in [part[:]]])
         order = np.argsort(hashes, kind="stable")
         hashes = hashes[order]
         kept = self.config.max_count
         recurs = np.zeros(len(order), bool)
         recurs[order[kept:]] = hashes[kept:] == hashes[:-kept]  # its own and as many before it
         removed[removed] = recurs
-        return split_by_part(removed, [len(arrays["hashes"]) for arrays in observed])
+        return split_by_part(removed, list(map(len, parts)))
 
     def apply(self, documents: Sequence[Document], decisions: NDArray[Any]) -> list[Verdict | None]:
         verdicts: list[Verdict | None] = []

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 from experiment.config import Section
 from pretrain.cleaning.minhash import Bands, NgramSets, choose_bands, sketch
 from pretrain.cleaning.near_duplicates import choose_duplicates, hash_ngrams
-from pretrain.cleaning.step import Arrays, Document, DuplicateStep, OpenedParts, split_by_part
+from pretrain.cleaning.step import Arrays, Document, DuplicateStep, Observed, split_by_part
 
 
 class Config(Section):
@@ -34,8 +34,9 @@ class Step(DuplicateStep[Config]):
         sets = NgramSets.of([hash_ngrams(document.text, self.config.ngram) for document in documents])
         return {"bands": sketch(sets, self.bands), "ngrams": sets.ngrams, "ends": sets.ends}
 
-    def decide(self, observed: OpenedParts[Arrays]) -> list[NDArray[Any]]:
-        bands = OpenedParts(lambda part: observed[part]["bands"], len(observed))
-        sets = OpenedParts(lambda part: NgramSets(observed[part]["ngrams"], observed[part]["ends"]), len(observed))
-        kept = choose_duplicates(bands, sets, self.config.threshold)
+    def decide(self, observed: Observed) -> list[NDArray[Any]]:
+        parts = zip(observed("ngrams"), observed("ends"), strict=True)
+        # The n-grams stay on disk: like an array, they are read by slices.
+        sets = [NgramSets(cast(NDArray[Any], ngrams), ends[:]) for ngrams, ends in parts]
+        kept = choose_duplicates(observed("bands"), sets, self.config.threshold)
         return split_by_part(kept, [len(part.ends) for part in sets])

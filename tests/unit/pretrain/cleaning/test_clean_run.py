@@ -4,8 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -21,7 +22,7 @@ import zstandard
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from pretrain.cleaning import near_duplicates, parts, passes, run, step
+from pretrain.cleaning import near_duplicates, parts, passes, run
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import read_documents, write_documents
 from pretrain.cleaning.reading import find_inputs
@@ -69,10 +70,22 @@ def test_worker_processes_write_the_same_bytes(config: CleanConfig, tmp_path: Pa
     assert clean(config, tmp_path / "one", 1) == clean(config, tmp_path / "two", 2)
 
 
-def test_more_parts_than_memory_maps(clean: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a collection of 100 GB that fails because all of its arrays are memory-mapped at once."""
+@pytest.fixture
+def few_open_files() -> Iterator[int]:
+    """The limit of open files of this process, lowered to 20 more than it has open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = len([*Path("/proc/self/fd").iterdir()]) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_parts_than_open_files(
+    clean: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_open_files: int
+) -> None:
+    """Catches a collection of gigabytes that fails because the arrays of all of its parts are open at once, by
+    descriptors or memory maps."""
     monkeypatch.setattr(passes, "_PART_DOCUMENTS", 1)
-    monkeypatch.setattr(step, "_OPENED", 1)
     compare, mapped = near_duplicates._compare_band, list[int]()
 
     def counted(*arguments: Any) -> None:
@@ -80,16 +93,18 @@ def test_more_parts_than_memory_maps(clean: Any, tmp_path: Path, monkeypatch: py
         mapped.append(Path("/proc/self/maps").read_text().count(".npy"))
 
     monkeypatch.setattr(near_duplicates, "_compare_band", counted)
-    lines = [" ".join(f"{word}{number % 8}" for word in "abcdefgh") for number in range(10)]
-    assert clean(lines, {"minhash": {}})["kept"] == 8
-    assert max(mapped) <= 6
-    assert texts_of(tmp_path / "out") == lines[:8]
+    numbers = range(few_open_files + 20)
+    distinct = [" ".join(f"{word}{number}" for word in ("unlike", "any", *"abcdefgh")) for number in numbers]
+    lines = [*distinct, distinct[3], f"{distinct[5]}!"]
+    found = clean(lines, {"exact_dedup": {}}, {"minhash": {}}, {"line_dedup": {}})
+    assert [step["dropped"] for step in found["steps"]] == [1, 1, 0]
+    assert {*mapped} == {0}
+    assert texts_of(tmp_path / "out") == distinct
 
 
 def test_tallies_are_not_read_to_decide(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches JSON with thousands of examples that is parsed at each access to a part, if not all of them are open."""
+    """Catches JSON with thousands of examples that is parsed at each access to a part."""
     monkeypatch.setattr(passes, "_PART_DOCUMENTS", 1)
-    monkeypatch.setattr(step, "_OPENED", 1)
     decide, parse = passes._decide, parts.parse_record
     parsed, counts = list[Any](), list[int]()
 
@@ -105,7 +120,7 @@ def test_tallies_are_not_read_to_decide(clean: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(passes, "_decide", counted)
     monkeypatch.setattr(parts, "parse_record", recorded)
     clean([f"line {number}" for number in range(9)], {"minhash": {}}, {"line_dedup": {}})
-    assert counts == [1, 1]
+    assert counts == [0, 0]
 
 
 def test_an_interrupted_cleaning_resumes_with_the_same_bytes(

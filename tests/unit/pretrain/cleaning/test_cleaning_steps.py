@@ -15,7 +15,7 @@ import yaml
 from experiment.errors import UserError
 from language_models import write_language_model
 from pretrain.cleaning.parts import read_documents
-from pretrain.cleaning.step import Document, DocumentStep, OpenedParts, Verdict, find_step
+from pretrain.cleaning.step import Document, DocumentStep, Verdict, find_step
 from pretrain.cleaning.steps import step_names
 
 SENTENCE = "The river was long and it ran to the sea with all of the water that people have there. "
@@ -369,7 +369,7 @@ def test_recurring_lines_are_found_in_little_memory() -> None:
     hashes[:, :5] = [[3, 0, 5, 3, 7], [5, 3, 0, 3, 5]]
     tracemalloc.start()
     try:
-        removed = step.decide(OpenedParts(lambda part: {"hashes": hashes[part]}, 2))
+        removed = step.decide(lambda name: hashes)
         assert tracemalloc.get_traced_memory()[1] < 4 * hashes.size
     finally:
         tracemalloc.stop()
