@@ -18,6 +18,10 @@ from experiment.process.signals import signals_blocked, uninterrupted
 
 Args = TypeVarTuple("Args")
 
+# If workers are killed, the thread that writes tasks to their pipe waits for a reader, and `shutdown` for the thread:
+# https://github.com/python/cpython/issues/94777, fixed in Python 3.11.5.
+_FEEDER_HANGS = sys.version_info < (3, 11, 5)
+
 
 @contextmanager
 def worker_pool(
@@ -44,6 +48,8 @@ def worker_pool(
         stop.close()  # tasks may take minutes
         raise
     finally:
+        if _FEEDER_HANGS:
+            pool._call_queue._reader.close()  # type: ignore[attr-defined]  # workers have copies
         pool.shutdown(wait=True, cancel_futures=True)
 
 

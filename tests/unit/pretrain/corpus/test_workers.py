@@ -1,8 +1,15 @@
 import os
 import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, process
+from typing import Any
 
 import pytest
 
+from experiment.errors import StoppedError
+from pretrain.corpus import workers
 from pretrain.corpus.workers import worker_pool
 
 pickled: list[bool] = []
@@ -37,3 +44,37 @@ def test_workers_have_the_environment_of_the_caller(monkeypatch: pytest.MonkeyPa
         with worker_pool(1, "") as pool:
             assert pool.submit(os.getenv, "AWS_ACCESS_KEY_ID").result() == key
     assert "PYTHONSAFEPATH" not in os.environ
+
+
+def terminate_broken(manager: Any, cause: object) -> None:
+    """`_ExecutorManagerThread.terminate_broken` of Python 3.11.4 and older: leaves the pipe of tasks open."""
+    executor = manager.executor_reference()
+    executor._broken, executor._shutdown_thread = "A worker was killed", True
+    for item in manager.pending_work_items.values():
+        item.future.set_exception(process.BrokenProcessPool())
+    manager.pending_work_items.clear()
+    manager.join_executor_internals()
+
+
+def lose_the_worker(pool: ProcessPoolExecutor) -> None:
+    killed = pool.submit(os._exit, 1)
+    pool.submit(len, bytes(1 << 22))  # more than a pipe holds
+    killed.result()
+
+
+def interrupt(pool: ProcessPoolExecutor) -> None:
+    pool.submit(time.sleep, 600)
+    pool.submit(len, bytes(1 << 22))
+    raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="the method has another name")
+@pytest.mark.parametrize(("end", "error"), [(lose_the_worker, StoppedError), (interrupt, KeyboardInterrupt)])
+def test_tasks_that_no_worker_reads(
+    monkeypatch: pytest.MonkeyPatch, end: Callable[[ProcessPoolExecutor], None], error: type[BaseException]
+) -> None:
+    """Catches a command that hangs after a worker was killed or after Ctrl-C, with Python 3.11.2 as in Debian 12."""
+    monkeypatch.setattr(process._ExecutorManagerThread, "terminate_broken", terminate_broken)
+    monkeypatch.setattr(workers, "_FEEDER_HANGS", True)
+    with pytest.raises(error), worker_pool(1, "") as pool:
+        end(pool)
