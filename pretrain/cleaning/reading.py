@@ -44,7 +44,7 @@ def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Docu
             seen.add(raw.origin)
             last, number = raw.origin, raw.line
             if raw.text and not raw.text.isspace():
-                text = raw.text
+                text = raw.text.replace("\r\n", "\n")  # the steps divide lines and paragraphs at "\n"
                 if not is_unicode(text):
                     text = join_surrogates(text)
                     halves[raw.origin] += 1

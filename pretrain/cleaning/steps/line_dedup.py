@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from experiment.config import Section
 from pretrain.cleaning.step import Arrays, CollectionStep, Document, Observed, Verdict, split_by_part
 
-_SEPARATORS = {"line": r"(\r?\n)", "paragraph": r"(\r?\n(?:[^\S\n]*\r?\n)+)"}
+_SEPARATORS = {"line": r"(\n)", "paragraph": r"(\n(?:[^\S\n]*\n)+)"}
 
 
 class Config(Section):

@@ -388,9 +388,22 @@ def test_recurring_paragraphs_are_found_between_any_blank_lines(clean: Any, tmp_
     clean([], {"line_dedup": {"unit": "paragraph"}}, source=str(tmp_path / "in.jsonl"))
     assert [document.text for document in read_documents(tmp_path / "out" / "data-00000.jsonl.zst")] == [
         texts[0],
-        "The second page.\r\n\r\nIts end.",
+        "The second page.\n\nIts end.",
         "The third.",
     ]
+
+
+@pytest.mark.parametrize("step", ["gopher_repetition", "fineweb_quality"])
+def test_windows_line_ends(clean: Any, tmp_path: Path, step: str) -> None:
+    """Catches filters that drop texts because their lines end in "\r", or because of the lines between paragraphs."""
+    words = iter(range(1000))
+    lines = [" ".join(f"{word}{next(words)}" for word in ("Sea", "animals", "live", "deep", "below")) for _ in range(8)]
+    text = "\r\n\r\n".join(f"{line}." for line in lines)
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    found = clean([], {step: {}}, source=str(tmp_path / "in.jsonl"))
+    assert found["kept"] == 1
+    (document,) = read_documents(tmp_path / "out" / "data-00000.jsonl.zst")
+    assert document.text == text.replace("\r\n", "\n")
 
 
 def test_every_step_is_documented() -> None:
