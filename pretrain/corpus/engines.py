@@ -7,8 +7,9 @@ and of its own argument. It can be run again, on another machine too: Ray does s
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import lru_cache
 from itertools import chain, islice
@@ -23,6 +24,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _TASKS_PER_WORKER = 2  # that are submitted: one to run and one to follow
+_NAMED = 3  # parts, in a message
 _RETRIES = 5  # on Ray, of a task whose process or node dies
 _RESUME = "run the same command again to resume from what is finished"
 _KILLED = f"use fewer --workers, and {_RESUME}"
@@ -60,16 +62,34 @@ def _local(workers: int, job: object) -> Iterator[TaskRunner]:
                 return
             if not pools:
                 pools.append(stack.enter_context(worker_pool(workers, _KILLED, _start_worker, job)))
-            running = set[Future[R]]()
+            running = dict[Future[R], str]()  # in the order in which workers begin them
             while True:
-                for task in islice(remaining, _TASKS_PER_WORKER * workers - len(running)):
-                    running.add(pools[0].submit(_run_in_worker, function, task))
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+                try:
+                    for task in islice(remaining, _TASKS_PER_WORKER * workers - len(running)):
+                        running[pools[0].submit(_run_in_worker, function, task)] = _place(task)
+                    if not running:
+                        return
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        yield future.result()
+                        del running[future]
+                except BrokenProcessPool:
+                    left = [place for future, place in running.items() if not future.done() or future.exception()]
+                    raise _killed([*dict.fromkeys(left[:workers])]) from None
 
         yield run_tasks
+
+
+def _place(task: object) -> str:
+    return getattr(task, "place", "a part")
+
+
+def _killed(places: Sequence[str]) -> StoppedError:
+    """The error for a worker that was killed while it handled one of these parts."""
+    more = f", or one of {len(places) - _NAMED} others" if len(places) > _NAMED else ""
+    return StoppedError(
+        f"a worker process was killed, perhaps because memory ran out, with {', or '.join(places[:_NAMED])}{more}; "
+        f"{_KILLED}"
+    )
 
 
 _job: object = None
@@ -109,7 +129,7 @@ def _ray(address: str | None, job: object) -> Iterator[TaskRunner]:
         while True:
             cores = int(ray.cluster_resources().get("CPU", 1))  # nodes come and go
             for task in islice(remaining, max(0, _TASKS_PER_WORKER * cores - len(running))):
-                running[remote.remote(shared, folder, function, task)] = getattr(task, "place", "a part")
+                running[remote.remote(shared, folder, function, task)] = _place(task)
             if not running:
                 return
             (done,), _ = ray.wait([*running], num_returns=1)

@@ -1,9 +1,10 @@
+import operator
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, nullcontext
 from functools import partial
@@ -69,6 +70,26 @@ def test_ctrl_c_does_not_reach_workers() -> None:
     with engines.open_engine(2, signal.SIG_BLOCK) as run:
         for blocked in run(signal.pthread_sigmask, [(), ()]):
             assert signal.SIGINT in blocked
+
+
+class Page(int):
+    """A task with a place; in the worker, a number."""
+
+    @property
+    def place(self) -> str:
+        return f"page {self:d}"
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+
+@pytest.mark.parametrize(("pages", "named"), [(range(1, 9), "page 1, or page 2"), ([1, 1, 2, 2], "page 1")])
+def test_a_killed_worker_names_its_part(pages: Sequence[int], named: str) -> None:
+    """Catches a page that is too much for the memory, and that nobody finds among millions."""
+    message = f"memory ran out, with {named}; use fewer --workers, and run the same"
+    with pytest.raises(StoppedError, match=message), engines.open_engine(2, os._exit) as run:
+        list(run(operator.call, map(Page, pages)))
+    assert ", with a, or b, or c, or one of 2 others; " in str(engines._killed([*"abcde"]))
 
 
 def test_a_container_quota_limits_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
