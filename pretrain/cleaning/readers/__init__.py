@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import IO, Protocol, cast
 
 from experiment.storage import open_file
@@ -22,9 +22,10 @@ class Reader(Protocol):
     read: Callable[[str], Iterator[Document]]
 
 
-def reader_names() -> list[str]:
+@cache
+def reader_names() -> tuple[str, ...]:
     """Return the names of all formats, found without importing them."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def find_reader(name: str) -> Reader:

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import json
+import pkgutil
 import tarfile
 import tracemalloc
 import zipfile
@@ -17,6 +18,7 @@ import zstandard
 
 from experiment.config import build_config
 from experiment.errors import UserError
+from pretrain.cleaning import readers
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.markup import to_text
 from pretrain.cleaning.reading import find_inputs, read_inputs
@@ -408,6 +410,13 @@ def test_dialogues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read(tmp_path / "movie_lines.txt")
     (tmp_path / "dialogues_text.txt").write_text("Hi . __eou__ Hello . __eou__\n")
     assert read(tmp_path / "dialogues_text.txt") == {"dialogues_text.txt:1": "Hi .\nHello ."}
+
+
+def test_readers_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the folder of readers that is listed again for each of a million files."""
+    assert readers.reader_of("a.html") is not None
+    monkeypatch.setattr(pkgutil, "iter_modules", lambda _: pytest.fail("lists the folder"))
+    assert readers.reader_of("b.html") is not None
 
 
 def test_a_folder_of_several_formats_in_order(tmp_path: Path) -> None:
