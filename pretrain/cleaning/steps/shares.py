@@ -2,6 +2,8 @@
 
 from functools import cached_property
 
+import regex
+
 from experiment.config import Section
 from experiment.config.field_types import Fraction
 from pretrain.cleaning.step import Document, DocumentStep, Verdict
@@ -9,6 +11,7 @@ from pretrain.cleaning.words import Words, normalized_words
 
 # Of Gopher (Rae et al. 2021), with the most frequent function words of English.
 _STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with", "a", "in", "is", "it", "for", "was", "i")
+_MARK = regex.compile(r"\p{M}")  # of a letter, such as a vowel sign of Hindi
 
 
 class Config(Section):
@@ -18,7 +21,7 @@ class Config(Section):
     """Largest share of digits among the characters that are not spaces."""
 
     max_symbols: Fraction = 1.0
-    """Largest share of characters that are not letters, digits, or spaces."""
+    """Largest share of characters that are not letters with their marks, digits, or spaces."""
 
     max_capitals: Fraction = 1.0
     """Largest share of capital letters among the letters."""
@@ -41,9 +44,10 @@ class Step(DocumentStep[Config]):
         characters = [character for character in document.text if not character.isspace()]
         digits = sum(map(str.isdigit, characters))
         letters = sum(map(str.isalpha, characters))
+        marks = len(_MARK.findall(document.text))
         shares = {
             "digits": digits / max(len(characters), 1),
-            "symbols": (len(characters) - digits - letters) / max(len(characters), 1),
+            "symbols": (len(characters) - digits - letters - marks) / max(len(characters), 1),
             "capitals": sum(map(str.isupper, characters)) / max(letters, 1),
         }
         for name, share in shares.items():

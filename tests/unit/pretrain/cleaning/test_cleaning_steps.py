@@ -80,6 +80,7 @@ def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: 
         ("shares", {"max_digits": 0.5}, "1 2 3 a b", ("too_many_digits", "")),
         ("shares", {"max_symbols": 0.5}, "% % a 1", ("", "% % a 1")),
         ("shares", {"max_symbols": 0.5}, "% % % a 1", ("too_many_symbols", "")),
+        ("shares", {"max_symbols": 0.1}, "हिन्दी में किताबें", ("", "हिन्दी में किताबें")),
         ("shares", {"max_capitals": 0.5}, "AB cd 12 %%", ("", "AB cd 12 %%")),
         ("shares", {"max_capitals": 0.5}, "ABC cd 12 %%", ("too_many_capitals", "")),
         ("shares", {"min_stop_words": 0.2}, "buy cheap pills now", ("too_few_stop_words", "")),
