@@ -33,8 +33,8 @@ class Step(CollectionStep[Config]):
 
     def observe(self, documents: Sequence[Document]) -> Arrays:
         units = [self._split(document.text)[::2] for document in documents]
-        shortest = self.config.min_characters
-        # Short lines get a number of their own, which is never compared.
+        shortest = max(self.config.min_characters, 1)
+        # Blank and short lines get a number of their own, which is never compared.
         hashes = [
             xxhash.xxh3_64_intdigest(unit.encode()) | 1 if len(unit.strip()) >= shortest else 0
             for part in units

@@ -362,6 +362,18 @@ def test_recurring_lines_go_except_the_first(clean: Any, tmp_path: Path) -> None
     ]
 
 
+def test_blank_lines_do_not_recur(clean: Any, tmp_path: Path) -> None:
+    """Catches blank lines between paragraphs that are removed, because lines of any length are compared."""
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.txt").write_text(f"First {name}.\n\nYes.\n \nSecond {name}.\n")
+    clean([], {"line_dedup": {"min_characters": 0}}, source=str(tmp_path / "in"), document="file")
+    assert [document.text for document in read_documents(tmp_path / "out" / "data-00000.jsonl.zst")] == [
+        "First a.\n\nYes.\n \nSecond a.",
+        "First b.\n\n \nSecond b.",
+    ]
+
+
 def test_recurring_lines_are_found_in_little_memory() -> None:
     """Catches memory for short lines, which are not compared, and lines that are kept too often."""
     step_type = find_step("line_dedup")
