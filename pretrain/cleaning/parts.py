@@ -21,6 +21,7 @@ from pretrain.cleaning.tally import PartTally
 
 SUFFIX = ".jsonl.zst"
 _LEVEL = 3  # of Zstandard
+_FRAME_BYTES = 1 << 20  # of text: in smaller frames than `has_several_members` reads, files can be read in parallel
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ def read_documents(path: Path) -> Iterator[Document]:
 def write_documents(path: Path, documents: Sequence[Document]) -> None:
     """Write documents. Values of metadata that JSON lacks, such as dates, become text."""
     lines = "".join(json.dumps(_row(document), ensure_ascii=False, default=str) + "\n" for document in documents)
-    write_file(path, zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(lines.encode()))
+    content, compressor = lines.encode(), zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
+    starts = range(0, max(len(content), 1), _FRAME_BYTES)
+    write_file(path, b"".join(compressor.compress(content[start : start + _FRAME_BYTES]) for start in starts))
 
 
 def _row(document: Document) -> dict[str, Any]:

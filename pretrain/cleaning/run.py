@@ -169,7 +169,7 @@ def _holds_parts(partial: Path) -> bool:
 
 
 def _join(last: Done, result: Path) -> None:
-    """Concatenate the parts, each a Zstandard frame, to files of a few hundred megabytes."""
+    """Concatenate the parts, which are Zstandard frames, to files of a few hundred megabytes."""
     number, size = 0, 0
     for part in range(last.parts):
         path = last.files.documents(part)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from pretrain.cleaning.parts import read_documents, write_documents
 from pretrain.cleaning.reading import find_inputs
 from pretrain.cleaning.step import Document
 from pretrain.corpus import formats
+from pretrain.corpus.compression import has_several_members
 from pretrain.corpus.sources import find_sources
 from small_disk import SmallDisk
 
@@ -270,6 +272,18 @@ def test_a_flipped_bit_is_no_text(tmp_path: Path) -> None:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises((zstandard.ZstdError, ValueError)):
             list(read_documents(path))
+
+
+def test_results_are_read_in_parallel(tmp_path: Path) -> None:
+    """Catches files that `deepcloze corpus` takes for one large part, which a single worker reads."""
+    path = tmp_path / "a.jsonl.zst"
+    text = random.Random(1).randbytes(2 << 20).hex()
+    write_documents(path, [Document("1", "s", text)])
+    with path.open("rb") as file:
+        assert has_several_members(file, "zst")
+    assert [document.text for document in read_documents(path)] == [text]
+    write_documents(path, [])
+    assert list(read_documents(path)) == []
 
 
 def test_metadata_count_when_documents_are_compared() -> None:
