@@ -26,8 +26,9 @@ def hash_ngrams(text: str, ngram: int) -> NDArray[np.uint32]:
     """Return the n-grams of a text as sorted, distinct hashes. A shorter text is one n-gram, and so is one
     without letters and digits."""
     words = normalized_words(text) or [text]
-    grams = [" ".join(words[start : start + ngram]) for start in range(max(len(words) - ngram + 1, 1))]
-    return sorted_distinct(np.array([xxhash.xxh32_intdigest(gram.encode()) for gram in grams], np.uint32))
+    starts = range(max(len(words) - ngram + 1, 1))
+    hashes = (xxhash.xxh32_intdigest(" ".join(words[start : start + ngram]).encode()) for start in starts)
+    return sorted_distinct(np.fromiter(hashes, np.uint32, len(starts)))
 
 
 def choose_duplicates(

@@ -43,7 +43,8 @@ def sentences(text: str) -> list[str]:
 
 def normalized_words(text: str) -> list[str]:
     """Return the words of a text without punctuation, case and diacritics, for comparing texts."""
-    return [_normalize(word) for word in _WORD.findall(text)]
+    # Line by line, in little memory: `_normalize` returns the same strings for the same words.
+    return [_normalize(word) for line in text.split("\n") for word in _WORD.findall(line)]
 
 
 def _check_words(texts: tuple[str, ...]) -> tuple[str, ...]:

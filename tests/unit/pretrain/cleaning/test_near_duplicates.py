@@ -1,6 +1,7 @@
 """MinHash: what it finds, what it keeps, and that it never removes what is different."""
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -36,6 +37,20 @@ def test_bands_find_the_threshold_with_few_hashes(threshold: float) -> None:
 def test_texts_without_words_are_compared_as_a_whole() -> None:
     """Catches texts of symbols that are all removed but one."""
     assert kept_instead("⚀ ⚁", "!!!", "⚀ ⚁", "…") == [-1, -1, 0, -1]
+
+
+def test_a_large_document_takes_little_memory() -> None:
+    """Catches gigabytes for the words and n-grams of a collection in Chinese that is one document."""
+    lines = ["".join(chr(0x4E00 + (line * 100 + place) * 31 % 20_000) for place in range(100)) for line in range(2000)]
+    text = "\n".join(lines)
+    text_length = len(text)  # assertions show values
+    tracemalloc.start()
+    try:
+        found = hash_ngrams(text, 5)
+        assert tracemalloc.get_traced_memory()[1] < 60 * text_length
+    finally:
+        tracemalloc.stop()
+    assert len(found) > 10_000
 
 
 def test_similarity_is_not_passed_on_along_a_chain() -> None:
