@@ -129,7 +129,8 @@ def _clean(
         markup.merge(of_source.markup)
         kept += tally.kept
         languages.update(tally.languages)
-    _, decontaminated = read_cleanings(sources)
+    # Texts that an earlier cleaning did not find may be found after a repair.
+    decontaminated = None if any(step.repairs for step in steps) else read_cleanings(sources)[1]
     identity = {"recipe": recipe, **({"decontaminated": decontaminated} if decontaminated else {})}
     summary = summarize(config, identity, empty, kept, languages, [markup, *tallies], steps)
     write_report(result, summary)

@@ -125,7 +125,8 @@ def test_the_first_matches_are_listed(clean: Any, tmp_path: Any, monkeypatch: py
 
 
 def test_cleaning_in_two_stages_keeps_the_record(clean: Any, tmp_path: Any) -> None:
-    """Catches a second stage that forgets the decontamination of its sources, and their metadata."""
+    """Catches a second stage that forgets the decontamination of its sources, and their metadata; and one that repairs
+    texts in which evaluation texts are then found, and keeps the record."""
     (tmp_path / "in.jsonl").write_text('{"text": "one two three", "url": "http://a.org", "source": "web"}\n')
     (tmp_path / "plain.txt").write_text("four five\n")
     step = {"decontaminate": {"against": ["task"]}}
@@ -137,6 +138,8 @@ def test_cleaning_in_two_stages_keeps_the_record(clean: Any, tmp_path: Any) -> N
     files = sorted((tmp_path / "second").glob("*.jsonl.zst"))
     found = [document.metadata for file in files for document in read_documents(file)]
     assert found == [{"url": "http://a.org", "source": "web"}, {}]
+    clean([], {"html_tags": {}}, source=first, output=str(tmp_path / "repaired"))
+    assert common_decontamination([read_clean_summary(str(tmp_path / "repaired"))]) == {}
     (tmp_path / "other.txt").write_text("four\n")
     clean([], source=[first, str(tmp_path / "other.txt")], output=str(tmp_path / "third"))
     assert "decontaminated" not in (read_clean_summary(str(tmp_path / "third")) or {})
