@@ -18,7 +18,7 @@ import xxhash
 from pydantic import TypeAdapter
 
 from experiment.errors import UserError
-from experiment.files import read_json, write_json
+from experiment.files import names_in, read_json, write_json
 from experiment.progress import progress
 from pretrain.cleaning.markup import to_text
 from pretrain.cleaning.parts import PassFolder
@@ -169,6 +169,7 @@ def _count(label: str, parts: Iterable[int]) -> None:
 
 def _merged(planned: Pass, files: PassFolder, parts: int) -> tuple[StepTally, ...]:
     """Return the tallies of the steps that the pass counts, over all parts in order."""
+    names_in(files.folder)  # a network file system may have cached that tallies of other machines do not exist
     totals = tuple(StepTally() for _ in planned.counted)
     for part in range(parts):
         for total, tally in zip(totals, files.tally(part).steps, strict=True):

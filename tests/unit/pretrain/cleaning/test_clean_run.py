@@ -125,6 +125,32 @@ def test_tallies_are_not_read_to_decide(clean: Any, monkeypatch: pytest.MonkeyPa
     assert counts == [0, 0]
 
 
+def test_parts_of_other_machines(config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a tally of another machine that a network file system reports as missing, because it was when the part
+    was handed out."""
+    missing = set[Path]()
+    is_finished, read_tally, list_names = parts.PassFolder.is_finished, parts.PassFolder.tally, passes.names_in
+
+    def cached(files: parts.PassFolder, part: int) -> bool:
+        found = is_finished(files, part)
+        if not found:
+            missing.add(files._tally(part))
+        return found
+
+    def read(files: parts.PassFolder, part: int) -> Any:
+        assert files._tally(part) not in missing
+        return read_tally(files, part)
+
+    def listed(folder: Path) -> list[str]:
+        missing.difference_update([path for path in missing if path.parent == folder])
+        return list_names(folder)
+
+    monkeypatch.setattr(parts.PassFolder, "is_finished", cached)
+    monkeypatch.setattr(parts.PassFolder, "tally", read)
+    monkeypatch.setattr(passes, "names_in", listed)
+    clean(config, tmp_path / "out")
+
+
 def test_an_interrupted_cleaning_resumes_with_the_same_bytes(
     config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
