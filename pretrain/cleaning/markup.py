@@ -4,6 +4,9 @@ import logging
 
 import regex
 
+HTTP_ERROR = "http_error"
+"""In place of the markup of a text: a page that its server did not return."""
+
 # Namespaces in every wiki, and in the Chinese Wikipedia, whose dumps name only the English ones.
 _FILES_AND_CATEGORIES = {"file", "image", "category", "文件", "檔案", "档案", "图像", "圖像", "分類", "分类"}
 _REMOVED_TAGS = frozenset({"ref", "gallery", "math", "timeline", "score", "syntaxhighlight", "table"})

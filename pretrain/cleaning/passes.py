@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from experiment.errors import UserError
 from experiment.files import names_in, read_json, write_json
 from experiment.progress import progress
-from pretrain.cleaning.markup import to_text
+from pretrain.cleaning.markup import HTTP_ERROR, to_text
 from pretrain.cleaning.parts import PassFolder
 from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, Step, Verdict
 from pretrain.cleaning.tally import PartTally, StepTally
@@ -218,9 +218,12 @@ def _without_markup(documents: list[Document], tally: StepTally) -> list[Documen
     return left
 
 
-def _remove_markup(document: Document) -> None:
+def _remove_markup(document: Document) -> Verdict | None:
+    if document.markup == HTTP_ERROR:
+        return Verdict(HTTP_ERROR)
     if document.markup:
         document.text, document.markup = to_text(document.text, document.markup), ""
+    return None
 
 
 def _apply(step: Step[Any], documents: list[Document], part: _Part) -> list[Verdict | None]:

@@ -8,6 +8,7 @@ import zstandard
 
 from experiment.errors import UserError, first_line
 from experiment.storage import open_file
+from pretrain.cleaning.markup import HTTP_ERROR
 from pretrain.cleaning.readers import has_suffix
 from pretrain.cleaning.readers.html import decode_page
 from pretrain.cleaning.step import check_installed
@@ -29,7 +30,8 @@ def matches(name: str) -> bool:
 
 
 def read(name: str) -> Iterator[Document]:
-    """Yield a document for each page, with its `url`; records of other kinds are skipped."""
+    """Yield a document for each page, with its `url`, and the status line in place of an error page; records of other
+    kinds are skipped."""
     from warcio.archiveiterator import WARCIterator
     from warcio.bufferedreaders import BufferedReader
 
@@ -43,7 +45,8 @@ def read(name: str) -> Iterator[Document]:
                 if not (record.rec_headers.get_header("Content-Length") or "").isdigit():
                     raise _damaged(content, "its header has no Content-Length")
                 kind = _header(record, "Content-Type")
-                is_page = record.rec_type == "response" and kind.startswith(_PAGES)
+                is_response = record.rec_type == "response" and kind.startswith(_PAGES)
+                is_page = is_response and record.http_headers.get_statuscode().startswith("2")
                 if is_page and _header(record, "Content-Encoding") == "br":
                     check_installed(content.place, ["brotli"])
                 is_read = is_page or record.rec_type == "conversion"
@@ -58,6 +61,8 @@ def read(name: str) -> Iterator[Document]:
                 elif is_page:
                     charset = kind.partition("charset=")[2].partition(";")[0].strip(" \"'")
                     yield Document(decode_page(payload, charset), name, content.record, {"url": url}, "html")
+                elif is_response:
+                    yield Document(record.http_headers.statusline, name, content.record, {"url": url}, HTTP_ERROR)
                 content.record += 1
         except UserError:
             raise

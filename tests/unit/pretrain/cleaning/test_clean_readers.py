@@ -60,7 +60,13 @@ def make_zip(path: Path, members: Mapping[str, str]) -> Path:
     return path
 
 
-def warc(path: Path, kind: str = "response", pages: Sequence[bytes] = (HTML.encode(),) * 2, **more: str) -> Path:
+def warc(
+    path: Path,
+    kind: str = "response",
+    pages: Sequence[bytes] = (HTML.encode(),) * 2,
+    status: str = "200 OK",
+    **more: str,
+) -> Path:
     from warcio.statusandheaders import StatusAndHeaders
     from warcio.warcwriter import WARCWriter
 
@@ -69,7 +75,7 @@ def warc(path: Path, kind: str = "response", pages: Sequence[bytes] = (HTML.enco
         for number, page in enumerate(pages):
             content = io.BytesIO(page if kind == "response" else f"Text {number}".encode())
             fields = {"Content-Type": "text/html", **more}
-            headers = StatusAndHeaders("200 OK", [*fields.items()], protocol="HTTP/1.1")
+            headers = StatusAndHeaders(status, [*fields.items()], protocol="HTTP/1.1")
             http = headers if kind == "response" else None
             writer.write_record(
                 writer.create_warc_record(f"http://a.org/{number}", kind, payload=content, http_headers=http)
@@ -88,6 +94,22 @@ def test_web_archives(tmp_path: Path) -> None:
     config = build_config(CleanConfig, {"source": str(tmp_path), "output": "out", "metadata": ["url"]})
     urls = [document.metadata["url"] for document in read_inputs(find_inputs(config), config)]
     assert urls == ["http://a.org/0", "http://a.org/1"] * 2
+
+
+def test_error_pages_of_web_archives(clean: Any, tmp_path: Path) -> None:
+    """Catches error pages of a server that become documents, or that are lost without being counted."""
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    warc(folder / "a.warc", pages=[HTML.encode()])
+    warc(folder / "b.warc", status="404 Not Found", **{"Content-Encoding": "br"})
+    found = clean([], {"length": {}}, source=str(folder))
+    assert (found["read"], found["kept"]) == (3, 1)
+    rule = found["steps"][0]["rules"]["http_error"]
+    assert rule["dropped"] == 2
+    assert {example["id"]: example["text"] for example in rule["examples"]} == {
+        f"{folder}/b.warc:1": "404 Not Found",
+        f"{folder}/b.warc:2": "404 Not Found",
+    }
 
 
 def test_compressed_pages_of_web_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
