@@ -22,7 +22,7 @@ def find_inputs(config: CleanConfig) -> tuple[Source, ...]:
     """Expand `source`. Raises UserError for a missing source or package."""
     sources = find_sources(config.source, "source", lambda name: _reader(name, config) is not None, Path(config.output))
     for source in sources:
-        if (reader := _reader_of(source, config)) is not None:
+        if source.kind == "file" and (reader := _reader(source.name, config)) is not None:
             check_installed(source.name, reader.PACKAGES)
     return sources
 
@@ -69,12 +69,8 @@ def _reader(name: str, config: CleanConfig) -> Reader | None:
     return reader_of(name) if config.format == "auto" else find_reader(config.format)
 
 
-def _reader_of(source: Source, config: CleanConfig) -> Reader | None:
-    return _reader(source.name, config) if source.kind == "file" else None
-
-
 def _read(source: Source, config: CleanConfig, stats: ReadStats) -> Iterator[RawDocument]:
-    reader = _reader_of(source, config)
+    reader = _reader(source.name, config) if source.kind == "file" else None
     if reader is None:
         yield from read_documents([Span(source)], config, stats)
     else:
