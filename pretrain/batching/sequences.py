@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.errors import first_line
-from experiment.files import atomic_write, opened_lock
+from experiment.files import atomic_write, exists_uncached, opened_lock, remove_unfinished
 from pretrain.corpus.reader import Corpus
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ def _read_or_build(corpus: Corpus, capacity: int, path: Path) -> SequenceIndex:
                 index, problem = _read(path, capacity, corpus.tokens)
                 if problem:
                     log.warning("%s is damaged (%s) and is built again", path, problem)
-            if problem or not path.exists():
+            if problem or not exists_uncached(path):
+                remove_unfinished(path.parent)
                 _build(corpus, capacity, path)
         index, problem = _read(path, capacity, corpus.tokens)
     if index is None:

@@ -2,6 +2,8 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import platform
+import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiment import files
 from experiment.files import try_lock
 from pretrain.batching import sequences
 from pretrain.batching.sequences import open_index, split_documents
@@ -155,6 +158,37 @@ def test_an_index_that_another_process_has_built_is_read_without_the_lock(tmp_pa
     monkeypatch.setattr(sequences, "_build", None)
     assert open_index(Documents(tmp_path), 10, tmp_path / "fallback").starts.tolist() == STARTS
     assert events == [False, False, "unlocked", True]
+
+
+def test_an_index_that_another_machine_has_built_is_not_built_again(tmp_path, monkeypatch):
+    """Catches hosts that build the index one after another: NFS remembers that a name does not exist, until the folder
+    is listed."""
+    open_index(Documents(tmp_path), 10, tmp_path / "fallback")
+    (file,) = (tmp_path / "index").glob("*.npy")
+    seen, names_in, read = set(), files.names_in, sequences._read
+
+    def listed(folder):
+        seen.update(names_in(folder))
+        return names_in(folder)
+
+    monkeypatch.setattr(files, "names_in", listed)
+    monkeypatch.setattr(Path, "exists", lambda path: path.name in seen or path.is_dir())
+    monkeypatch.setattr(sequences, "_read", lambda path, *rest: read(path, *rest) if path.exists() else (None, ""))
+    monkeypatch.setattr(sequences, "_build", None)
+    assert open_index(Documents(tmp_path), 10, tmp_path / "fallback").starts.tolist() == STARTS
+    assert seen >= {file.name}
+
+
+def test_a_killed_build_leaves_nothing(tmp_path):
+    """Catches 8 bytes per sequence that stay beside the corpus for each build that was killed."""
+    with subprocess.Popen("true") as ended:
+        pass
+    open_index(Documents(tmp_path), 10, tmp_path / "fallback")
+    (file,) = (tmp_path / "index").glob("*.npy")
+    names = [path.name for path in sorted((tmp_path / "index").iterdir())]
+    file.rename(file.with_name(f".{file.name}.{platform.node()}.{ended.pid}"))
+    open_index(Documents(tmp_path), 10, tmp_path / "fallback")
+    assert [path.name for path in sorted((tmp_path / "index").iterdir())] == names
 
 
 @dataclass(frozen=True)
