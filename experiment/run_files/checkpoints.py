@@ -4,7 +4,9 @@ A checkpoint is the folder RUN/checkpoints/step-XXXXXXXX. It is complete once it
 the checksums of all its other files and is written last.
 """
 
+import errno
 import logging
+import os
 import re
 import shutil
 import time
@@ -349,8 +351,11 @@ def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
 
 def mark_complete(checkpoint: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
     """Make a folder a complete checkpoint: fsync everything in it, then write its checksums. `known`: checksums of
-    files that need not be read again, by path in the checkpoint."""
+    files that need not be read again, by path in the checkpoint. Raises OSError, also if a network disk does not list
+    one of these yet."""
     files = {str(path.relative_to(checkpoint)): path for path in paths_below(checkpoint) if path.is_file()}
+    if unlisted := sorted(known.keys() - files.keys()):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(checkpoint / unlisted[0]))
     fsync_tree(checkpoint)
     checksums = {name: known.get(name) or checksum(path) for name, path in files.items()}
     write_json(checkpoint / COMPLETE, checksums, indent=1)

@@ -246,6 +246,15 @@ def test_known_checksums_are_not_computed_again(tmp_path: Path) -> None:
     assert listed == {"known": "of what was written", "other": checksum(tmp_path / "other")}
 
 
+def test_a_checkpoint_is_not_complete_without_the_files_of_other_ranks(tmp_path: Path) -> None:
+    """Catches a checkpoint whose shares are not verified, because a network disk did not list the files of another
+    host yet."""
+    (tmp_path / "other").write_bytes(b"content")
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/engine/rank-00001\.safetensors"):
+        mark_complete(tmp_path, {"engine/rank-00001.safetensors": "of what was written"})
+    assert not (tmp_path / "COMPLETE").exists()
+
+
 def test_which_checkpoint_a_path_means(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches an incomplete or damaged checkpoint that is loaded, an older one where a newer one is usable, and the
     newest where the best was asked for."""
