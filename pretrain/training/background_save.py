@@ -153,18 +153,25 @@ class BackgroundSave:
             self._snapshot, self.saved_step, self._failures = None, snapshot.step, 0
         else:
             self._publishing = True
+            self.problem = results[0] or ""
+            if self.problem:
+                what = "checkpoints/best is not written, or old checkpoints are not deleted"
+                log.warning("%s: %s; the next save tries again", what, self.problem)
             self._part = self._thread.submit(self._publish, snapshot, results)
 
-    def _publish(self, snapshot: Snapshot, shares: Sequence[WrittenShare]) -> None:
-        if self.world.rank == 0:
-            partial = self._partial(snapshot.step)
-            complete_checkpoint(partial, shares, snapshot.state, snapshot.write_model)
-            keep = replace(snapshot.keep, uploading=self.uploads.uploading) if self.uploads else snapshot.keep
-            with suppress(OSError):  # a resumed run does not log the steps before a checkpoint again
-                fsync(RunFolder(self.checkpoints.parent).metrics)
-            publish(partial, checkpoint_path(self.checkpoints, snapshot.step), keep, before=self.saved_step)
-            if self.uploads is not None:
-                self.uploads.update(snapshot.keep, snapshot.step)
+    def _publish(self, snapshot: Snapshot, shares: Sequence[WrittenShare]) -> str | None:
+        """Write the rest of a checkpoint, on rank 0. Returns the problem of `publish`."""
+        if self.world.rank != 0:
+            return None
+        partial = self._partial(snapshot.step)
+        complete_checkpoint(partial, shares, snapshot.state, snapshot.write_model)
+        keep = replace(snapshot.keep, uploading=self.uploads.uploading) if self.uploads else snapshot.keep
+        with suppress(OSError):  # a resumed run does not log the steps before a checkpoint again
+            fsync(RunFolder(self.checkpoints.parent).metrics)
+        problem = publish(partial, checkpoint_path(self.checkpoints, snapshot.step), keep, before=self.saved_step)
+        if self.uploads is not None:
+            self.uploads.update(snapshot.keep, snapshot.step)
+        return problem
 
     def _fail(self, step: int, error: UnwritableError) -> None:
         """Leave nothing of the save behind, the disk may be full, and let training continue a few times."""

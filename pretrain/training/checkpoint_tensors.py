@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from experiment.errors import UserError
+from experiment.errors import UserError, describe_disk_error
 from experiment.files import checksum, fsync, write_json
 from experiment.models.tensor_files import save_tensors
 from experiment.models.tokenizer import save_model_tokenizer
@@ -173,15 +173,22 @@ def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def publish(partial: Path, final: Path, keep: Retention, before: int | None) -> None:
-    """Give a complete checkpoint its name, and delete the ones that need not be kept, see `apply_retention`."""
+def publish(partial: Path, final: Path, keep: Retention, before: int | None) -> str | None:
+    """Give a complete checkpoint its name, and delete the ones that need not be kept, see `apply_retention`.
+
+    Returns the problem if it has its name, but naming the best one or deleting others failed; None without one.
+    """
     if final.exists():  # incomplete or damaged: a good one is never written again
         discard(final)
     partial.rename(final)
-    fsync(final.parent)
-    if keep.best is not None:
-        write_best(final.parent, keep.best)  # before the previous best may be deleted
-    apply_retention(final.parent, keep, newest=checkpoint_step(final), before=before)
+    try:
+        fsync(final.parent)  # others stay if the new name may be lost
+        if keep.best is not None:
+            write_best(final.parent, keep.best)  # before the previous best may be deleted
+        apply_retention(final.parent, keep, newest=checkpoint_step(final), before=before)
+    except OSError as error:
+        return describe_disk_error(error) or str(error)
+    return None
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool = True) -> None:

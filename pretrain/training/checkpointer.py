@@ -215,6 +215,8 @@ class Checkpointer:
             self.save(progress)
             self._saves.wait()
         if self.saved_step != progress.step:
+        if self._saves.problem:
+            self.save(progress)  # it exists, but may not be named the best
             raise UnwritableError(self._saves.problem)
 
     def update(self, progress: TrainingProgress) -> None:

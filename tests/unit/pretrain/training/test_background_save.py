@@ -1,3 +1,5 @@
+import errno
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,10 @@ import torch
 
 from experiment.files import call_after_syncs, fsync_tree, write_text
 from experiment.models.tensor_files import save_tensors
+from experiment.run_files.checkpoints import complete_checkpoints
 from experiment.run_files.retention import Retention
-from experiment.run_files.run_folder import open_run_folder
-from pretrain.training import background_save
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from pretrain.training import background_save, checkpoint_tensors
 from pretrain.training.background_save import BackgroundSave, Snapshot, ThreadWork
 from pretrain.training.checkpoint_tensors import Share
 from pretrain.world import World
@@ -49,6 +52,41 @@ def test_the_metrics_are_on_disk_before_a_checkpoint(
     saves.wait()
     assert (saves.saved_step, saves.problem) == (7, "")
     assert order == [folder.metrics] * logged + [folder.checkpoints / "step-00000007"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run whose checkpoints have no content."""
+    monkeypatch.setattr(background_save, "complete_checkpoint", lambda path, *_: write_text(path / "COMPLETE", "{}"))
+    return open_run_folder(tmp_path / "run")
+
+
+def save(saves: BackgroundSave, step: int, keep: Retention = Retention(keep_last=1, keep_every=5)) -> None:  # noqa: B008
+    saves.begin(Snapshot(step, Share(0, {}, {}), {}, lambda *_: None, keep))
+    saves.wait()
+
+
+@pytest.mark.parametrize("name", ["fsync", "write_best", "apply_retention"])
+def test_a_checkpoint_that_has_its_name_is_saved(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """Catches a checkpoint that is on disk, but reported as not written, and deleted as damaged by the next save."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), None)  # type: ignore[arg-type]
+    save(saves, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_tensors, name, fail)
+        save(saves, 5, Retention(keep_last=1, keep_every=5, best=5))
+    assert saves.saved_step == 5
+    assert "cannot be written" not in caplog.text
+    assert f"not deleted: {os.strerror(errno.EIO)}; the next save tries again" in caplog.text
+    assert [path.name for path in complete_checkpoints(folder.checkpoints)] == ["step-00000003", "step-00000005"]
+    save(saves, 7)
+    assert [path.name for path in complete_checkpoints(folder.checkpoints)] == ["step-00000005", "step-00000007"]
+    assert saves.problem == ""
 
 
 def test_a_thread_that_waits_for_a_disk_does_not_work() -> None:
