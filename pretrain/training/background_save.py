@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MOST_FAILURES = 3  # in a row
+_OUTAGE_SECONDS = 900.0  # storage is often back in less
 _NICENESS = 19
 # A thread that has used less processor time than this since the last check, one second earlier, only waits: a write to
 # a dead disk wakes up a few times a second, for 0.1 ms each.
@@ -110,8 +111,9 @@ class BackgroundSave:
         self._snapshot: Snapshot | None = None  # in flight
         self._part: Future[Any] = Future()
         self._publishing = False  # in the second part
-        self._failures = 0
-        self.problem = ""  # of the last save that failed
+        self._failures = 0  # in a row
+        self._failing_since = 0.0  # when the first of them was
+        self.problem = ""  # of the last save, if any
         self.group.from_rank0(lambda: remove_leftovers(self.checkpoints))
 
     @property
@@ -128,7 +130,7 @@ class BackgroundSave:
     def advance_if_done(self, ranks_done: int) -> None:
         """Begin the next part, or end the save, if a part has ended on all ranks. Collective.
 
-        Raises UnwritableError on all ranks after three failed saves in a row.
+        Raises UnwritableError on all ranks after three failed saves in a row, the first one 15 minutes ago or more.
         """
         if self._snapshot is not None and ranks_done == self.world.size:
             self._advance(self._snapshot)
@@ -151,12 +153,12 @@ class BackgroundSave:
             return
         if self._publishing:
             self._snapshot, self.saved_step, self._failures = None, snapshot.step, 0
-        else:
-            self._publishing = True
             self.problem = results[0] or ""
             if self.problem:
                 what = "checkpoints/best is not written, or old checkpoints are not deleted"
                 log.warning("%s: %s; the next save tries again", what, self.problem)
+        else:
+            self._publishing = True
             self._part = self._thread.submit(self._publish, snapshot, results)
 
     def _publish(self, snapshot: Snapshot, shares: Sequence[WrittenShare]) -> str | None:
@@ -174,15 +176,20 @@ class BackgroundSave:
         return problem
 
     def _fail(self, step: int, error: UnwritableError) -> None:
-        """Leave nothing of the save behind, the disk may be full, and let training continue a few times."""
+        """Leave nothing of the save behind, the disk may be full, and let training continue for a while."""
         partial = self._partial(step)
         if self.world.rank == 0 and os.path.lexists(partial):
             discard(partial)
         self._snapshot, self.problem = None, str(error)
+        if self._failures == 0:
+            self._failing_since = time.monotonic()
         self._failures += 1
-        if self._failures == _MOST_FAILURES:
+        if self._failures >= _MOST_FAILURES and self.group.from_rank0(self._has_failed_for_long):
             raise error
         log.warning("the checkpoint of step %d cannot be written: %s; the next save tries again", step, error)
+
+    def _has_failed_for_long(self) -> bool:
+        return time.monotonic() - self._failing_since >= _OUTAGE_SECONDS
 
     def _partial(self, step: int) -> Path:
         return self.checkpoints / f".{checkpoint_path(self.checkpoints, step).name}.partial"

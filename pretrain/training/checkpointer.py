@@ -135,7 +135,7 @@ class Checkpointer:
     def advance_if_done(self, ranks_done: int) -> None:
         """Continue the save in flight if `ranks_done` is the number of ranks. Collective.
 
-        Raises UnwritableError on all ranks after three failed saves in a row.
+        Raises UnwritableError on all ranks if saves have failed for long, see `BackgroundSave.advance_if_done`.
         """
         with self.times.during(CHECKPOINTING, recorded=False):
             self._saves.advance_if_done(ranks_done)
@@ -164,7 +164,7 @@ class Checkpointer:
             stopping: this is the last step of the attempt, which was asked to stop.
             requested: a checkpoint is due by the clock.
 
-        Raises UnwritableError on all ranks after three failed saves in a row, or if the run ends and one cannot write.
+        Raises UnwritableError like `advance_if_done`, or if the run ends and a rank cannot write.
         """
         every_steps = self.run.config.checkpoint.every_steps
         if not (finished or stopping or requested or progress.is_best_step or progress.is_multiple_of(every_steps)):
@@ -194,9 +194,8 @@ class Checkpointer:
             self.save(progress)
 
     def save(self, progress: TrainingProgress) -> None:
-        """Begin to save the checkpoint of this step unless it exists; waits for the save before. Collective.
-
-        Raises UnwritableError on all ranks after three failed saves in a row.
+        """Begin to save the checkpoint of this step unless it exists; waits for the save before. Collective;
+        raises like `advance_if_done`.
         """
         with self.times.during(CHECKPOINTING):
             self._saves.wait()
@@ -215,9 +214,9 @@ class Checkpointer:
             self.save(progress)
             self._saves.wait()
         if self.saved_step != progress.step:
+            raise UnwritableError(self._saves.problem)
         if self._saves.problem:
             self.save(progress)  # it exists, but may not be named the best
-            raise UnwritableError(self._saves.problem)
 
     def update(self, progress: TrainingProgress) -> None:
         """Replace the progress in the saved checkpoint of this step, and name the best one. Collective.

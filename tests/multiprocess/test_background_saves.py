@@ -146,7 +146,10 @@ def failing_case(world: World, tree: Tree, steps: Collection[int]) -> str:
         if step in steps and world.rank == world.size - 1:
             raise OSError(28, "No space left on device")
 
-    with _before_writing(fail):
+    from pretrain.training import background_save
+
+    with _before_writing(fail), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background_save, "_OUTAGE_SECONDS", 0.0)
         return pretrain_case(world, tree)
 
 

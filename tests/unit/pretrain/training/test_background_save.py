@@ -13,7 +13,7 @@ from experiment.run_files.checkpoints import complete_checkpoints
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from pretrain.training import background_save, checkpoint_tensors
-from pretrain.training.background_save import BackgroundSave, Snapshot, ThreadWork
+from pretrain.training.background_save import BackgroundSave, Snapshot, ThreadWork, UnwritableError
 from pretrain.training.checkpoint_tensors import Share
 from pretrain.world import World
 
@@ -87,6 +87,31 @@ def test_a_checkpoint_that_has_its_name_is_saved(
     save(saves, 7)
     assert [path.name for path in complete_checkpoints(folder.checkpoints)] == ["step-00000005", "step-00000007"]
     assert saves.problem == ""
+
+
+def test_an_outage_of_a_few_minutes_is_survived(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that ends for good because storage does not answer for some seconds, and one that trains on for
+    hours although nothing can be saved."""
+    now, fails = 100.0, True
+
+    def publish(*_: Any, **__: Any) -> None:
+        if fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(background_save, "publish", publish)
+    monkeypatch.setattr(background_save.time, "monotonic", lambda: now)
+    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), None)  # type: ignore[arg-type]
+    for step in range(1, 10):
+        save(saves, step)
+        now += 99.0
+    now, fails = 991.0, False
+    save(saves, 10)
+    now, fails = 2000.0, True
+    save(saves, 11)
+    now = 3000.0
+    save(saves, 12)  # the second one
+    with pytest.raises(UnwritableError, match=os.strerror(errno.EIO)):
+        save(saves, 13)
 
 
 def test_a_thread_that_waits_for_a_disk_does_not_work() -> None:
