@@ -106,7 +106,7 @@ def resolve(
     config = _with_absolute_paths(config, deepspeed.path)
     decide(lambda: check_tracking(config.tracking))  # only rank 0 tracks
     folder = RunFolder(Path(config.run.dir))
-    point = decide(lambda: find_resume_candidates(config.run, folder)).choose(verify)
+    point = decide(lambda: find_resume_candidates(config.run, folder, config.checkpoint.mirror)).choose(verify)
     located, model_source = decide(lambda: locate_model(config.model, point, config.checkpoint.mirror))
     config, model_source = config.model_copy(update={"model": located}), _with_folder(model_source, find_model)
     corpora, held_out = _open_corpora(config.corpus, copy_corpora(config.corpus))

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.process.daemon_thread import in_daemon_thread
-from experiment.run_files.checkpoints import checkpoints_to_resume
+from experiment.run_files.checkpoints import checkpoints_to_resume, complete_checkpoints
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import StorageError
 from pretrain.config import PretrainConfig
-from pretrain.resume import is_fork_of
+from pretrain.resume import check_none_saved, is_fork_of
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _OWNER_SECONDS = 60.0  # for the storage to say to which run a mirror belongs
 def restore_run(config: PretrainConfig, on_progress: Callable[[], None]) -> None:
     """Copy the run in `checkpoint.mirror`, which is set, if the run folder has no checkpoints, or if the run was
     continued in another folder since. Raises UserError, also if the mirror belongs to another run than the folder, or
-    if the run was continued in both."""
+    if the run was continued in both, or if neither has the checkpoints that the folder has had."""
     folder, url = RunFolder(Path(config.run.dir).absolute()), config.checkpoint.mirror
     assert url is not None
     mirror = Mirror(url)
@@ -42,6 +42,8 @@ def restore_run(config: PretrainConfig, on_progress: Callable[[], None]) -> None
     if parent is not None and found is not None and not is_fork_of(found["ancestors"], parent):
         raise UserError(f"{url} holds a run that is not a fork of {parent}; choose another checkpoint.mirror")
     mirror.restore(folder, on_progress, is_ahead)
+    if not complete_checkpoints(folder.checkpoints):
+        check_none_saved(folder)
 
 
 def _is_ahead_in_time(mirror: Mirror, folder: RunFolder) -> bool:

@@ -58,7 +58,7 @@ _BY_CONTENT = (
 _MODEL_TRAINING = tuple(f"model.{field}" for field in ModelConfig.model_fields)
 # Keys of lengths that count from step 0, in a fork too.
 _FROM_STEP_0 = ("model.freeze_steps", "schedule.warmup_steps", "schedule.batch_warmup_steps")
-_ADVICE = "Delete damaged checkpoints to resume from checkpoint.mirror, or, without one, to start over"
+_ADVICE = "Delete damaged checkpoints to resume from checkpoint.mirror, or choose another run.dir to start over"
 
 
 @dataclass(frozen=True)
@@ -96,21 +96,37 @@ class ResumeCandidates:
         return ResumePoint(last_usable(self.checkpoints, verify, advice), self.fork) if self.checkpoints else None
 
 
-def find_resume_candidates(run: RunConfig, folder: RunFolder) -> ResumeCandidates:
+def find_resume_candidates(run: RunConfig, folder: RunFolder, mirror: str | None = None) -> ResumeCandidates:
     """Return the checkpoints that `run.resume` means for a run folder.
 
-    A fork that has saved a checkpoint resumes from it; one that has not forks again.
+    A fork that has saved a checkpoint resumes from it; one that has not forks again. `mirror`: of the run, from which
+    `restore_run` may copy checkpoints later.
 
-    Raises UserError for a `run.resume` that names no checkpoint, a run folder that should be unused, and one that holds
-    anything but a pretraining run.
+    Raises UserError for a `run.resume` that names no checkpoint, a run folder that should be unused, one whose
+    checkpoints are gone, and one that holds anything but a pretraining run.
     """
     check_run_folder(folder, "pretraining run")
     own = checkpoints_to_resume(folder.checkpoints)
     _check_incomplete(folder.checkpoints, own)
     if run.resume == "never" and (own or folder.metrics.exists()):
         raise UserError(f"run.resume is 'never', but {folder.path} already holds a run; choose another run.dir")
+    if not own and mirror is None:
+        check_none_saved(folder)
     parents = [] if run.parent is None else _parent_checkpoints(run.parent, folder, has_own=bool(own))
     return ResumeCandidates(own or parents, fork=not own)
+
+
+def check_none_saved(folder: RunFolder) -> None:
+    """Raise UserError if a run without checkpoints has saved some: starting over would delete its metrics."""
+    # A mirror may have the attempts, but no checkpoint, if its first upload was not finished.
+    record = None if folder.restored.exists() else read_provenance(folder)
+    last = record["attempts"][-1] if record and record["attempts"] else {}
+    has_resumed = record is not None and last.get("step", 0) > (forked_from(record["ancestors"]) or {}).get("step", 0)
+    if has_resumed or folder.saved.exists():
+        raise UserError(
+            f"there is no checkpoint in {folder.checkpoints}, but this run has saved some. Mount their disk, or move "
+            f"them back, to resume; to start over, choose another run.dir, or delete {folder.path}"
+        )
 
 
 def _check_incomplete(checkpoints: Path, complete: Sequence[Path]) -> None:

@@ -165,12 +165,14 @@ class BackgroundSave:
         """Write the rest of a checkpoint, on rank 0. Returns the problem of `publish`."""
         if self.world.rank != 0:
             return None
-        partial = self._partial(snapshot.step)
+        run, partial = RunFolder(self.checkpoints.parent), self._partial(snapshot.step)
         complete_checkpoint(partial, shares, snapshot.state, snapshot.write_model)
         keep = replace(snapshot.keep, uploading=self.uploads.uploading) if self.uploads else snapshot.keep
         with suppress(OSError):  # a resumed run does not log the steps before a checkpoint again
-            fsync(RunFolder(self.checkpoints.parent).metrics)
+            fsync(run.metrics)
         problem = publish(partial, checkpoint_path(self.checkpoints, snapshot.step), keep, before=self.saved_step)
+        with suppress(OSError):
+            run.saved.touch()
         if self.uploads is not None:
             self.uploads.update(snapshot.keep, snapshot.step)
         return problem

@@ -154,6 +154,33 @@ def test_a_folder_that_is_behind_the_mirror_takes_over_its_newer_checkpoints(
     assert steps_in(second)[-1] == 9
 
 
+@pytest.mark.parametrize("is_mirrored", [True, False])
+def test_a_run_whose_checkpoints_are_gone_resumes_from_its_mirror_only(
+    mirror: Mirror, tmp_path: Path, is_mirrored: bool
+) -> None:
+    """Catches a run that starts over because the mirror of its lost checkpoints is empty or new, and one that is
+    refused although its mirror has them."""
+    first = RunFolder(tmp_path / "first")
+    shutil.rmtree(first.checkpoints)
+    first.logs.mkdir()
+    first.saved.touch()
+    if is_mirrored:
+        assert restore(first, mirror) == [checkpoint_path(first.checkpoints, 1)]
+        return
+    with pytest.raises(UserError, match=f"there is no checkpoint in {first.checkpoints}, but this run has saved some"):
+        restore(first, Mirror(f"file://{tmp_path}/new"))
+
+
+def test_a_mirror_whose_first_upload_was_not_finished(tmp_path: Path) -> None:
+    """Catches a host that is refused because a lost one has resumed from a checkpoint that the mirror lacks."""
+    lost, new, mirror = RunFolder(tmp_path / "lost"), RunFolder(tmp_path / "new"), Mirror(f"file://{tmp_path}/mirror")
+    write_provenance(lost, {"step": 5}, [])
+    mirror.upload_run_files(lost)
+    for _ in range(2):
+        assert restore(new, mirror) == []
+        assert read_provenance(new) == read_provenance(lost)
+
+
 def test_an_older_checkpoint_is_resumed_where_only_this_folder_has_trained(mirror: Mirror, tmp_path: Path) -> None:
     """Catches a user who has deleted the newest checkpoints to go back, and gets them again."""
     first = RunFolder(tmp_path / "first")

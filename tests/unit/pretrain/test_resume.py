@@ -377,6 +377,40 @@ def test_damaged_checkpoints_of_a_run_that_may_be_mirrored(tmp_path: Path, steps
         plan(run, "auto")
 
 
+@pytest.mark.parametrize("evidence", ["saved", "resumed"])
+@pytest.mark.parametrize("gone", ["missing", "empty", "dangling"])
+@pytest.mark.parametrize("resume", ["auto", "parent"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(
+    tmp_path: Path, evidence: str, gone: str, resume: str
+) -> None:
+    """Catches a run that deletes its metrics and trains from its first step, because a disk is not mounted."""
+    parent = make_run(tmp_path / "parent", (4,))
+    run = make_run(tmp_path / "run", (), *("fork", parent) if resume == "parent" else ())
+    folder = RunFolder(run)
+    write_provenance(folder, {"step": 6 if evidence == "resumed" else 0})
+    if evidence == "saved":
+        folder.logs.mkdir()
+        folder.saved.touch()
+    if gone == "empty":
+        folder.checkpoints.mkdir()
+    elif gone == "dangling":
+        folder.checkpoints.symlink_to(tmp_path / "unmounted")
+    message = f"^there is no checkpoint in {run}/checkpoints, but this run has saved some.* or delete {run}$"
+    with pytest.raises(UserError, match=message):
+        plan(run, str(parent) if resume == "parent" else "auto")
+
+
+def test_a_run_that_has_saved_nothing_starts_over(tmp_path: Path) -> None:
+    """Catches a crash before the first checkpoint after which the same command is refused."""
+    parent = make_run(tmp_path / "parent", (4,))
+    run, fork = make_run(tmp_path / "run", ()), make_run(tmp_path / "fork", (), "fork", parent)
+    for _ in range(2):
+        assert plan(run, "auto").checkpoint is None
+        assert plan(fork, str(parent)).fork
+        write_provenance(RunFolder(run), {"step": 0})
+        write_provenance(RunFolder(fork), {"step": 4})
+
+
 @pytest.mark.parametrize(("field", "nested"), [("momentum", False), ("median", True)])
 @pytest.mark.parametrize("fork", [False, True])
 def test_a_checkpoint_of_a_newer_version_is_rejected(tmp_path: Path, field: str, nested: bool, fork: bool) -> None:

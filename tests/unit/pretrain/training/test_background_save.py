@@ -76,7 +76,9 @@ def test_a_checkpoint_that_has_its_name_is_saved(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     saves = BackgroundSave(folder.checkpoints, OneRank(), World(), None)  # type: ignore[arg-type]
+    assert not folder.saved.exists()
     save(saves, 3)
+    assert folder.saved.exists()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_tensors, name, fail)
         save(saves, 5, Retention(keep_last=1, keep_every=5, best=5))
@@ -104,6 +106,7 @@ def test_an_outage_of_a_few_minutes_is_survived(folder: RunFolder, monkeypatch: 
     for step in range(1, 10):
         save(saves, step)
         now += 99.0
+    assert not folder.saved.exists()
     now, fails = 991.0, False
     save(saves, 10)
     now, fails = 2000.0, True
