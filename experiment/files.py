@@ -201,8 +201,7 @@ def write_file(path: Path, content: bytes, durable: bool = True) -> None:
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
     """Replace a text file atomically, see `atomic_write`."""
-    with atomic_write(path, durable) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_file(path, text.encode(), durable)
 
 
 def write_json(path: Path, value: Any, indent: int = 2, durable: bool = True) -> None:
