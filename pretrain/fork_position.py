@@ -8,7 +8,7 @@ from typing import Any
 from experiment.config import flatten, with_defaults
 from experiment.formatting import counted
 from experiment.run_files.checkpoints import read_state
-from pretrain.batching.order import BatchSizes, ShuffledOrder
+from pretrain.batching.order import BatchSizes, ShuffledOrder, stage_sizes
 from pretrain.config import PretrainConfig
 from pretrain.resolve import ResolvedRun
 from pretrain.training_stream import TrainingStream
@@ -49,14 +49,12 @@ def position_shifts(
         now, before: identities of the fork and of its parent, see `run_identity`.
     """
     theirs = with_defaults(flatten(before), PretrainConfig)
-    stages = theirs["schedule.stages"] or [[0, theirs["batch.max_seq_length"], theirs["batch.sequences"]]]
-    number = bisect_right([first for first, _, _ in stages], max(0, step - 1)) - 1  # the last one that was read
-    first, length, sequences = stages[number]
+    epochs_read, sizes = _epochs_at(theirs, max(0, step - 1))
     ours = bisect_right(stream.first_steps, step) - 1
     maker, order, train = stream.makers[ours], stream.orders[ours], theirs["corpus.train"]
     weights: dict[str, float] = dict(train) if isinstance(train, list) else {train: 1.0}
     places = {each.corpus.fingerprint: place for place, each in enumerate(maker.corpora)}
-    is_same_order = (number, length) == (ours, maker.layout.max_seq_length) and all(
+    is_same_order = epochs_read == _epochs_at(with_defaults(flatten(now), PretrainConfig), step)[0] and all(
         theirs.get(key, now[key]) == now[key] for key in ("run.seed", "corpus.special_tokens")
     )
     if not is_same_order or not weights.keys() <= places.keys():
@@ -65,8 +63,16 @@ def position_shifts(
     for fingerprint, weight in weights.items():
         each = maker.corpora[places[fingerprint]]
         shares.append(weight / (each.corpus.tokens / len(each.index) + maker.vocabulary.num_special_tokens))
-    sizes = BatchSizes(sequences, theirs["schedule.batch_warmup_steps"], first)
     parent = ShuffledOrder(tuple(order.corpora[places[found]] for found in weights), sizes, shares=tuple(shares))
     read, begin = (each.positions_by_corpus(each.start(step)) for each in (parent, order))
     shifts = {places[found]: int(count - begin[places[found]]) for found, count in zip(weights, read, strict=True)}
     return {stream.corpora[place]: shift for place, shift in shifts.items() if shift}
+
+
+def _epochs_at(identity: Mapping[str, Any], step: int) -> tuple[tuple[int, int], BatchSizes]:
+    """Return what the epochs of a step are: number of the stage that started them, length of the sequences; and the
+    batch sizes there."""
+    stages = identity["schedule.stages"] or [[0, identity["batch.max_seq_length"], identity["batch.sequences"]]]
+    number = bisect_right([first for first, _, _ in stages], step) - 1
+    begun, sizes = stage_sizes(stages, identity["schedule.batch_warmup_steps"])[number]
+    return (begun, stages[number][1]), sizes

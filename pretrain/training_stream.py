@@ -7,7 +7,7 @@ of its own.
 import math
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.counter_rng import make_key
 from pretrain.batching.masking import Masker, MaskingSchedule
-from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder, stage_sizes
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.row_width import with_best_row_width
 from pretrain.batching.sequences import open_index
@@ -106,7 +106,12 @@ def open_stream(
     Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.
     """
     config = run.config
-    corpora, orders = zip(*_open_stages(run), strict=True)
+    sizes = stage_sizes(
+        [(stage.first_step, stage.max_seq_length, stage.sequences) for stage in config.stages],
+        config.schedule.batch_warmup_steps,
+    )
+    opened = [_open_stage(run, stage, *begun) for stage, begun in zip(config.stages, sizes, strict=True)]
+    corpora, orders = zip(*opened, strict=True)
     total_weight = sum(given.weight for given in run.corpora)
     mean_lengths = [total_weight / sum(order.shares) for order in orders]
     steps = _total_steps(config.schedule, orders, mean_lengths, run.resume_plan)
@@ -135,25 +140,11 @@ def open_stream(
     return TrainingStream(tuple(makers), orders, first_steps, steps, names, rows, begin)
 
 
-def _open_stages(run: ResolvedRun) -> Iterator[tuple[tuple[MaskedCorpus, ...], ShuffledOrder]]:
-    """Yield the corpora and the order of each stage. A stage of the length of the one before it has the same sequences,
-    and continues its epochs; any other starts new epochs, with an order and masks of its own."""
-    stages = run.config.stages
-    begun, position = 0, 0  # number of the stage that started the present epochs; where this one continues in them
-    for number, stage in enumerate(stages):
-        if stage.max_seq_length != stages[begun].max_seq_length:
-            begun, position = number, 0
-        corpora, order = _open_stage(run, begun, stage, position)
-        if number + 1 < len(stages):
-            position = order.start(stages[number + 1].first_step)
-        yield corpora, order
-
-
 def _open_stage(
-    run: ResolvedRun, begun: int, stage: Stage, position: int
+    run: ResolvedRun, stage: Stage, begun: int, sizes: BatchSizes
 ) -> tuple[tuple[MaskedCorpus, ...], ShuffledOrder]:
     """Return the corpora of a stage, split into its sequences, with the masks of the epochs that stage number `begun`
-    started; and their order, in which it starts at `position`.
+    started; and their order.
 
     The weights of a mixture are shares of tokens; an order deals positions to corpora, one per sequence, so its shares
     are the weights divided by the mean tokens per sequence. Missing sequence indexes are built.
@@ -171,7 +162,7 @@ def _open_stage(
         shares.append(given.weight / (corpus.tokens / len(index) + vocabulary.num_special_tokens))
     order = ShuffledOrder(
         tuple(streams),
-        BatchSizes(stage.sequences, schedule.batch_warmup_steps, stage.first_step, position),
+        sizes,
         None if schedule.epochs is None else max(1, round(schedule.epochs * streams[0].sequences)),
         tuple(shares),
     )

@@ -60,6 +60,26 @@ class BatchSizes:
         return self.first_step + bisect_left(range(self.first_step, warm), positions, key=self.start)
 
 
+def stage_sizes(stages: Sequence[tuple[int, int, int]], warmup_steps: int) -> list[tuple[int, BatchSizes]]:
+    """Return the batch sizes of each stage, and the number of the stage that started the epochs which it reads.
+
+    A stage of the length of the one before it has the same sequences, so it continues the epochs of that stage. Any
+    other starts new epochs.
+
+    Args:
+        stages: (first step, longest sequence in tokens, sequences per batch).
+        warmup_steps: see BatchSizes.
+    """
+    sizes: list[tuple[int, BatchSizes]] = []
+    for number, (first, length, sequences) in enumerate(stages):
+        begun, position = number, 0
+        if number and length == stages[number - 1][1]:
+            begun, before = sizes[-1]
+            position = before.start(first)
+        sizes.append((begun, BatchSizes(sequences, warmup_steps, first, position)))
+    return sizes
+
+
 @dataclass(frozen=True)
 class CorpusStream:
     """An endless stream of one corpus, shuffled anew in each epoch."""

@@ -49,6 +49,7 @@ BATCH = {"max_seq_length": 32, "microbatch_tokens": 128}
         ("a", "a", {"batch": {"sequences": 5, **BATCH}}),
         ("a", "a", {"batch": {"sequences": 20, **BATCH}}),
         ("a", "a", {"schedule": {"steps": 40, "batch_warmup_steps": 3}}),
+        ("a", "a", {"schedule": {"steps": 40, "stages": [{"steps": 2, "sequences": 4}, {}]}}),
         ("a", "ab", {}),
         ("aaab", "abbb", {}),
     ],
