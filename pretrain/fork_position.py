@@ -73,6 +73,7 @@ def _epochs_at(identity: Mapping[str, Any], step: int) -> tuple[tuple[int, int],
     """Return what the epochs of a step are: number of the stage that started them, length of the sequences; and the
     batch sizes there."""
     stages = identity["schedule.stages"] or [[0, identity["batch.max_seq_length"], identity["batch.sequences"]]]
+    stages = [stage[:3] for stage in stages]
     number = bisect_right([first for first, _, _ in stages], step) - 1
     begun, sizes = stage_sizes(stages, identity["schedule.batch_warmup_steps"])[number]
     return (begun, stages[number][1]), sizes

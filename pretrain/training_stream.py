@@ -9,6 +9,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -64,9 +65,10 @@ class TrainingStream:
         if self.steps is None or len(self.corpora) > 1:
             return None
         epochs = 0.0
-        for order, end in zip(self.orders, self.ends, strict=True):
+        for order, first, end in zip(self.orders, self.first_steps, self.ends, strict=True):
             assert end is not None
-            epochs += (order.start(end) - order.start(min(self.begin, end))) / order.corpora[0].sequences
+            begin = min(max(self.begin, first), end)
+            epochs += (order.start(end) - order.start(begin)) / order.corpora[0].sequences
         return epochs
 
     def is_small_rest(self, step: int) -> bool:
@@ -85,7 +87,7 @@ class TrainingStream:
         for order, first, end in zip(self.orders, self.first_steps, self.ends, strict=True):
             if first <= step:
                 read = order.positions_by_corpus(order.start(step if end is None else min(step, end)))
-                read = read - order.positions_by_corpus(order.sizes.first_position)
+                read = read - order.positions_by_corpus(order.start(first))
                 read = np.maximum(read, 1)  # a ratio even before the first step
                 positions += read
                 epochs += read / [corpus.sequences for corpus in order.corpora]
@@ -114,7 +116,8 @@ def open_stream(
     corpora, orders = zip(*opened, strict=True)
     total_weight = sum(given.weight for given in run.corpora)
     mean_lengths = [total_weight / sum(order.shares) for order in orders]
-    steps = _total_steps(config.schedule, orders, mean_lengths, run.resume_plan)
+    first_steps = tuple(stage.first_step for stage in config.stages)
+    steps = _total_steps(config.schedule, orders, first_steps, mean_lengths, run.resume_plan)
     check_fork_length(run.resume_plan, steps)
     least_width = least_row_width(run.model_config)
     makers = [
@@ -128,7 +131,6 @@ def open_stream(
         )
         for stage, of_stage, order in zip(config.stages, corpora, orders, strict=True)
     ]
-    first_steps = tuple(stage.first_step for stage in config.stages)
     if rows == "windows" and attention_ratio is not None:
         ends = (*first_steps[1:], sys.maxsize if steps is None else steps)
         makers = [
@@ -178,10 +180,19 @@ def _masking_rate(masking: MaskingConfig, steps: int | None) -> MaskingSchedule 
 
 
 def _total_steps(
-    schedule: ScheduleConfig, orders: Sequence[ShuffledOrder], mean_lengths: Sequence[float], plan: ResumePlan
+    schedule: ScheduleConfig,
+    orders: Sequence[ShuffledOrder],
+    first_steps: Sequence[int],
+    mean_lengths: Sequence[float],
+    plan: ResumePlan,
 ) -> int | None:
-    """Return the steps in the run; None under a time budget. `orders`, `mean_lengths`: by stage; mean tokens per
-    sequence, special tokens included. A fork has the tokens of its parent, whose batches may have been others."""
+    """Return the steps in the run; None under a time budget. A fork has the tokens of its parent, whose batches may
+    have been others.
+
+    Args:
+        orders, first_steps: by stage.
+        mean_lengths: by stage; tokens per sequence, special tokens included.
+    """
     *others, last = (order.sizes for order in orders)
     if schedule.tokens is None:
         return schedule.known_steps or orders[-1].end
@@ -192,13 +203,12 @@ def _total_steps(
             f"{plan.checkpoint} has {done:.4g} already"
         )
     before_last: float = done
-    for sizes, after, mean in zip(others, (*others[1:], last), mean_lengths, strict=False):
-        end = after.first_step
-        before_last += (sizes.start(end) - sizes.start(min(start, end))) * mean
+    for sizes, (first, end), mean in zip(others, pairwise(first_steps), mean_lengths, strict=False):
+        before_last += (sizes.start(end) - sizes.start(min(max(start, first), end))) * mean
     if others and before_last >= schedule.tokens:
         raise UserError(
             f"schedule.tokens: the first {len(others)} of schedule.stages take about {before_last:.4g} tokens, "
             f"which leaves none of {schedule.tokens:.4g} for the last one"
         )
     left = math.ceil((schedule.tokens - before_last) / mean_lengths[-1])
-    return last.end(last.start(start) + left)
+    return last.end(last.start(max(start, first_steps[-1])) + left)

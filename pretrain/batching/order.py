@@ -9,7 +9,7 @@ The order does not depend on world size, microbatch size or earlier batches, and
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -63,8 +63,8 @@ class BatchSizes:
 def stage_sizes(stages: Sequence[tuple[int, int, int]], warmup_steps: int) -> list[tuple[int, BatchSizes]]:
     """Return the batch sizes of each stage, and the number of the stage that started the epochs which it reads.
 
-    A stage of the length of the one before it has the same sequences, so it continues the epochs of that stage. Any
-    other starts new epochs.
+    A stage of the length of the one before it has the same sequences, so it continues the epochs of that stage, and its
+    batch sizes if they are the same. Any other starts new epochs.
 
     Args:
         stages: (first step, longest sequence in tokens, sequences per batch).
@@ -72,11 +72,11 @@ def stage_sizes(stages: Sequence[tuple[int, int, int]], warmup_steps: int) -> li
     """
     sizes: list[tuple[int, BatchSizes]] = []
     for number, (first, length, sequences) in enumerate(stages):
-        begun, position = number, 0
+        begun, own = number, BatchSizes(sequences, warmup_steps, first)
         if number and length == stages[number - 1][1]:
             begun, before = sizes[-1]
-            position = before.start(first)
-        sizes.append((begun, BatchSizes(sequences, warmup_steps, first, position)))
+            own = before if sequences == before.sequences else replace(own, first_position=before.start(first))
+        sizes.append((begun, own))
     return sizes
 
 

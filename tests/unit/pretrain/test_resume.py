@@ -138,6 +138,16 @@ def test_equivalent_stages_can_resume(now: list[dict[str, int]]) -> None:
     assert check_resume(identity(schedule__stages=STAGES), identity(schedule__stages=now), "a checkpoint") == []
 
 
+def test_stages_of_an_earlier_version_cannot_resume() -> None:
+    """Catches a stage that continued no epochs when it was trained, and reads other sequences after a resume."""
+    stages = [{"steps": 3, "sequences": 32}, {"steps": 3, "max_seq_length": 64}, {"max_seq_length": 64}]
+    now = identity(schedule__stages=stages)
+    before = now | {"schedule.stages": [stage[:3] for stage in now["schedule.stages"]]}
+    assert [len(stage) for stage in now["schedule.stages"]] == [3, 3, 4]
+    with pytest.raises(UserError, match=r"another schedule\.stages: .*continued"):
+        check_resume(before, now, "a checkpoint")
+
+
 @pytest.mark.parametrize(
     ("now", "key"),
     [

@@ -148,11 +148,16 @@ def test_a_stage_of_the_same_length_continues_the_epochs(open_run_stream: OpenSt
     assert {epoch for _, epoch, _ in origins(stream[52])} == {0}
 
 
+@pytest.mark.parametrize("warmup", [0, 7])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_equal_stages_are_one_stage(open_run_stream: OpenStream, mixed: bool) -> None:
-    """Catches batches, epochs or tokens that depend on how a run is divided into stages."""
-    split = open_run_stream(mixed=mixed, schedule={"steps": 20, "stages": [{"steps": 6}, {"steps": 5}, {}]})
-    whole = open_run_stream(mixed=mixed, schedule={"steps": 20})
+def test_equal_stages_are_one_stage(open_run_stream: OpenStream, mixed: bool, warmup: int) -> None:
+    """Catches batches, epochs, tokens or a length that depend on how a run is divided into stages."""
+    plain = {"steps": 20, "batch_warmup_steps": warmup}
+    stages = {"stages": [{"steps": 6}, {"steps": 5}, {}]}
+    split, whole = (open_run_stream(mixed=mixed, schedule=plain | more) for more in (stages, {}))
+    length = {"steps": None, "tokens": 20_000}
+    by_tokens = [open_run_stream(mixed=mixed, schedule=plain | length | more).steps for more in (stages, {})]
+    assert by_tokens[0] == by_tokens[1]
     assert all(equal(split[step], whole[step]) for step in range(20))
     for step in (3, 9, 20):
         assert split.tokens_per_epoch(step) == pytest.approx(whole.tokens_per_epoch(step))
