@@ -5,8 +5,8 @@
 Both train the same model on the same text with the same real tokens per update and the same threads in total. They
 alternate, so that a slow minute of the machine affects both. Whole training steps are timed, data work included, after
 some untimed first steps. The share of communication comes from a profile of three of the untimed steps on rank 0: the
-time in which it exchanged gradients or weights with others, waiting for them included. Profiling slows that rank down,
-so it waits less than usual. Peak memory is summed over all processes, shared pages counted once.
+time in which it reduced gradients or waited for others; sending new weights is not included. Profiling slows that rank
+down, so it waits less than usual. Peak memory is summed over all processes, shared pages counted once.
 """
 
 import json
@@ -86,7 +86,7 @@ def _run(config: Config, folder: Path, ranks: int, threads: int) -> Measured:
     with PeakMemory() as memory:
         pretrain(config, folder, ranks=ranks, threads=threads)
     profile = json.loads((folder / "profile" / "profile.json").read_text(encoding="utf-8"))
-    communication = profile["communication"] / profile["step"]
+    communication = (profile["phases"]["reduce gradients"] + profile["phases"]["wait for ranks"]) / profile["step"]
     return Measured(tokens_per_second(folder, _UNTIMED), communication, memory.bytes)
 
 

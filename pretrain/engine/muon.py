@@ -25,7 +25,6 @@ from torch import Tensor
 from pretrain.engine.deepspeed_settings import Precision
 from pretrain.engine.optimizers import AdamW, Group
 from pretrain.engine.partitions import Fragment
-from pretrain.engine.phases import collective
 from pretrain.optimizer_config import MuonConfig
 
 # Of the quintic in the source above: chosen for the steepest slope at zero, so that small singular values grow fastest.
@@ -231,7 +230,6 @@ class Muon(AdamW):
         own = [transfer for transfer in transfers if self._rank in (transfer.source, transfer.target)]
         return _Exchange(own, any(transfer.source != transfer.target for transfer in transfers))
 
-    @collective("all_to_all")
     def _transfer(
         self, exchange: _Exchange, read: Callable[[str, _Slice], Tensor], write: Callable[[str, _Slice, Tensor], None]
     ) -> None:

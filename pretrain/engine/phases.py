@@ -12,18 +12,12 @@ from torch.profiler import record_function
 Phase = Literal["data", "forward", "backward", "reduce gradients", "update weights", "wait for norm", "wait for ranks"]
 
 PREFIX = "deepcloze: "
-COLLECTIVE_PREFIX = "deepcloze collective: "
 
 
 def phase(name: Phase) -> record_function:
     """Return a context whose time a profile counts as this part of the step. Costs a microsecond where nothing is
     profiled."""
     return record_function(PREFIX + name)
-
-
-def collective(name: str) -> record_function:
-    """Return a context or decorator whose time a profile counts as communication, like torch's own collectives."""
-    return record_function(COLLECTIVE_PREFIX + name)
 
 
 class ForwardTimer:

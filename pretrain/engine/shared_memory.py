@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.engine.phases import collective
-
 BUFFER_BYTES = 2**23  # of each rank: two halves, used in turn
 _TOKEN_BYTES = 16
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -36,7 +34,6 @@ class SharedMemory:
         self._rank = dist.get_rank()
         self._nothing = torch.zeros(1)
 
-    @collective("reduce_scatter")
     def reduce_scatter(self, parts: Sequence[Tensor], total: Tensor) -> None:
         """Sum to `total` the flat tensors that the ranks have for this one, as `sum_in_order`.
 
@@ -57,7 +54,6 @@ class SharedMemory:
             ]
             sum_in_order(terms, total[first:end])
 
-    @collective("all_gather")
     def all_gather(self, parts: Sequence[Tensor]) -> None:
         """Copy part n of rank n, a flat tensor, to part n of the others."""
         numel, dtype = parts[0].numel(), parts[0].dtype

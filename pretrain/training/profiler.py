@@ -1,9 +1,7 @@
 """Profile a few steps of a run: `deepcloze pretrain --profile`. docs/performance.md explains how to read the result."""
 
-import errno
 import io
 import logging
-import os
 import re
 from bisect import bisect_right
 from collections import defaultdict
@@ -20,15 +18,12 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from experiment.files import atomic_write, write_json, write_text
 from experiment.progress import terminal
-from pretrain.engine.phases import COLLECTIVE_PREFIX, PREFIX
+from pretrain.engine.phases import PREFIX
 
 log = logging.getLogger(__name__)
 
 SKIPPED, PROFILED = 4, 3  # steps; the first ones allocate memory and may compile
 _OPERATIONS = 10
-_TRACE_END = 8192  # bytes: more than the path of the trace, which is the last value in it
-_COLLECTIVES = ("gloo:", "c10d::", COLLECTIVE_PREFIX)
-_NCCL_KERNEL = re.compile(r"nccl\w*Kernel")  # ncclDevKernel_AllReduce_…, ncclSymDevKernel_…
 _CUDA_CALL = re.compile(r"cu(da)?[A-Z]")  # cudaLaunchKernel, cuLaunchKernel
 
 
@@ -72,7 +67,6 @@ class StepProfiler:
             log.warning("no profile was written to %s: %s", self._folder, error)
 
     def _write(self, finished: Any) -> None:
-        _export_trace(finished, self._folder / "trace.json")
         times = _step_times(finished, self._on_gpu)
         write_json(self._folder / "profile.json", asdict(times))
         tables = [_phase_table(times), _operation_table(finished.key_averages(), times.step, self._on_gpu)]
@@ -81,29 +75,9 @@ class StepProfiler:
             for table in tables:
                 console.print(table)
         write_text(self._folder / "profile.txt", text.getvalue())
-        log.info("profile written to %s", self._folder)
-
-
-def _export_trace(finished: Any, path: Path) -> None:
-    """Write a trace. torch raises nothing if the disk is full: it leaves a part of the trace, and may not rename its
-    own temporary file."""
-    with atomic_write(path) as temporary:
-        try:
+        with atomic_write(self._folder / "trace.json") as temporary:  # torch raises nothing if it cannot write
             finished.export_chrome_trace(str(temporary))
-            if not _is_complete(temporary):
-                raise OSError(errno.EIO, "torch did not write all of the trace", str(path))
-        finally:
-            temporary.with_name(temporary.name + ".tmp").unlink(missing_ok=True)
-
-
-def _is_complete(trace: Path) -> bool:
-    """Return whether the last key of a trace is there, and its last bracket. Parsing all of it would take gigabytes."""
-    if not trace.exists():
-        return False
-    with trace.open("rb") as file:
-        file.seek(-min(_TRACE_END, trace.stat().st_size), os.SEEK_END)
-        end = file.read().rstrip()
-    return b'"traceName"' in end and end.endswith(b"}")
+        log.info("profile written to %s", self._folder)
 
 
 @dataclass(frozen=True)
@@ -114,7 +88,6 @@ class StepTimes:
     step: float
     phases: dict[str, float]
     gpu: dict[str, float]  # by phase; empty without a GPU
-    communication: float  # part of the phases; on a CPU waiting for other ranks included
 
 
 def _step_times(finished: Any, on_gpu: bool) -> StepTimes:
@@ -126,9 +99,8 @@ def _step_times(finished: Any, on_gpu: bool) -> StepTimes:
     for event in phases:
         cpu[event.name.removeprefix(PREFIX)] += event.cpu_time_total / 1e3 / PROFILED
     gpu = {name: time / 1e3 / PROFILED for name, time in _gpu_phases(events, phases).items()} if on_gpu else {}
-    sent = _gpu_communication(events) if on_gpu else _cpu_communication(on_cpu, phases)
     step = sum(event.cpu_time_total for event in steps) / 1e3 / PROFILED
-    return StepTimes(step, dict(cpu), gpu, sent / 1e3 / PROFILED)
+    return StepTimes(step, dict(cpu), gpu)
 
 
 def _gpu_phases(events: Sequence[Any], phases: Sequence[Any]) -> dict[str, float]:
@@ -149,29 +121,9 @@ def _gpu_phases(events: Sequence[Any], phases: Sequence[Any]) -> dict[str, float
     return total
 
 
-def _gpu_communication(events: Sequence[Any]) -> float:
-    """Return microseconds of NCCL's kernels. The annotations around them, `nccl:…`, are events of the device too."""
-    kernels = [event.time_range for event in events if _is_on_gpu(event) and _NCCL_KERNEL.match(event.name)]
-    return float(sum(kernel.end - kernel.start for kernel in kernels))
-
-
 def _is_on_gpu(event: Any) -> bool:
     """Return whether this is a kernel, copy or fill: not its launch on the CPU, nor an annotation around several."""
     return event.device_type == DeviceType.CUDA and not event.is_user_annotation
-
-
-def _cpu_communication(events: Sequence[Any], phases: Sequence[Any]) -> float:
-    """Return microseconds in which collectives that a phase began were in flight, and in which this rank waited for
-    others. The agreement on the next batch, which begins between two phases, is in flight during the whole step."""
-    waits = [event.time_range for event in phases if event.name == PREFIX + "wait for ranks"]
-    spans = [event.time_range for event in phases]
-    sent = [event.time_range for event in events if event.name.startswith(_COLLECTIVES)]
-    begun = [range_ for range_ in sent if any(span.start <= range_.start < span.end for span in spans)]
-    total = covered = 0.0
-    for range_ in sorted([*waits, *begun], key=lambda range_: range_.start):
-        total += max(0.0, range_.end - max(range_.start, covered))
-        covered = max(covered, range_.end)
-    return total
 
 
 def _phase_table(times: StepTimes) -> Table:
@@ -181,7 +133,6 @@ def _phase_table(times: StepTimes) -> Table:
         gpu = [f"{times.gpu[name]:,.1f}"] if times.gpu else []
         table.add_row(name, *_row(milliseconds, times.step), *gpu)
     table.add_row("the rest", *_row(times.step - sum(times.phases.values()), times.step))
-    table.add_row("collectives, which are part of the above", *_row(times.communication, times.step))
     return table
 
 
@@ -191,7 +142,7 @@ def _operation_table(events: Sequence[Any], step: float, on_gpu: bool) -> Table:
     if on_gpu:  # the operations on the CPU that launched the kernels have their time too
         found = [(event.self_device_time_total, event) for event in events if _is_on_gpu(event)]
     else:
-        ours = (PREFIX, COLLECTIVE_PREFIX, "ProfilerStep")
+        ours = (PREFIX, "ProfilerStep")
         found = [(event.self_cpu_time_total, event) for event in events if not event.key.startswith(ours)]
     for time, event in sorted(found, key=lambda entry: -entry[0])[:_OPERATIONS]:
         table.add_row(event.key[:60], *_row(time / 1e3 / PROFILED, step), f"{event.count / PROFILED:,.0f}")

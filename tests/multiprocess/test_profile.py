@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.engine.phases import COLLECTIVE_PREFIX
 from pretrain.training.profiler import PROFILED, SKIPPED
 from rank_pool import RankPool
 from runs import pretrain_case, run_config, soak, step_events
@@ -28,18 +27,13 @@ def test_a_profile_shows_the_parts_of_a_step(
     )
     assert [*pools[2].run(pretrain_case, profiled), *pools[2].run(pretrain_case, plain)] == ["done"] * 4
     text = (tmp_path / "profiled" / "profile" / "profile.txt").read_text(encoding="utf-8")
-    for part in ("data", "forward", "backward", "update weights", "wait for ranks", "collectives", "aten::"):
+    for part in ("data", "forward", "backward", "update weights", "wait for ranks", "aten::"):
         assert part in text
     rest = next(line for line in text.splitlines() if "the rest" in line)
     assert float(rest.split("│")[2]) >= 0, "parts of a step do not overlap"
     trace = json.loads((tmp_path / "profiled" / "profile" / "trace.json").read_text(encoding="utf-8"))
     steps = {event["name"] for event in trace["traceEvents"] if str(event.get("name")).startswith("ProfilerStep")}
     assert len(steps) == PROFILED
-    times = json.loads((tmp_path / "profiled" / "profile" / "profile.json").read_text(encoding="utf-8"))
-    assert 0 < times["communication"] < times["step"] - times["phases"]["forward"], "ranks only compute in forward"
-    spent = [event["dur"] for event in trace["traceEvents"] if str(event.get("name")).startswith(COLLECTIVE_PREFIX)]
-    assert bool(spent) == (ds_config != "fp32_zero0"), "sums and copies through shared memory are communication"
-    assert times["communication"] > 0.9 * sum(spent) / 1e3 / PROFILED
     losses = [[event["loss"] for event in step_events(tmp_path / name)] for name in ("profiled", "plain")]
     assert losses[0] == losses[1]
 

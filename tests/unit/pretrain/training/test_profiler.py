@@ -1,4 +1,3 @@
-import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +12,6 @@ from pretrain.training.profiler import (
     PROFILED,
     SKIPPED,
     StepProfiler,
-    _cpu_communication,
-    _is_complete,
     _operation_table,
     _step_times,
 )
@@ -22,17 +19,6 @@ from pretrain.training.profiler import (
 
 def event(name: str, start: float, end: float) -> Any:
     return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end))
-
-
-def test_time_in_which_several_collectives_are_in_flight_counts_once() -> None:
-    """Catches a share of communication that adds up sends and receives, or counts the agreement on the next batch,
-    which is in flight while the step is computed."""
-    phases = [event(PREFIX + "forward", 2, 50), event(PREFIX + "reduce gradients", 50, 80)]
-    waiting = event(PREFIX + "wait for ranks", 90, 95)
-    agreement = event("gloo:all_reduce", 1, 94)
-    sent = [event("gloo:recv", 60, 70), event("gloo:send", 55, 65), event("gloo:send", 72, 75)]
-    computed = event("aten::mm", 50, 80)
-    assert _cpu_communication([*phases, waiting, agreement, *sent, computed], [*phases, waiting]) == 15 + 3 + 5
 
 
 def on_cpu(name: str, start: float, end: float, *kernels: tuple[str, float], annotation: bool = False) -> Any:
@@ -84,20 +70,6 @@ def test_a_phase_has_the_kernels_that_every_thread_launched_in_it() -> None:
     assert times.phases == pytest.approx({"forward": 1 / PROFILED, "backward": 1 / PROFILED})
 
 
-def test_the_kernels_of_collectives_count_once() -> None:
-    """Catches communication on a GPU that adds up the annotation of a collective, its kernel, and what launched it."""
-    events = [
-        on_cpu("ProfilerStep#5", 0, 3000, annotation=True),
-        on_cpu("c10d::allreduce_", 10, 90),
-        on_cpu("nccl:all_reduce", 20, 80, ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(args)", 1500), annotation=True),
-        on_gpu("nccl:all_reduce", 100, 1600, annotation=True),
-        on_gpu("ncclDevKernel_AllReduce_Sum_f32_RING_LL(args)", 100, 1600),
-        on_gpu("gemm", 100, 1000),
-    ]
-    times = _step_times(SimpleNamespace(events=lambda: events), on_gpu=True)
-    assert times.communication == pytest.approx(1.5 / PROFILED)
-
-
 def test_the_most_expensive_operations_of_a_gpu_are_those_that_ran_there() -> None:
     """Catches a table in which an operation of the CPU and the kernel that it launched share the same time, and one
     with annotations, whose time is that of the kernels within."""
@@ -134,40 +106,6 @@ def test_a_profile_that_cannot_be_written_is_a_warning(
     assert f"no profile was written to {folder}" in caplog.text
     assert name in caplog.text
     assert not torch.autograd._profiler_enabled()
-
-
-@pytest.fixture
-def trace_size(tmp_path: Path) -> int:
-    """Bytes of a trace; the one of another folder may differ by some hundred."""
-    profile_steps(tmp_path / "profile", SKIPPED + PROFILED)
-    return (tmp_path / "profile" / "trace.json").stat().st_size
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_a_full_disk_leaves_no_part_of_a_trace(
-    trace_size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float
-) -> None:
-    """Catches a part of a trace under its final name: torch reports no error for a disk that gets full."""
-    folder = tmp_path / "full"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * trace_size), hard))
-    try:
-        profile_steps(folder, SKIPPED + PROFILED + 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"no profile was written to {folder}" in caplog.text
-    assert "trace.json" in caplog.text
-    assert not folder.exists()
-
-
-def test_a_trace_without_its_end_is_not_complete(trace_size: int, tmp_path: Path) -> None:
-    """Catches a trace that lacks only its last bytes, or whose last whole event ends like the trace."""
-    trace = tmp_path / "profile" / "trace.json"
-    assert _is_complete(trace)
-    content = trace.read_bytes()
-    for end in (0, content.rindex(b"}"), content.rindex(b"}", 0, content.rindex(b"]")) + 1):
-        trace.write_bytes(content[:end])
-        assert not _is_complete(trace)
 
 
 @pytest.mark.parametrize("steps", [0, SKIPPED - 1, SKIPPED, SKIPPED + 1, SKIPPED + PROFILED, SKIPPED + PROFILED + 1])
