@@ -30,6 +30,7 @@ from pretrain.modeling.attention import (
     matmul_attention,
     supports_flash,
 )
+from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
 from pretrain.modeling.head import cross_entropy
 
 _HEADS, _SIZE, _HIDDEN = 12, 64, 768
@@ -177,8 +178,6 @@ def _plain_loss(labels: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) ->
 
 
 def _fused_loss(labels: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
-
     return linear_cross_entropy(hidden, weight, bias, labels).loss_sum
 
 

@@ -8,7 +8,7 @@
 - packability: whether a model can be packed
 - masked_lm: microbatch -> loss, with the head on predicted positions only; last_layer: and the encoder's last layer too
 - head: labels -> loss; fused_cross_entropy, cpu_cross_entropy: without logits [M, V], on a GPU and on a CPU
-- logit_chunks: how many logits a GPU computes at once
+- cross_entropy_kernel: the part of fused_cross_entropy that needs Triton
 - attention: packed sequences do not attend to each other; varlen_attention, varlen_kernels: by our kernels, on a GPU
 - small_embeddings: gradients of tables of a few rows
 - structure: the repeated layers, the layer of each parameter, FLOPs of a step

@@ -8,7 +8,7 @@ scaled before they are rounded, because a probability of one in 50,000 is among 
 such as BERT's 30,522 is padded with zeros: for products of that width cuBLAS uses code for older devices, and the
 kernel would read one logit at a time.
 
-Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernel on a CPU.
+On the meta device tensors are allocated as on a GPU, without Triton: `deepcloze plan` counts them.
 
 Shapes: M rows, D hidden, V vocabulary, P the vocabulary with padding, C rows of a chunk.
 """
@@ -16,15 +16,29 @@ Shapes: M rows, D hidden, V vocabulary, P the vocabulary with padding, C rows of
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.batching.batch import IGNORED
-from pretrain.modeling.logit_chunks import CHUNK_LOGITS, chunk_rows, pad_vocabulary
-
-_BLOCK = 4096  # logits that a program of the kernel holds at once: more leave room for one program per multiprocessor
+_CHUNK_LOGITS = 2**28  # 512 MiB in 16 bit; the products of fewer rows are slower
+_ROW_TILE = 128  # a chunk has a multiple of this number of rows, and matrix products have whole tiles
+_ALIGNMENT = 64  # columns of logits are padded to a multiple: matrix products of other widths are slow
 _FP16_SCALE = 4096.0
+
+
+def chunk_rows(vocabulary: int, logits: int = _CHUNK_LOGITS) -> int:
+    """Return C, how many rows are computed at once. `logits`: in a chunk, about."""
+    return max(1, logits // vocabulary // _ROW_TILE) * _ROW_TILE
+
+
+def padded_columns(vocabulary: int) -> int:
+    """Return how many columns of the logits are computed."""
+    return -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
+
+
+def _pad_vocabulary(parameter: Tensor) -> Tensor:
+    """Return a decoder's weight [V, D] or bias [V] with zeros for the columns that are added. Differentiable."""
+    padding = padded_columns(len(parameter)) - len(parameter)
+    return F.pad(parameter, (0, 0) * (parameter.ndim - 1) + (0, padding)) if padding else parameter
 
 
 class CrossEntropy(NamedTuple):
@@ -33,7 +47,7 @@ class CrossEntropy(NamedTuple):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_logits: int = CHUNK_LOGITS
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_logits: int = _CHUNK_LOGITS
 ) -> CrossEntropy:
     """Return the cross-entropy of `hidden @ weight.T + bias`. Differentiable with respect to these three.
 
@@ -42,7 +56,7 @@ def linear_cross_entropy(
         labels: int64 [M]; rows labelled IGNORED do not count.
         chunk_logits: logits that are computed at once, about.
     """
-    padded = pad_vocabulary(weight), None if bias is None else pad_vocabulary(bias)
+    padded = _pad_vocabulary(weight), None if bias is None else _pad_vocabulary(bias)
     loss_sum, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, *padded, labels, len(weight), chunk_logits, torch.is_grad_enabled()
     )
@@ -62,6 +76,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needed: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """`weight` [P, D] and `bias` [P]: the last P - V rows are zeros. columns: V."""
+        ctx.dtype = hidden.dtype
+        ctx.scale = _FP16_SCALE if hidden.dtype == torch.float16 else 1.0  # of the logits' gradients, in [-1, 1]
         wanted = [needed and wants for wants in ctx.needs_input_grad[:3]]
         gradients = [
             torch.zeros_like(tensor, dtype=torch.float32) if wants and tensor is not None else None
@@ -74,13 +90,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = hidden.new_empty(min(height, rows), len(weight))
         for start in range(0, rows, height):
             chunk = slice(start, start + height)
-            logits = buffer[: len(labels[chunk])]
+            logits = buffer[: len(hidden[chunk])]
             torch.mm(hidden[chunk], weight.t(), out=logits)  # 0 in the last columns, and so are their gradients
+            if logits.is_meta:
+                continue
+            from pretrain.modeling.cross_entropy_kernel import reduce_logits
+
             counted = None if correct is None else correct[chunk]
-            _reduce(logits, columns, bias, labels[chunk], losses[chunk], counted)
+            reduce_logits(logits, columns, bias, labels[chunk], losses[chunk], counted, ctx.scale)
             _accumulate(gradients, chunk, logits, hidden[chunk], weight)
         ctx.save_for_backward(*gradients)
-        ctx.dtype, ctx.scale = hidden.dtype, _scale(hidden.dtype)
         return losses.sum(), None if correct is None else correct.sum()
 
     @staticmethod
@@ -91,34 +110,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for total in ctx.saved_tensors
         ]
         return (*scaled, None, None, None, None)
-
-
-def _scale(dtype: torch.dtype) -> float:
-    """Return the scale of the gradients of logits, which are between -1 and 1."""
-    return _FP16_SCALE if dtype == torch.float16 else 1.0
-
-
-def _reduce(
-    logits: Tensor, columns: int, bias: Tensor | None, labels: Tensor, losses: Tensor, correct: Tensor | None
-) -> None:
-    """Fill `losses` and `correct`, both [C]. If `correct` is None, overwrite `logits` [C, P] with their scaled
-    gradients. columns: V."""
-    rows, width = logits.shape
-    _cross_entropy_kernel[(rows,)](
-        logits,
-        width,
-        columns,
-        bias,
-        labels,
-        losses,
-        correct,
-        _scale(logits.dtype),
-        IGNORED=IGNORED,
-        HAS_BIAS=bias is not None,
-        WANTS_GRADIENT=correct is None,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(width)),
-        num_warps=8,
-    )
 
 
 def _accumulate(
@@ -140,64 +131,3 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(left.float(), right.float())
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_logits(logits, bias, column, width, columns, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load logits in fp32; padding is -inf. `width` is a multiple of 16, so that several logits are loaded at once."""
-    values = tl.load(logits + column, mask=column < width, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        values += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
-    return tl.where(column < columns, values, -float("inf"))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
-    logits,
-    width,
-    columns,
-    bias,
-    labels,
-    losses,
-    correct,
-    scale,
-    IGNORED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    WANTS_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program per row, of `width` logits, the last of which are padding. If wanted, they become their gradients
-    times `scale`; else `correct` is filled."""
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * width
-    label = tl.load(labels + row)
-    counts = label != IGNORED
-    label = tl.where(counts, label, 0)
-    at_label = tl.load(logits + label).to(tl.float32)
-    if HAS_BIAS:
-        at_label += tl.load(bias + label).to(tl.float32)
-
-    largest = -float("inf")
-    largest_at = tl.zeros((), dtype=tl.int32)
-    total = 0.0  # of exp(logit - largest)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        values = _load_logits(logits, bias, column, width, columns, HAS_BIAS)
-        highest = tl.max(values, axis=0)
-        if not WANTS_GRADIENT:
-            largest_at = tl.where(highest > largest, start + tl.argmax(values, axis=0), largest_at)
-        before, largest = largest, tl.maximum(largest, highest)
-        total = total * tl.exp(before - largest) + tl.sum(tl.exp(values - largest), axis=0)
-    tl.store(losses + row, tl.where(counts, tl.log(total) + (largest - at_label), 0.0))
-
-    if not WANTS_GRADIENT:
-        tl.store(correct + row, (counts & (largest_at == label)).to(tl.int32))
-    else:
-        factor = scale / total
-        tl.debug_barrier()  # all threads have read the logits
-        for start in range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            values = _load_logits(logits, bias, column, width, columns, HAS_BIAS)
-            gradient = tl.exp(values - largest) * factor - tl.where(column == label, scale, 0.0)
-            gradient = tl.where(counts, gradient, 0.0)
-            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from experiment.errors import first_line
 from experiment.models.fast_linear import FastLinear
 from pretrain.batching.batch import IGNORED
-from pretrain.modeling import cpu_cross_entropy
+from pretrain.modeling import cpu_cross_entropy, fused_cross_entropy
 from pretrain.modeling.packability import probe
 from pretrain.modeling.structure import decoder_of
 
@@ -51,7 +51,7 @@ def fused_head(decoder: nn.Linear, labels: Tensor, count: bool, losses: Losses |
     decoder: as from `find_linear_decoder`. losses: None: the function for the device.
     """
     if losses is None:
-        losses = _triton_losses if _runs_triton(labels.device) else _cpu_losses
+        losses = gpu_losses if _runs_triton(labels.device) else _cpu_losses
     if losses is _cpu_losses and (count or decoder.weight.dtype not in _CPU_DTYPES):
         yield
         return
@@ -62,11 +62,9 @@ def fused_head(decoder: nn.Linear, labels: Tensor, count: bool, losses: Losses |
         del decoder.forward
 
 
-def _triton_losses(decoder: nn.Linear, labels: Tensor, values: Tensor) -> Tensor:
-    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
-
+def gpu_losses(decoder: nn.Linear, labels: Tensor, values: Tensor) -> Tensor:
     rows = values.reshape(-1, decoder.in_features)
-    loss_sum, correct = linear_cross_entropy(rows, decoder.weight, decoder.bias, labels)
+    loss_sum, correct = fused_cross_entropy.linear_cross_entropy(rows, decoder.weight, decoder.bias, labels)
     return loss_sum[None] if correct is None else torch.stack([loss_sum, correct.float()])
 
 
@@ -131,12 +129,10 @@ def _runs_triton(device: torch.device) -> bool:
 def _is_fused_loss_usable() -> bool:
     """Return whether Triton is installed and its kernel works on this rank's device; warns once if not."""
     try:
-        from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
-
         # In fp16: 16-bit products use `addmm` with `out_dtype`, fp32 does not.
         hidden, weight = (torch.eye(2, 16, dtype=torch.float16, device="cuda", requires_grad=True) for _ in range(2))
         labels = torch.tensor([0, IGNORED], device="cuda")
-        fused = linear_cross_entropy(hidden, weight, None, labels).loss_sum
+        fused = fused_cross_entropy.linear_cross_entropy(hidden, weight, None, labels).loss_sum
         expected, _ = cross_entropy(F.linear(hidden, weight), labels, count=False)
         torch.testing.assert_close(fused, expected)
         torch.testing.assert_close(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (fused, expected)))

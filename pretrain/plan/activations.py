@@ -6,8 +6,8 @@ operator is not seen.
 
 On a GPU other kernels run than on a CPU. `_use_gpu_kernels` replaces the two that keep other tensors for the backward
 pass: dropout, whose mask takes one byte per element there, and attention, which keeps no scores (Dao et al. 2022,
-arXiv:2205.14135; scaled_dot_product_attention and torch.nn.attention.varlen keep the same). `_gpu_losses` allocates
-as much as the fused cross-entropy. Layers are not compiled: on a GPU, compiled ones keep about as much.
+arXiv:2205.14135; scaled_dot_product_attention and torch.nn.attention.varlen keep the same).
+Layers are not compiled: on a GPU, compiled ones keep about as much.
 """
 
 import weakref
@@ -25,8 +25,8 @@ from pretrain.batching.batch import Microbatch
 from pretrain.batching.packing import Rows
 from pretrain.modeling.attention import Predicted, interruptible, use_packed_attention
 from pretrain.modeling.build import checkpoint_activations
-from pretrain.modeling.head import choose_fused_head
-from pretrain.modeling.logit_chunks import chunk_rows, pad_vocabulary, padded_columns
+from pretrain.modeling.fused_cross_entropy import chunk_rows, padded_columns
+from pretrain.modeling.head import choose_fused_head, gpu_losses
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
 _GPU_ATTENTION = "deepcloze_planned"
@@ -100,7 +100,7 @@ def _move_gradient(parameter: Tensor) -> None:
 def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguageModel:
     if computation.packed:
         use_packed_attention(model)
-    head = choose_fused_head(model, computation.packed, _gpu_losses if computation.on_gpu else None)
+    head = choose_fused_head(model, computation.packed, gpu_losses if computation.on_gpu else None)
     wrapped = MaskedLanguageModel(model, computation.packed, head=head).train()
     if computation.on_gpu:
         _use_gpu_kernels(model, computation.packed)
@@ -223,31 +223,3 @@ class _GpuAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _gpu_losses(decoder: nn.Linear, _labels: Tensor, values: Tensor) -> Tensor:
-    rows = values.reshape(-1, decoder.in_features)
-    return gpu_cross_entropy(rows, decoder.weight, decoder.bias)[None]
-
-
-def gpu_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Allocate like `pretrain.modeling.fused_cross_entropy.linear_cross_entropy`, without Triton. Returns no loss."""
-    padded = pad_vocabulary(weight), None if bias is None else pad_vocabulary(bias)
-    loss: Tensor = _GpuCrossEntropy.apply(hidden, *padded, len(weight))  # type: ignore[no-untyped-call]
-    return loss
-
-
-class _GpuCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Tensor:
-        inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
-        ctx.dtype = hidden.dtype
-        ctx.save_for_backward(*(torch.empty_like(tensor, dtype=torch.float32) for tensor in inputs))
-        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        hidden.new_empty(min(len(hidden), chunk_rows(columns)), len(weight))
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [torch.empty_like(tensor, dtype=ctx.dtype) for tensor in ctx.saved_tensors]
-        return (*gradients, *[None] * (4 - len(gradients)))

@@ -140,7 +140,7 @@ def _patch_threads(patch: pytest.MonkeyPatch, device: Device) -> None:
 
 def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
     """A kernel is one operator, which reads and writes all tensors that it gets."""
-    from pretrain.modeling import attention, fused_cross_entropy, varlen_attention  # the last two import Triton
+    from pretrain.modeling import attention, varlen_attention  # imports Triton
 
     class Launcher:
         def __getitem__(self, grid: tuple[int]) -> Any:
@@ -160,7 +160,7 @@ def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
         gpu.calls["varlen_attention"] += 1
         return kernels.qkv_attention(*args)
 
-    patch.setattr(fused_cross_entropy, "_cross_entropy_kernel", Launcher())
+    patch.setattr("pretrain.modeling.cross_entropy_kernel._cross_entropy_kernel", Launcher())
     patch.setattr(varlen_attention, "varlen_attention", varlen)
     patch.setattr(varlen_attention, "qkv_attention", qkv)
     attention._tried_varlen_kernels.cache_clear()

@@ -202,7 +202,7 @@ def cross_entropy_kernel(
     BLOCK: int,
     num_warps: int,
 ) -> None:
-    """As the kernel in `pretrain.modeling.fused_cross_entropy`. C: rows of a chunk, P: the vocabulary with padding."""
+    """As the kernel in `pretrain.modeling.cross_entropy_kernel`. C: rows of a chunk, P: the vocabulary with padding."""
     others = [tensor for tensor in (labels_C, losses_C, correct_C) if tensor is not None]
     _require("logits of this width", logits_CP.is_contiguous(), logits_CP.shape == (len(labels_C), width))
     _require("contiguous rows", *(tensor.is_contiguous() for tensor in others))

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.batching.batch import IGNORED
-from pretrain.modeling import logit_chunks
-from pretrain.plan.activations import Allocations, gpu_cross_entropy
+from pretrain.modeling import fused_cross_entropy
+from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
+from pretrain.plan.activations import Allocations
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import sampled, soak
@@ -37,15 +38,13 @@ def compare_with_torch(
 ) -> None:
     """Fails unless loss, correct predictions and gradients are those of torch in float64. A chunk has a multiple of 8
     rows: the interpreter takes milliseconds for each."""
-    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
-
     tensors = draw(*shape, dtype, bias)
     ours, exact = with_gradients(tensors, dtype), with_gradients(tensors, torch.float64)
     logits = F.linear(*exact)
     labels = torch.where(torch.arange(shape[0]) % 3 == 0, logits.argmax(1), torch.arange(shape[0]) % shape[2])
     labels[ignored] = IGNORED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logit_chunks, "_ROW_TILE", 8)
+        patch.setattr(fused_cross_entropy, "_ROW_TILE", 8)
         loss, uncounted = linear_cross_entropy(*ours, labels, chunk_logits)
         with torch.no_grad():
             same_loss, correct = linear_cross_entropy(*ours, labels, chunk_logits)
@@ -99,8 +98,6 @@ def test_only_ignored_rows(interpreting_pools: dict[int, RankPool], rows: int) -
 
 
 def check_extreme_logits(_: World) -> None:
-    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
-
     weight, labels = torch.tensor([[3e4], [-3e4]], dtype=torch.float16), torch.tensor([0, 1])
     hidden = torch.ones(2, 1, dtype=torch.float16)
     loss, correct = linear_cross_entropy(hidden, weight, None, labels)
@@ -116,8 +113,6 @@ def test_extreme_logits(interpreting_pools: dict[int, RankPool]) -> None:
 
 
 def check_frozen(_: World) -> None:
-    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
-
     for learns in range(3):
         tensors: Any = draw(6, 4, 10, torch.float32, bias=True)
         tensors[learns].requires_grad_()
@@ -141,7 +136,7 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from pretrain.modeling.fused_cross_entropy import _cross_entropy_kernel
+    from pretrain.modeling.cross_entropy_kernel import _cross_entropy_kernel
 
     signature = {"logits": f"*{dtype}", "width": "i32", "columns": "i32", "bias": f"*{dtype}"}
     signature |= {"labels": "*i64", "losses": "*fp32", "correct": "*i32", "scale": "fp32"}
@@ -175,18 +170,13 @@ def test_the_kernel_compiles(
 
 def allocated_by_loss(_: World, shapes: dict[str, tuple[int, ...]], planned: bool) -> int:
     """Bytes that the loss allocates, at the highest use: as `deepcloze plan` counts, or as it runs."""
-    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
-
     device = "meta" if planned else "cpu"
     inputs = nn.ParameterDict({name: torch.randn(shape, device=device) for name, shape in shapes.items()})
     tensors = inputs["hidden"], inputs["weight"], inputs["bias"]
-    labels = torch.zeros(shapes["hidden"][0], dtype=torch.int64)
+    labels = torch.zeros(shapes["hidden"][0], dtype=torch.int64, device=device)
     with Allocations(inputs, ()) as counted:
-        if planned:
-            loss = gpu_cross_entropy(*tensors)
-        else:
-            loss = linear_cross_entropy(*tensors, labels).loss_sum
-            gc.collect()  # Triton's interpreter leaves cycles that refer to its arguments
+        loss = linear_cross_entropy(*tensors, labels).loss_sum
+        gc.collect()  # Triton's interpreter leaves cycles that refer to its arguments
         loss.backward()
     return counted.peak.total
 
@@ -197,5 +187,6 @@ def test_the_plan_counts_what_the_loss_allocates(interpreting_pools: dict[int, R
     real, planned = (interpreting_pools[1].run(allocated_by_loss, shapes, plan)[0] for plan in (False, True))
     assert planned == pytest.approx(real, rel=0.01)
     hidden, weight = (torch.empty(shapes[name], device="meta", requires_grad=True) for name in ("hidden", "weight"))
-    gpu_cross_entropy(hidden, weight, None).backward()
+    labels = torch.empty(64, dtype=torch.int64, device="meta")
+    linear_cross_entropy(hidden, weight, None, labels).loss_sum.backward()
     assert (hidden.grad is None, weight.grad is None) == (False, False)
