@@ -51,17 +51,27 @@ _KNOWN_KEYS = (
     *_DEFAULTS,
     *("fp16", "bf16", "torch_autocast", "data_types", "zero_optimization", "communication_data_type"),
     *("aio", "comms_logger", "memory_breakdown", "steps_per_print", "dump_state"),
+    *("wall_clock_breakdown", "flops_profiler"),
 )
 
-_UNSUPPORTED_ZERO = {
-    "legacy_stage1": "was removed from DeepSpeed",
-    "round_robin_gradients": "breaks DeepSpeed's parameter mapping",
-    "zenflow": "replaces the optimizer and leaves out updates",
-    "zero_quantized_weights": "would train with weights of 8 bits",
-    "zero_quantized_nontrainable_weights": "would compute with weights of 8 bits",
+_UNSUPPORTED = {  # unless false, 0 or null
+    # These report from DeepSpeed's step, which is not always called.
+    "wall_clock_breakdown": "is not supported; remove it and use deepcloze pretrain --profile",
+    "flops_profiler": "is not supported; remove it and use deepcloze pretrain --profile",
+    "torch_autocast": "scales gradients after their norm is taken and clipped; remove it and enable 'fp16' or 'bf16'",
+    "fp16.loss_scale": "sets a constant scale, at which gradients that overflow would skip every update; remove it",
+    "fp16.fp16_master_weights_and_grads": "keeps master weights in 16 bits; remove it",
+    "bf16.bf16_master_weights_and_grads": "keeps master weights in 16 bits; remove it",
+    "bf16.bf16_optimizer_states": "keeps master weights in 16 bits; remove it",
+    "zero_optimization.legacy_stage1": "was removed from DeepSpeed; remove it",
+    "zero_optimization.round_robin_gradients": "breaks DeepSpeed's parameter mapping; remove it",
+    "zero_optimization.zenflow": "replaces the optimizer and leaves out updates; remove it",
+    "zero_optimization.zero_quantized_weights": "would train with weights of 8 bits; remove it",
+    "zero_optimization.zero_quantized_nontrainable_weights": "would compute with weights of 8 bits; remove it",
+    "zero_optimization.cpu_offload": 'is an old name; use \'offload_optimizer\': {"device": "cpu"}',
+    "zero_optimization.cpu_offload_param": 'is an old name; use \'offload_param\': {"device": "cpu"}',
+    "zero_optimization.offload_optimizer.super_offload": "splits the optimizer in two; remove it",
 }
-_SHORT_MASTERS = ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
-_PROFILERS = ("wall_clock_breakdown", "flops_profiler")  # they report from DeepSpeed's step, which is not always called
 
 
 @dataclass(frozen=True)
@@ -253,15 +263,15 @@ def _check_keys(raw: Mapping[str, Any], path: Path) -> None:
     for key, owner in _SET_BY_RUN_CONFIG.items():
         if key in raw and (key, raw[key]) not in _DEFAULTS.items():
             raise UserError(f"{path}: '{key}' is set by {owner} in the run's config; remove it from this file")
-    for key in _PROFILERS:
-        if key in raw:
-            raise UserError(f"{path}: '{key}' is not supported; remove it and use deepcloze pretrain --profile")
     for key in raw:  # DeepSpeed ignores unknown keys
         if key not in _KNOWN_KEYS:
             raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, _KNOWN_KEYS)}")
     for key, value in flatten(raw).items():
         if value == "auto":
             raise UserError(f"{path}: '{key}' is \"auto\", which deepcloze does not support; set a value or remove it")
+        for name, why in _UNSUPPORTED.items():
+            if (key == name and value) or key.startswith(f"{name}."):
+                raise UserError(f"{path}: '{name}' {why}")
     for section in ("zero_optimization", "fp16", "bf16", "data_types"):
         if not isinstance(raw.get(section, {}), dict):
             raise UserError(f"{path}: '{section}' is {json.dumps(raw[section])}, expected a JSON object")
@@ -276,12 +286,6 @@ def _check_zero(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     zero: dict[str, Any] = raw.get("zero_optimization", {})
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: 'zero_optimization.stage' is {zero.get('stage')}, expected 0, 1, 2 or 3")
-    for key, why in _UNSUPPORTED_ZERO.items():
-        if zero.get(key):
-            raise UserError(f"{path}: '{key}' {why}; remove it")
-    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
-        if zero.get(old):
-            raise UserError(f"{path}: '{old}' is an old name; use '{new}': {{\"device\": \"cpu\"}}")
     if (norm := zero.get("compute_grad_norm", True)) is not True:
         raise UserError(
             f"{path}: 'compute_grad_norm' is {json.dumps(norm)}, but every update needs the norm; remove it"
@@ -316,27 +320,12 @@ def _check_offload(zero: Mapping[str, Any], key: str, lowest_stage: int, path: P
         raise UserError(
             f"{path}: 'zero_optimization.{key}.nvme_path' is {json.dumps(offload['nvme_path'])}, expected a folder"
         )
-    for option, only in (("ratio", 1), ("super_offload", False)):
-        if offload.get(option, only) != only:
-            raise UserError(f"{path}: '{key}.{option}' splits the optimizer in two; remove it")
+    if offload.get("ratio", 1) != 1:
+        raise UserError(f"{path}: '{key}.ratio' splits the optimizer in two; remove it")
 
 
 def _check_precision_keys(raw: Mapping[str, Any], path: Path) -> Precision:
     fp16, bf16 = (raw.get(key, {}) for key in ("fp16", "bf16"))
-    if fp16.get("loss_scale"):
-        raise UserError(
-            f"{path}: 'fp16.loss_scale' is {fp16['loss_scale']}: a constant scale at which gradients overflow would "
-            "skip every update; set 0 for dynamic loss scaling"
-        )
-    if raw.get("torch_autocast"):
-        raise UserError(
-            f"{path}: 'torch_autocast' scales gradients after their norm is taken and clipped; remove it and enable "
-            "'fp16' or 'bf16'"
-        )
-    for key in _SHORT_MASTERS:
-        section, _, _ = key.partition("_")
-        if raw.get(section, {}).get(key):
-            raise UserError(f"{path}: '{section}.{key}' keeps master weights in 16 bits; remove it")
     if fp16.get("enabled") and bf16.get("enabled"):
         raise UserError(f"{path}: both 'fp16' and 'bf16' are enabled; choose one")
     precision: Precision = "fp16" if fp16.get("enabled") else "bf16" if bf16.get("enabled") else "fp32"

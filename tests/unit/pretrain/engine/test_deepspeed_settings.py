@@ -97,6 +97,7 @@ def test_defaults_that_published_files_spell_out_are_accepted(tmp_path: Path, st
     """Catches a run whose file was accepted before, and that cannot be resumed after an upgrade."""
     zero = {"stage": stage, "legacy_stage1": False}
     raw = {"zero_optimization": zero, "prescale_gradients": False, "gradient_predivide_factor": 1.0}
+    raw |= {"wall_clock_breakdown": False, "fp16": {"enabled": False, "loss_scale": 0}}
     (tmp_path / "ds.json").write_text(json.dumps(raw))
     assert load_settings(str(tmp_path / "ds.json")).raw == raw
 
@@ -128,13 +129,19 @@ def test_engine_config_does_not_change_its_input() -> None:
         ('{"gradient_predivide_factor": 2.0}', "'gradient_predivide_factor' is set by deepcloze itself"),
         ('{"zero_optimization": {"stage": 2}, "prescale_gradients": true}', "'prescale_gradients' is set by deepcloze"),
         ('{"sparse_gradients": false}', "unknown key 'sparse_gradients'"),
-        ('{"zero_optimization": {"stage": 2, "legacy_stage1": true}}', "'legacy_stage1' was removed from DeepSpeed"),
+        (
+            '{"zero_optimization": {"stage": 2, "legacy_stage1": true}}',
+            "legacy_stage1' was removed from DeepSpeed",
+        ),
         ('{"zero_optimization": {"stage": 4}}', "'zero_optimization.stage' is 4"),
         ('{"zero_optimization": {"round_robin_gradients": true}}', "round_robin_gradients"),
-        ('{"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}', "'zenflow' replaces the optimizer"),
-        ('{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}', "'zero_quantized_weights' would train"),
+        (
+            '{"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}',
+            "zenflow' replaces the optimizer",
+        ),
+        ('{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}', "zero_quantized_weights' would train"),
         ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "both 'fp16' and 'bf16'"),
-        ('{"zero_optimization": {"stage": 1, "cpu_offload": true}}', "'cpu_offload' is an old name; use 'offload_opt"),
+        ('{"zero_optimization": {"stage": 1, "cpu_offload": true}}', "cpu_offload' is an old name; use 'offload_opt"),
         ('{"zero_optimization": {"stage": 3, "cpu_offload_param": true}}', 'use \'offload_param\': {"device": "cpu"}'),
         (
             '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
@@ -164,7 +171,12 @@ def test_engine_config_does_not_change_its_input() -> None:
             "'offload_optimizer.ratio'",
         ),
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}', "expected a JSON object"),
-        ('{"fp16": {"enabled": true, "loss_scale": 128}}', "'fp16.loss_scale' is 128"),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "super_offload": true}}}',
+            "'zero_optimization.offload_optimizer.super_offload' splits the optimizer in two",
+        ),
+        ('{"torch_autocast": {"enabled": false}}', "'torch_autocast' scales gradients"),
+        ('{"fp16": {"enabled": true, "loss_scale": 128}}', "'fp16.loss_scale' sets a constant scale"),
         ('{"bf16": {"enabled": true, "bf16_optimizer_states": true}}', "'bf16.bf16_optimizer_states' keeps master"),
         ('{"fp16": {"fp16_master_weights_and_grads": true}}', "keeps master weights in 16 bits; remove it"),
         ('{"data_types": {"grad_accum_dtype": "bf16"}}', '\'data_types.grad_accum_dtype\' is "bf16", expected "fp32"'),
