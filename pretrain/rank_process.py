@@ -28,7 +28,7 @@ from experiment.run_files.run_lock import lock_run, lock_until_exit
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.training.cpu_group import AgreedError
-from pretrain.training.stop_request import exit_on_stop_request
+from pretrain.training.stop_request import StopRequest, receive_stop_requests
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class RankRecorder:
             RankRecord(self.rank, platform.node(), os.getpid(), training, exit_code).write(self.folder)
 
 
-def run_rank(train: Callable[[], Outcome], recorder: RankRecorder) -> NoReturn:
+def run_rank(train: Callable[[StopRequest], Outcome], recorder: RankRecorder) -> NoReturn:
     """Call `train` and end the process with the exit code of its outcome, or of its exception."""
     raise_limit_of_open_files()
     with ExitStack() as resources:
@@ -101,12 +101,13 @@ def _take_run_folder(recorder: RankRecorder, resources: ExitStack) -> None:
         exit_refused(error, recorder.rank)
 
 
-def _run_rank(train: Callable[[], Outcome], recorder: RankRecorder) -> Outcome:
+def _run_rank(train: Callable[[StopRequest], Outcome], recorder: RankRecorder) -> Outcome:
     # On several hosts the launcher ends all ranks at once: others would wait for one that ends alone.
     stop_file = recorder.folder.stop if recorder.rank == 0 and LAUNCH_VARIABLE not in os.environ else None
-    with exit_on_stop_request(partial(_stop_before_training, recorder), stop_file):
+    stop = StopRequest(partial(_stop_before_training, recorder), partial(_stop_at_once, recorder))
+    with receive_stop_requests(stop, stop_file):
         recorder.start()
-        ending = _call(train, recorder)
+        ending = _call(partial(train, stop), recorder)
         if ending.outcome in (Outcome.FAILED, Outcome.REFUSED):
             recorder.fail(*ending)
         recorder.end(ending.outcome.exit_code)
@@ -122,12 +123,6 @@ def exit_refused(error: UserError, rank: int) -> NoReturn:
 def give_up(recorder: RankRecorder, message: str) -> NoReturn:
     """End a process whose main thread may be blocked, waiting for a rank that is lost."""
     _end_early(recorder, Outcome.FAILED, message, Cause.LOST_RANK)
-
-
-def stop_at_once(recorder: RankRecorder, reason: str) -> NoReturn:
-    """End a process that trains, without a checkpoint of its step. The other ranks lose it."""
-    message = f"{reason}; run the same command again to resume from the last complete checkpoint"
-    _end_early(recorder, Outcome.STOPPED, message, Cause.SIGNAL)
 
 
 def exit_process(outcome: Outcome) -> NoReturn:
@@ -171,6 +166,12 @@ def cause_of(error: BaseException) -> Cause:
 
 def _stop_before_training(recorder: RankRecorder, reason: str) -> None:
     message = f"{reason} {BEFORE_FIRST_STEP}; run the same command again"
+    _end_early(recorder, Outcome.STOPPED, message, Cause.SIGNAL)
+
+
+def _stop_at_once(recorder: RankRecorder, reason: str) -> None:
+    """End a process that trains, without a checkpoint of its step. The other ranks lose it."""
+    message = f"{reason}; run the same command again to resume from the last complete checkpoint"
     _end_early(recorder, Outcome.STOPPED, message, Cause.SIGNAL)
 
 

@@ -37,7 +37,7 @@ if __name__ == "__main__":
 import contextlib
 import datetime
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
@@ -59,7 +59,7 @@ from pretrain.engine.process_group import connect, deadline, disconnect
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.preparation import prepare
 from pretrain.rank_heartbeat import RankHeartbeat
-from pretrain.rank_process import RankRecorder, exit_refused, give_up, run_rank, stop_at_once
+from pretrain.rank_process import RankRecorder, exit_refused, give_up, run_rank
 from pretrain.training.background_save import UnwritableError
 from pretrain.training.cpu_group import AgreedError, CpuGroup
 from pretrain.training.stop_request import StopRequest
@@ -72,7 +72,7 @@ log = logging.getLogger(__name__)
 def pretrain(
     config: PretrainConfig,
     world: World,
-    stop_request: Callable[[Path | None], StopRequest],
+    stop: StopRequest,
     recorder: RankRecorder,
     times: ActivityTimer,
 ) -> ReportedOutcome:
@@ -102,7 +102,8 @@ def pretrain(
             resources.callback(engine.close)
             trainer = Trainer(run, model, engine, stream, group, times)
             # Not earlier: a signal to a rank that has not loaded its checkpoint should end it at once.
-            stop = resources.enter_context(stop_request(run.folder.stop if world.rank == 0 else None))
+            stop.begin_training(run.folder.stop if world.rank == 0 else None)
+            resources.callback(stop.ignore_second)
             recorder.begin_training()
             return _train(trainer, stop, group)
     except AgreedError as error:
@@ -179,15 +180,14 @@ def read_arguments(argv: Sequence[str]) -> PretrainConfig:
     return config
 
 
-def _connect_and_pretrain(config: PretrainConfig, recorder: RankRecorder) -> Outcome:
+def _connect_and_pretrain(config: PretrainConfig, recorder: RankRecorder, stop: StopRequest) -> Outcome:
     share_cores()
     heartbeat = RankHeartbeat(recorder.folder, recorder.rank, config.health.hang_seconds)
     heartbeat.start()
     world = connect(_timeout(config), partial(give_up, recorder))
-    stop_request = partial(StopRequest, end_process=partial(stop_at_once, recorder))
     times = ActivityTimer(attempt_start())
     heartbeat.follow(times)
-    ending = pretrain(config, world, stop_request, recorder, times)
+    ending = pretrain(config, world, stop, recorder, times)
     recorder.record_agreed(ending)
     with contextlib.suppress(RuntimeError):  # the outcome stands
         disconnect()

@@ -16,31 +16,85 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
-from typing import Self
 
 from experiment.files import exists_uncached
 from experiment.process.signals import STOP_SIGNALS, SignalHistory, signals_blocked
 
 _CHECK_SECONDS = 0.5  # between checks for the file, which may be on a network disk
-_TAKEN_OVER = b"\0"  # in the pipe: no signal has this number
+
+
+class StopRequest:
+    """Whether this rank has been asked to stop. `receive_stop_requests` adds the requests."""
+
+    def __init__(
+        self,
+        end_early: Callable[[str], object] = lambda _: None,
+        end_at_once: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        """Both are called with the reason, in a thread: `end_early` for a request before training, `end_at_once` for a
+        second signal in training."""
+        self._end_early = end_early
+        self._end_at_once = end_at_once
+        self._lock = threading.Lock()
+        self._stop_file: Path | None = None
+        self._checked = float("-inf")
+        self._reason: str | None = None
+        self.is_training = False
+
+    def begin_training(self, stop_file: Path | None) -> None:
+        """Let requests become the `reason`. `stop_file`: checked for on the rank that passes it (rank 0)."""
+        with self._lock:
+            self._stop_file, self.is_training = stop_file, True
+
+    @property
+    def reason(self) -> str | None:
+        """The reason to stop training, or None."""
+        if self._reason is None and self._stop_file is not None and time.monotonic() - self._checked > _CHECK_SECONDS:
+            self._checked = time.monotonic()
+            if _exists(self._stop_file):
+                self._reason = f"found {self._stop_file}"
+        return self._reason
+
+    def add(self, reason: str, is_second: bool = False) -> None:
+        """Add a request. `is_second`: it is a second signal."""
+        with self._lock:
+            if not self.is_training:
+                self._end_early(reason)
+            elif is_second:
+                self._end_at_once(reason)
+            else:
+                self._reason = self._reason or reason
+
+    def ignore_second(self) -> None:
+        """Let a second signal change nothing: DeepSpeed's launcher sends SIGTERM when another rank has ended."""
+        with self._lock:
+            self._end_at_once = lambda _: None
 
 
 @contextmanager
-def exit_on_stop_request(end_process: Callable[[str], object], stop_file: Path | None) -> Iterator[None]:
-    """Call `end_process` with the reason, in a thread, on a signal or STOP file until a `StopRequest` takes over.
+def receive_stop_requests(stop: StopRequest, early_file: Path | None) -> Iterator[None]:
+    """Add to `stop`, in a thread, the signals that this process receives, and the file if it is found before training.
 
     Not in the main thread, which may be blocked in C++, connecting or in a collective: Python's signal handlers do not
-    run there, but the C handler writes to the descriptor of `set_wakeup_fd`. After `StopRequest`, signals are ignored.
+    run there, but the C handler writes to the descriptor of `set_wakeup_fd`.
     """
     received, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
 
     def watch() -> None:
-        _receive_signals()
-        with open(received, "rb", buffering=0):
-            if reason := _wait_for_request(received, stop_file):
-                end_process(reason)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        history = SignalHistory()
+        with open(received, "rb", buffering=0) as pipe:
+            while True:
+                if select.select([pipe], [], [], _CHECK_SECONDS)[0]:
+                    number = pipe.read(1)
+                    if not number:
+                        return
+                    if number[0] in STOP_SIGNALS:
+                        is_second, name = history.is_second(number[0]), signal.Signals(number[0]).name
+                        stop.add(f"a second signal, {name}" if is_second else f"signal {name}", is_second)
+                elif not stop.is_training and early_file is not None and _exists(early_file):
+                    stop.add(f"found {early_file}")
 
     handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
     signal.set_wakeup_fd(wakeup)
@@ -55,95 +109,8 @@ def exit_on_stop_request(end_process: Callable[[str], object], stop_file: Path |
         os.close(wakeup)
 
 
-def _receive_signals() -> None:
-    """Let the thread that calls this receive signals that ask to stop: all others block them."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
-def _wait_for_request(received: int, stop_file: Path | None) -> str | None:
-    """Wait for a reason to stop; None if the pipe is closed, or training takes over."""
-    while True:
-        # Before the look at the pipe: a slow network disk may answer when training has begun.
-        found = stop_file is not None and _exists(stop_file)
-        if select.select([received], [], [], 0 if found else _CHECK_SECONDS)[0]:
-            number = os.read(received, 1)
-            if number in (b"", _TAKEN_OVER):
-                return None
-            if number[0] in STOP_SIGNALS:
-                return signal.Signals(number[0]).name
-        elif found:
-            return f"found {stop_file}"
-
-
 def _exists(stop_file: Path) -> bool:
     """Return whether the file exists; False while the disk does not answer."""
     with suppress(OSError):
         return exists_uncached(stop_file)
     return False
-
-
-class StopRequest:
-    """Whether this rank has been asked to stop. Catches signals from construction to `close`.
-
-    A thread waits for a second signal: the main thread may be blocked in C++.
-    """
-
-    def __init__(self, stop_file: Path | None, end_process: Callable[[str], object] = lambda _: None) -> None:
-        """Args:
-        stop_file: checked for on the rank that passes it (rank 0).
-        end_process: called with the reason, in a thread, on a second signal.
-        """
-        self._stop_file = stop_file
-        self._checked = float("-inf")
-        self._reason: str | None = None
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
-        received, self._wakeup = os.pipe()
-        os.set_blocking(self._wakeup, False)
-        before = signal.set_wakeup_fd(self._wakeup)
-        if before != -1:  # requests no longer end the process, see `exit_on_stop_request`
-            os.write(before, _TAKEN_OVER)
-        self._awaits_second = True
-        threading.Thread(
-            target=_wait_for_second, args=(received, end_process), name="second signal", daemon=True
-        ).start()
-
-    @property
-    def reason(self) -> str | None:
-        """The reason to stop, or None."""
-        if self._reason is None and self._stop_file is not None and time.monotonic() - self._checked > _CHECK_SECONDS:
-            self._checked = time.monotonic()
-            if _exists(self._stop_file):
-                self._reason = f"found {self._stop_file}"
-        return self._reason
-
-    def ignore_second(self) -> None:
-        """Let a second signal change nothing: DeepSpeed's launcher sends SIGTERM when another rank has ended."""
-        if self._awaits_second:
-            self._awaits_second = False
-            signal.set_wakeup_fd(-1)
-            os.write(self._wakeup, _TAKEN_OVER)  # data workers hold the pipe open, too
-            os.close(self._wakeup)
-
-    def close(self) -> None:
-        """Restore the signal handlers."""
-        self.ignore_second()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._reason = self._reason or f"signal {signal.Signals(number).name}"
-
-
-def _wait_for_second(received: int, end_process: Callable[[str], object]) -> None:
-    _receive_signals()
-    history = SignalHistory()
-    with open(received, "rb", buffering=0) as pipe:
-        while (number := pipe.read(1)) not in (b"", _TAKEN_OVER):
-            if number[0] in STOP_SIGNALS and history.is_second(number[0]):
-                end_process(f"a second signal, {signal.Signals(number[0]).name}")

@@ -1,6 +1,5 @@
 """Pretraining runs of a tiny model, as cases for a pool of ranks, and what they wrote."""
 
-import functools
 import itertools
 import json
 import os
@@ -81,21 +80,23 @@ def pretrain_case(
     stop_after: int | None = None,
     times: ActivityTimer | None = None,
     data_worker: bool = False,
+    stop: StopRequest | None = None,
 ) -> str:
     """Run on this rank and return the outcome. `stop_after`: steps after which the last rank is asked to stop. `times`:
-    of this attempt; default: it starts now. `data_worker`: make batches in another process, as runs of users do."""
+    of this attempt; default: it starts now. `data_worker`: make batches in another process, as runs of users do.
+    `stop`: of this rank; default: it gets no signals."""
     from pretrain.rank_process import RankRecorder
     from pretrain.run import pretrain
     from pretrain.training import batch_feed
 
-    is_asked = stop_after is not None and world.rank == world.size - 1
     times = times or ActivityTimer(time.time())
-    stop_request = functools.partial(_StopAfter, stop_after, times) if is_asked else StopRequest
+    if stop_after is not None and world.rank == world.size - 1:
+        stop = _StopAfter(stop_after, times)
     config, recorder = build_config(PretrainConfig, tree), RankRecorder(RunFolder(Path(tree["run"]["dir"])), world.rank)
     with pytest.MonkeyPatch.context() as patch:
         if not data_worker:
             patch.setattr(batch_feed, "load_batches", _load_in_this_process)
-        outcome = pretrain(config, world, stop_request, recorder, times).outcome.value
+        outcome = pretrain(config, world, stop or StopRequest(), recorder, times).outcome.value
     only_layer = (tree["model"].get("config") or {}).get("num_hidden_layers") == 1  # is not compiled, being the last
     if COMPILED and not only_layer:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
@@ -117,8 +118,8 @@ class _StopAfter(StopRequest):
     """Asks to stop after `steps` steps: it is checked once at the start of training, once in each step, and now and
     then in evaluations."""
 
-    def __init__(self, steps: int, times: ActivityTimer, stop_file: Path | None) -> None:
-        super().__init__(stop_file)
+    def __init__(self, steps: int, times: ActivityTimer) -> None:
+        super().__init__()
         self._left = steps + 1
         self._times = times
 

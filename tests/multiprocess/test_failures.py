@@ -136,7 +136,7 @@ def test_a_rank_that_waits_for_another_can_be_stopped(
     assert code == 75, output
     outcome, message, _ = read_outcome(folder) or (None, "", None)
     assert outcome is Outcome.STOPPED
-    reason = f"found {folder.stop}" if number is None else number.name
+    reason = f"found {folder.stop}" if number is None else f"signal {number.name}"
     assert message.startswith(f"{HOST}, rank 0: {reason} before the first step")
     assert json.loads(folder.rank_record(0).read_text(encoding="utf-8"))["exit"] == 75
 

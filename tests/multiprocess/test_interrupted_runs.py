@@ -13,9 +13,11 @@ from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoin
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import JsonlTracker
 from poison import Poison, poisoned_case
+from pretrain.training.stop_request import StopRequest, receive_stop_requests
 from pretrain.world import World
 from rank_pool import RankError, RankPool
 from runs import Tree, assert_same_run, evaluation_events, pretrain_case, run_config, soak
+from waiting import wait_until
 
 STEPS = 8
 
@@ -122,18 +124,19 @@ def stopped_in_evaluation_case(world: World, tree: Mapping[str, Any], number: in
     """A run whose last rank is asked to stop when its evaluation of this number, from 1, begins."""
     from pretrain.evaluate import HeldOutEvaluator
 
-    metrics, left = HeldOutEvaluator.metrics, number
+    metrics, left, stop = HeldOutEvaluator.metrics, number, StopRequest()
 
     def signalled(*arguments: Any) -> Any:
         nonlocal left
         left -= 1
         if left == 0 and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
+            wait_until(lambda: stop.reason)
         return metrics(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, receive_stop_requests(stop, None):
         patch.setattr(HeldOutEvaluator, "metrics", signalled)
-        return pretrain_case(world, tree)
+        return pretrain_case(world, tree, stop=stop)
 
 
 def test_an_evaluation_is_abandoned_for_a_stop(

@@ -89,7 +89,7 @@ def test_a_warning_to_one_rank_that_starts_stops_the_run(
     """Catches a failure, or a warning that is lost, because the rank does not train yet."""
     code, output = launch(start, wordpiece_corpus, heldout_corpus, tmp_path, patch)
     assert code == 75, output
-    assert f"{HOST}, rank 1: SIGUSR1 before the first step" in output
+    assert f"{HOST}, rank 1: signal SIGUSR1 before the first step" in output
 
 
 @pytest.mark.soak

@@ -20,6 +20,7 @@ from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.rank_process import RankRecorder, run_rank
 from pretrain.training.cpu_group import AgreedError
+from pretrain.training.stop_request import StopRequest
 
 
 class Exited(BaseException):
@@ -37,7 +38,7 @@ def raised_exit(monkeypatch: pytest.MonkeyPatch) -> None:
 def end_of(train: Callable[[], Outcome], folder: Path) -> tuple[int, ReportedOutcome | None]:
     """The exit code of a rank that calls `train`, and what it leaves for the launcher."""
     with pytest.raises(Exited) as exited:
-        run_rank(train, RankRecorder(RunFolder(folder), 3))
+        run_rank(lambda _: train(), RankRecorder(RunFolder(folder), 3))
     return exited.value.args[0], read_outcome(RunFolder(folder))
 
 
@@ -203,7 +204,7 @@ def test_a_run_that_deepspeed_starts_has_its_folder_alone(
     folder.stop.touch()
     write_outcome(folder, Outcome.DONE)
 
-    def train() -> Outcome:
+    def train(_: StopRequest) -> Outcome:
         raise KeyError("a bug")
 
     with lock_run(folder) if in_use else nullcontext(), pytest.raises(Exited) as exited:

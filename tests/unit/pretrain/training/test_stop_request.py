@@ -14,12 +14,18 @@ import pytest
 from experiment import files
 from experiment.files import exists_uncached
 from pretrain.training import stop_request
-from pretrain.training.stop_request import StopRequest, exit_on_stop_request
+from pretrain.training.stop_request import StopRequest, receive_stop_requests
 from waiting import wait_until
 
 
 def is_watched() -> bool:
     return any(thread.name == "stop request" for thread in threading.enumerate())
+
+
+def training(stop_file: Path | None) -> StopRequest:
+    stop = StopRequest()
+    stop.begin_training(stop_file)
+    return stop
 
 
 def reasons_while_blocked(ask: Callable[[], object], stop_file: Path | None = None) -> list[str]:
@@ -40,7 +46,7 @@ def reasons_while_blocked(ask: Callable[[], object], stop_file: Path | None = No
     fallback = threading.Timer(120, give_up)
     fallback.start()
     libc.pthread_mutex_lock(mutex)
-    with exit_on_stop_request(end_process, stop_file):
+    with receive_stop_requests(StopRequest(end_process), stop_file):
         threading.Timer(0.1, ask).start()
         libc.pthread_mutex_lock(mutex)
         fallback.cancel()
@@ -54,7 +60,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_before_training_is_handled_while_the_main_thread_is_blocked(number: signal.Signals) -> None:
     """Catches a rank that cannot be stopped while it connects or builds: Python's handlers wait for the main thread."""
-    assert reasons_while_blocked(lambda: os.kill(os.getpid(), number)) == [number.name]
+    assert reasons_while_blocked(lambda: os.kill(os.getpid(), number)) == [f"signal {number.name}"]
 
 
 def test_a_stop_file_before_training_is_found_while_the_main_thread_is_blocked(tmp_path: Path) -> None:
@@ -67,21 +73,23 @@ def test_signals_are_counted_once(tmp_path: Path) -> None:
     """Catches a request during training, or after it, that ends the process without a checkpoint."""
     received: list[str] = []
     before = signal.getsignal(signal.SIGTERM)
-    with exit_on_stop_request(received.append, tmp_path / "STOP"):
-        with StopRequest(None) as stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-            wait_until(lambda: stop.reason)
-            assert stop.reason == "signal SIGTERM"
-            wait_until(lambda: not is_watched())
-            (tmp_path / "STOP").touch()
+    stop = StopRequest(received.append, received.append)
+    with receive_stop_requests(stop, tmp_path / "STOP"):
+        stop.begin_training(None)
         os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: stop.reason)
+        assert stop.reason == "signal SIGTERM"
+        (tmp_path / "STOP").touch()
+        stop.ignore_second()
+        os.kill(os.getpid(), signal.SIGTERM)
+    wait_until(lambda: not is_watched())
     assert received == []
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_thread_ends_without_training() -> None:
     """Catches a thread that outlives a rank that failed before training."""
-    with exit_on_stop_request(lambda _: None, None):
+    with receive_stop_requests(StopRequest(), None):
         assert is_watched()
     wait_until(lambda: not is_watched())
 
@@ -96,12 +104,13 @@ def test_a_stop_file_found_late_is_left_to_training(tmp_path: Path, monkeypatch:
         return answer.wait(120)
 
     monkeypatch.setattr(stop_request, "exists_uncached", exists_uncached)
-    with exit_on_stop_request(received.append, tmp_path / "STOP"):
+    stop = StopRequest(received.append)
+    with receive_stop_requests(stop, tmp_path / "STOP"):
         assert asked.wait(120)
-        with StopRequest(None):
-            answer.set()
-            wait_until(lambda: not is_watched())
-    assert received == []
+        stop.begin_training(None)
+        answer.set()
+        wait_until(lambda: stop.reason)
+    assert (stop.reason, received) == (f"found {tmp_path / 'STOP'}", [])
 
 
 def test_a_stop_file_of_another_machine_is_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +126,8 @@ def test_a_stop_file_of_another_machine_is_found_at_once(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(files, "names_in", listed)
     monkeypatch.setattr(Path, "exists", lambda path: path.name in seen)
-    with StopRequest(stop_file) as stop:
-        assert stop.reason == f"found {stop_file}"
+    stop = training(stop_file)
+    assert stop.reason == f"found {stop_file}"
     assert reasons_while_blocked(lambda: None, stop_file)[0] == f"found {stop_file}"
 
 
@@ -136,36 +145,40 @@ def test_a_disk_that_does_not_answer_is_asked_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(stop_request, "exists_uncached", unsteady)
     now = 100.0
     monkeypatch.setattr("pretrain.training.stop_request.time.monotonic", lambda: now)
-    with StopRequest(stop_file) as stop:
-        assert stop.reason is None
-        now += 1.0
-        assert stop.reason == f"found {stop_file}"
+    stop = training(stop_file)
+    assert stop.reason is None
+    now += 1.0
+    assert stop.reason == f"found {stop_file}"
     failures.append(OSError(errno.ESTALE, "Stale file handle"))
     assert reasons_while_blocked(lambda: None, stop_file)[0] == f"found {stop_file}"
 
 
-def test_a_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a rank that hangs and that only SIGKILL ends, or the one signal that is taken for two. Its main thread
-    may be blocked; a second signal is one that comes after a second."""
+    may be blocked, such as by a disk that does not answer whether there is a STOP file; a second signal is one that
+    comes after a second."""
     monkeypatch.setattr("experiment.process.signals.REPEATED_SECONDS", 0.0)
+    monkeypatch.setattr(stop_request, "exists_uncached", lambda _: threading.Event().wait(120))
     received: list[str] = []
-    with exit_on_stop_request(received.append, None), StopRequest(None, received.append) as stop:
+    stop = StopRequest(end_at_once=received.append)
+    stop.begin_training(tmp_path / "STOP")
+    with receive_stop_requests(stop, tmp_path / "STOP"):
         os.kill(os.getpid(), signal.SIGUSR1)
-        wait_until(lambda: stop.reason)
+        wait_until(lambda: stop._reason)
         assert stop.reason == "signal SIGUSR1"
         os.kill(os.getpid(), signal.SIGUSR2)
         wait_until(lambda: received)
         assert stop.reason == "signal SIGUSR1"
         stop.ignore_second()
         os.kill(os.getpid(), signal.SIGUSR2)
+    wait_until(lambda: not is_watched())
     assert received == ["a second signal, SIGUSR2"]
-    wait_until(lambda: all(thread.name != "second signal" for thread in threading.enumerate()))
 
 
 # A rank, which its launcher has started with these signals blocked.
 RANK = """
 import os, signal, sys, threading
-from pretrain.training.stop_request import StopRequest, exit_on_stop_request
+from pretrain.training.stop_request import StopRequest, receive_stop_requests
 blocked = {{signal.SIGUSR1, signal.SIGUSR2}}
 signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
 received, done = [], threading.Event()
@@ -176,14 +189,14 @@ def end(reason):
 """
 WARNED = """
 os.kill(os.getpid(), signal.SIGUSR1)
-with exit_on_stop_request(end, None):
+with receive_stop_requests(StopRequest(end), None):
     done.wait(120)
 print(received)
 """
 STARTS_ANOTHER = """
 import subprocess
 mask = "import signal; print(sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))))"
-with exit_on_stop_request(end, None), StopRequest(None, end):
+with receive_stop_requests(StopRequest(end), None):
     subprocess.run([sys.executable, "-c", mask], check=True)
     thread = threading.Thread(target=subprocess.run, args=([sys.executable, "-c", mask],))
     thread.start()
@@ -199,7 +212,7 @@ def output_of_rank(body: str) -> str:
 
 def test_a_warning_that_was_blocked_is_received() -> None:
     """Catches a warning to a rank that imports its modules, while the launcher's mask still blocks it, that is lost."""
-    assert output_of_rank(WARNED) == "['SIGUSR1']\n"
+    assert output_of_rank(WARNED) == "['signal SIGUSR1']\n"
 
 
 def test_no_signal_to_all_processes_ends_what_a_rank_has_started() -> None:
@@ -211,13 +224,12 @@ def test_no_signal_to_all_processes_ends_what_a_rank_has_started() -> None:
 def test_a_signal_requests_a_stop(number: signal.Signals) -> None:
     """Catches a signal that ends the rank at once, and signal handlers that are not restored."""
     before = signal.getsignal(number)
-    stop = StopRequest(None)
-    try:
+    stop = training(None)
+    with receive_stop_requests(stop, None):
         assert stop.reason is None
         os.kill(os.getpid(), number)
+        wait_until(lambda: stop.reason)
         assert stop.reason == f"signal {number.name}"
-    finally:
-        stop.close()
     assert signal.getsignal(number) == before
 
 
@@ -225,15 +237,12 @@ def test_a_stop_file_requests_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Catches a STOP file that is checked for only once, or at every step, which is slow on a network disk."""
     now = 100.0
     monkeypatch.setattr("pretrain.training.stop_request.time.monotonic", lambda: now)
-    stop = StopRequest(tmp_path / "STOP")
-    try:
-        assert stop.reason is None
-        (tmp_path / "STOP").touch()
-        now += 0.1
-        assert stop.reason is None, "checked again after 0.1 s"
-        now += 1.0
-        assert stop.reason == f"found {tmp_path / 'STOP'}"
-        (tmp_path / "STOP").unlink()
-        assert stop.reason is not None, "a request cannot be withdrawn"
-    finally:
-        stop.close()
+    stop = training(tmp_path / "STOP")
+    assert stop.reason is None
+    (tmp_path / "STOP").touch()
+    now += 0.1
+    assert stop.reason is None, "checked again after 0.1 s"
+    now += 1.0
+    assert stop.reason == f"found {tmp_path / 'STOP'}"
+    (tmp_path / "STOP").unlink()
+    assert stop.reason is not None, "a request cannot be withdrawn"
