@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from experiment.errors import describe_disk_error
 from experiment.files import call_after_syncs, fsync
 from experiment.run_files.checkpoints import checkpoint_path
+from experiment.run_files.goodput import CHECKPOINTING, ActivityTimer
 from experiment.run_files.retention import Retention, discard, remove_leftovers
 from experiment.run_files.run_folder import RunFolder
 from pretrain.training.checkpoint_tensors import (
@@ -102,6 +103,7 @@ class BackgroundSave:
     checkpoints: Path  # folder of the run
     group: CpuGroup
     world: World
+    times: ActivityTimer
     saved_step: int | None  # of the newest checkpoint of the run; None if it has none
     uploads: MirrorUploads | None = None  # to tell of new checkpoints, on rank 0
 
@@ -133,7 +135,8 @@ class BackgroundSave:
         Raises UnwritableError on all ranks after three failed saves in a row, the first one 15 minutes ago or more.
         """
         if self._snapshot is not None and ranks_done == self.world.size:
-            self._advance(self._snapshot)
+            with self.times.during(CHECKPOINTING, recorded=False):
+                self._advance(self._snapshot)
 
     def wait(self) -> None:
         """Wait until the save in flight has ended, however slow the disk is. Collective; raises like `advance_if_done`.
@@ -141,9 +144,10 @@ class BackgroundSave:
         Raises TimeoutError if the disk of a rank does not answer for `health.hang_seconds`. Before that, deepcloze's
         launcher ends the ranks.
         """
-        while self._snapshot is not None:
-            self.group.wait_for_all(self._part, self._work.has_worked)
-            self._advance(self._snapshot)
+        with self.times.during(CHECKPOINTING):
+            while self._snapshot is not None:
+                self.group.wait_for_all(self._part, self._work.has_worked)
+                self._advance(self._snapshot)
 
     def _advance(self, snapshot: Snapshot) -> None:
         try:

@@ -99,5 +99,5 @@ class BatchFeed:
                 share = next(self._batches, None)
             except DataWorkerError as error:
                 share = error
-        stop_requested, part_done = stop.reason is not None, self.checkpointer.is_part_done
+        stop_requested, part_done = stop.reason is not None, self.checkpointer.saves.is_part_done
         return _UpcomingBatch(share, self.agreement.begin(share, stop_requested, part_done))

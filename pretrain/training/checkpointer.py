@@ -114,36 +114,13 @@ class Checkpointer:
         self._uploads = MirrorUploads(Mirror(url), folder, self.alert) if url and world.rank == 0 else None
         if self._uploads is not None:
             self._uploads.begin()
-        self._saves = BackgroundSave(folder.checkpoints, self.group, world, saved_step, self._uploads)
+        self.saves = BackgroundSave(folder.checkpoints, self.group, world, self.times, saved_step, self._uploads)
         self._memory = HostMemory()
-
-    @property
-    def saved_step(self) -> int | None:
-        """The step of this run's newest checkpoint; None if it has none."""
-        return self._saves.saved_step
 
     @property
     def host_tensors(self) -> list[Tensor]:
         """The memory that is kept for the next save."""
         return list(self._memory.tensors.values())
-
-    @property
-    def is_part_done(self) -> bool:
-        """Whether this rank has done its part of the save in flight."""
-        return self._saves.is_part_done
-
-    def advance_if_done(self, ranks_done: int) -> None:
-        """Continue the save in flight if `ranks_done` is the number of ranks. Collective.
-
-        Raises UnwritableError on all ranks if saves have failed for long, see `BackgroundSave.advance_if_done`.
-        """
-        with self.times.during(CHECKPOINTING, recorded=False):
-            self._saves.advance_if_done(ranks_done)
-
-    def wait(self) -> None:
-        """Wait until the save in flight has ended. Collective; raises like `advance_if_done`."""
-        with self.times.during(CHECKPOINTING):
-            self._saves.wait()
 
     def load_newest(self) -> TrainingProgress:
         """Load this run's newest checkpoint, to rewind. Collective; no save may be in flight."""
@@ -153,7 +130,7 @@ class Checkpointer:
         newest = self.group.call(lambda: last_usable(candidates, verify_candidate))
         load_checkpoint(self.engine, newest)
         progress = _read_progress(newest, self.run)
-        self._saves.saved_step = progress.step
+        self.saves.saved_step = progress.step
         return progress
 
     def save_if_due(self, progress: TrainingProgress, finished: bool, stopping: bool, requested: bool) -> None:
@@ -182,12 +159,12 @@ class Checkpointer:
         `evaluated`: an evaluation that was left to this attempt was just made; it is added to the checkpoint of its
         step. Raises UnwritableError like `save_if_due`.
         """
-        if evaluated and self.saved_step == progress.step:
+        if evaluated and self.saves.saved_step == progress.step:
             self.update(progress)  # uploads it, once it is written
             return
-        if self.saved_step is not None:
+        if self.saves.saved_step is not None:
             self._upload(progress)
-        needs_rewind_target = self.saved_step is None and self.run.config.health.policy == "rewind"
+        needs_rewind_target = self.saves.saved_step is None and self.run.config.health.policy == "rewind"
         if needs_rewind_target or finished:
             self.save_now(progress)
         elif progress.is_best_step:
@@ -198,9 +175,9 @@ class Checkpointer:
         raises like `advance_if_done`.
         """
         with self.times.during(CHECKPOINTING):
-            self._saves.wait()
-            if self.saved_step != progress.step:
-                self._saves.begin(self._snapshot(self.interval.include_in(progress)))
+            self.saves.wait()
+            if self.saves.saved_step != progress.step:
+                self.saves.begin(self._snapshot(self.interval.include_in(progress)))
             else:  # an attempt that failed after it was saved may not have named the best
                 self._on_rank0(lambda: _name_best(self.run.folder.checkpoints, progress))
                 self._upload(progress)
@@ -212,10 +189,10 @@ class Checkpointer:
         """
         with self.times.during(CHECKPOINTING):
             self.save(progress)
-            self._saves.wait()
-        if self.saved_step != progress.step:
-            raise UnwritableError(self._saves.problem)
-        if self._saves.problem:
+            self.saves.wait()
+        if self.saves.saved_step != progress.step:
+            raise UnwritableError(self.saves.problem)
+        if self.saves.problem:
             self.save(progress)  # it exists, but may not be named the best
 
     def update(self, progress: TrainingProgress) -> None:
@@ -246,8 +223,8 @@ class Checkpointer:
     def _upload(self, progress: TrainingProgress) -> None:
         """Let the mirror have the checkpoints that are there."""
         if self._uploads is not None:
-            assert self.saved_step is not None
-            self._uploads.update(self._retention(progress), self.saved_step, is_new=False)
+            assert self.saves.saved_step is not None
+            self._uploads.update(self._retention(progress), self.saves.saved_step, is_new=False)
 
     def _retention(self, progress: TrainingProgress) -> Retention:
         options = self.run.config.checkpoint

@@ -127,7 +127,7 @@ class Trainer:
             previous, rate = rate, self._learning_rate(batch.step, totals.seconds)
             trained = self._train_step(batch, totals.masked_tokens, rate)
             votes = self._feed.wait_for_votes()
-            self._checkpointer.advance_if_done(votes.ranks_done)
+            self._checkpointer.saves.advance_if_done(votes.ranks_done)
             if self._profiler is not None:
                 self._profiler.step()
             if isinstance(trained, FaultyStep):
@@ -157,7 +157,7 @@ class Trainer:
 
     def finish_save(self) -> None:
         """Wait for the checkpoint that is being written, if any. Collective."""
-        self._checkpointer.wait()
+        self._checkpointer.saves.wait()
 
     def save_finished_steps(self) -> None:
         """Save the steps before a batch that a rank does not have, if any. Collective; raises UnwritableError."""
@@ -256,7 +256,7 @@ class Trainer:
         fault = step.fault.located(self._group.all_gather_objects((platform.node(), losses)))
         with self._times.during(CHECKPOINTING):
             dumped = self._bad_batches.dump_bad_batch(batch, losses, fault)
-            self._checkpointer.wait()  # it may be the one to go back to
+            self._checkpointer.saves.wait()  # it may be the one to go back to
         what, policy = f"{fault}\n  its batch: {dumped}", self._config.health.policy
         self._reporter.alert(Alert("bad_batch", f"{what}\n  policy: {policy}"))
         if policy == "stop":
@@ -266,7 +266,7 @@ class Trainer:
                 log.error("%s", what)
                 raise
         bad_steps = (*self._progress.bad_steps, fault.step)
-        self._recovery.check(what, bad_steps, self._checkpointer.saved_step)
+        self._recovery.check(what, bad_steps, self._checkpointer.saves.saved_step)
         self._progress = replace(self._progress, bad_steps=bad_steps)
         if policy == "skip":
             log.warning("%s\n  policy: skipping it", what)
@@ -321,7 +321,7 @@ class Trainer:
         self._times.finish_step(self._progress.step)
 
     def _report(self, rate: float, grad_norm: float) -> None:
-        self._progress = self._reporter.report(self._progress, rate, grad_norm, self._checkpointer.saved_step)
+        self._progress = self._reporter.report(self._progress, rate, grad_norm, self._checkpointer.saves.saved_step)
 
     def _is_evaluation_due(self) -> bool:
         return self._evaluator.is_due(self._progress, self._is_finished())

@@ -183,7 +183,9 @@ def save_engine(
     from pretrain.training.cpu_group import CpuGroup
 
     state = {"step": step, "loss_scaler": engine.loss_scaler_state()}
-    saves = BackgroundSave(checkpoints, CpuGroup(timedelta(seconds=100)), engine.world, None)
+    saves = BackgroundSave(
+        checkpoints, CpuGroup(timedelta(seconds=100)), engine.world, ActivityTimer(time.time()), None
+    )
     saves.begin(Snapshot(step, HostMemory().copy(engine), state, write_model, keep))
     saves.wait()
 

@@ -101,7 +101,7 @@ def synchronous_case(world: World, tree: Tree) -> str:
 
         def save(checkpointer: Any, progress: Any) -> None:
             original(checkpointer, progress)
-            checkpointer.wait()
+            checkpointer.saves.wait()
 
         patch.setattr(Checkpointer, "save", save)
         return pretrain_case(world, tree)
@@ -189,7 +189,7 @@ def full_disk_case(world: World, tree: Tree, disk: SmallDisk) -> str:
         if world.rank == 0 and step == 3:
             disk.fill()
         elif world.rank == 0 and step == 5:
-            saves = trainer._checkpointer._saves
+            saves = trainer._checkpointer.saves
             wait_until(lambda: saves.is_part_done or saves.problem)  # perhaps the ranks have agreed on it already
             disk.free()
 
@@ -216,7 +216,7 @@ def read_only_case(world: World, tree: Tree, disk: SmallDisk) -> str:
         if world.rank == 0 and step == 3:
             disk.set_writable(False)
         elif world.rank == 0 and step == 5:
-            saves = trainer._checkpointer._saves
+            saves = trainer._checkpointer.saves
             wait_until(lambda: saves.is_part_done or saves.problem)
             disk.set_writable(True)
 

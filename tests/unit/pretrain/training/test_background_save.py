@@ -10,6 +10,7 @@ import torch
 from experiment.files import call_after_syncs, fsync_tree, write_text
 from experiment.models.tensor_files import save_tensors
 from experiment.run_files.checkpoints import complete_checkpoints
+from experiment.run_files.goodput import ActivityTimer
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from pretrain.training import background_save, checkpoint_tensors
@@ -47,7 +48,7 @@ def test_the_metrics_are_on_disk_before_a_checkpoint(
     monkeypatch.setattr(background_save, "fsync", fsync)
     monkeypatch.setattr(background_save, "complete_checkpoint", lambda *_: None)
     monkeypatch.setattr(background_save, "publish", lambda partial, final, keep, before: order.append(final))
-    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), None)  # type: ignore[arg-type]
+    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), ActivityTimer(0.0), None)  # type: ignore[arg-type]
     saves.begin(Snapshot(7, Share(0, {}, {}), {}, lambda *_: None, Retention(keep_last=1)))
     saves.wait()
     assert (saves.saved_step, saves.problem) == (7, "")
@@ -75,7 +76,7 @@ def test_a_checkpoint_that_has_its_name_is_saved(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), None)  # type: ignore[arg-type]
+    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), ActivityTimer(0.0), None)  # type: ignore[arg-type]
     assert not folder.saved.exists()
     save(saves, 3)
     assert folder.saved.exists()
@@ -102,7 +103,7 @@ def test_an_outage_of_a_few_minutes_is_survived(folder: RunFolder, monkeypatch: 
 
     monkeypatch.setattr(background_save, "publish", publish)
     monkeypatch.setattr(background_save.time, "monotonic", lambda: now)
-    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), None)  # type: ignore[arg-type]
+    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), ActivityTimer(0.0), None)  # type: ignore[arg-type]
     for step in range(1, 10):
         save(saves, step)
         now += 99.0

@@ -477,7 +477,9 @@ def test_no_checkpoint_is_copied_while_it_is_replaced() -> None:
     """Catches an upload of the newest checkpoint that begins before the evaluation of its step is added."""
     calls: list[str] = []
     checkpointer = SimpleNamespace(
-        saved_step=5, update=lambda progress: calls.append("update"), _upload=lambda progress: calls.append("upload")
+        saves=SimpleNamespace(saved_step=5),
+        update=lambda progress: calls.append("update"),
+        _upload=lambda progress: calls.append("upload"),
     )
     progress = TrainingProgress(step=5)
     Checkpointer.save_at_start(checkpointer, progress, finished=False, evaluated=True)  # type: ignore[arg-type]
