@@ -119,7 +119,7 @@ def print_seed(seed: int, record: SeedRecord, run: ResolvedRun) -> None:
     if record.collapsed:
         advice = "; usual values of training.lr are in docs/finetuning.md" if record.epochs else ""
         if record.epochs and (steps := record.epochs[-1]["steps"]) < run.steps:
-            advice = f"; training.patience stopped it at step {steps:,} of {run.steps:,}: raise it, or leave it out"
+            advice += f", and training.patience stopped it at step {steps:,} of {run.steps:,}"
         splits = ", ".join(record.collapsed)
         print_warning(f"seed {seed} has collapsed: it predicts the same for every row of {splits}{advice}")
 

@@ -333,13 +333,12 @@ def run_identity(
     plain = {key: value for key, value in flatten(config).items() if not key.startswith(_BY_CONTENT)}
     ignored = ("transformers_version", "_name_or_path", "dtype", "architectures")
     model = {f"model.{key}": value for key, value in model_config.items() if key not in ignored}
-    stages = [[stage.first_step, stage.max_seq_length, stage.sequences] for stage in config.stages]
-    lengths = [length for _, length, _ in stages]
-    # Stages of earlier versions started new epochs.
-    stages = [
-        [*stage, *(["continued"] if number and lengths[number - 1] == lengths[number] else [])]
-        for number, stage in enumerate(stages)
-    ]
+    stages: list[list[int | str]] = []
+    for stage in config.stages:
+        # Stages of earlier versions started new epochs.
+        is_continued = bool(stages) and stages[-1][1] == stage.max_seq_length
+        found = [stage.first_step, stage.max_seq_length, stage.sequences]
+        stages.append([*found, *(["continued"] if is_continued else [])])
     resolved = {
         "corpus.train": [list(corpus) for corpus in corpora] if len(corpora) > 1 else corpora[0][0],
         _SPECIAL_TOKENS: [list(ids) for ids in special_tokens],
