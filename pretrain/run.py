@@ -132,8 +132,6 @@ def _train(trainer: Trainer, stop: StopRequest, group: CpuGroup) -> ReportedOutc
         log.error("%s", error)
         with contextlib.suppress(UnwritableError):
             trainer.finish_save()
-            if isinstance(error, DataWorkerError):
-                trainer.save_finished_steps()
         group.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has logged the error
         raise
     finally:

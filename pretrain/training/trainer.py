@@ -159,11 +159,6 @@ class Trainer:
         """Wait for the checkpoint that is being written, if any. Collective."""
         self._checkpointer.saves.wait()
 
-    def save_finished_steps(self) -> None:
-        """Save the steps before a batch that a rank does not have, if any. Collective; raises UnwritableError."""
-        if self._progress.step > self._stream.begin:
-            self._checkpointer.save_now(self._progress)
-
     def close(self, outcome: Outcome) -> None:
         """Finish uploads unless the run has failed, and close the trackers, see `Reporter.close`. Collective unless the
         run has failed."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints
+from experiment.run_files.checkpoints import checkpoint_path
 from experiment.run_files.run_folder import RunFolder
 from pretrain.world import World
 from rank_pool import RankPool
@@ -97,21 +97,19 @@ def failing_case(world: World, tree: Mapping[str, Any], failing_step: int) -> st
             return str(error)
 
 
-@pytest.mark.parametrize(("ranks", "failing_step"), [(1, 3), (2, 3), (2, 5), (1, 0)])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_step_before_a_batch_that_fails_is_completed(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ranks: int, failing_step: int
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ranks: int
 ) -> None:
-    """Catches a batch fetched ahead whose failure costs the steps before it, and ranks that start the step although one
-    of them has no batch: they would wait for it."""
+    """Catches a batch fetched ahead whose failure costs the step before it, and the checkpoint that was due, and ranks
+    that start the step although one of them has no batch: they would wait for it."""
     tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=3, schedule__steps=6)
-    messages = pools[ranks].run(failing_case, tree, failing_step)
+    messages = pools[ranks].run(failing_case, tree, 3)
     assert len(set(messages)) == 1
     assert messages[0].startswith(f"{platform.node()}, rank {ranks - 1}: the data worker ")
-    assert f"failed at step {failing_step + 1}: ValueError: made to fail" in messages[0]
-    assert [event["step"] for event in step_events(tmp_path)] == [*range(1, failing_step + 1)]
-    checkpoints = RunFolder(tmp_path).checkpoints
-    saved = sorted({3, failing_step} & {*range(1, failing_step + 1)})
-    assert complete_checkpoints(checkpoints) == [checkpoint_path(checkpoints, step) for step in saved]
+    assert "failed at step 4: ValueError: made to fail" in messages[0]
+    assert [event["step"] for event in step_events(tmp_path)] == [1, 2, 3]
+    assert checkpoint_path(RunFolder(tmp_path).checkpoints, 3).is_dir()
 
 
 class _Event:
