@@ -82,9 +82,10 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
             fsync(path.parent)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove temporary files of `atomic_write` in this folder whose threads, on this machine, have ended."""
-    for path in folder.glob(f".*.{platform.node()}.*"):
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove temporary files of `atomic_write` in this folder whose threads, on this machine, have ended. `name`: of
+    the files that were to be written."""
+    for path in folder.glob(f".{name}.{platform.node()}.*"):
         if not Path("/proc", path.suffix[1:]).exists():
             with suppress(OSError):
                 path.unlink()

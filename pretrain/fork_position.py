@@ -66,6 +66,7 @@ def position_shifts(
     parent = ShuffledOrder(tuple(order.corpora[places[found]] for found in weights), sizes, shares=tuple(shares))
     read, begin = (each.positions_by_corpus(each.start(step)) for each in (parent, order))
     shifts = {places[found]: int(count - begin[places[found]]) for found, count in zip(weights, read, strict=True)}
+    shifts |= {place: -int(begin[place]) for place in range(len(begin)) if place not in shifts}
     return {stream.corpora[place]: shift for place, shift in shifts.items() if shift}
 
 
@@ -73,7 +74,8 @@ def _epochs_at(identity: Mapping[str, Any], step: int) -> tuple[tuple[int, int],
     """Return what the epochs of a step are: number of the stage that started them, length of the sequences; and the
     batch sizes there."""
     stages = identity["schedule.stages"] or [[0, identity["batch.max_seq_length"], identity["batch.sequences"]]]
-    stages = [stage[:3] for stage in stages]
-    number = bisect_right([first for first, _, _ in stages], step) - 1
-    begun, sizes = stage_sizes(stages, identity["schedule.batch_warmup_steps"])[number]
-    return (begun, stages[number][1]), sizes
+    begun = number = bisect_right([stage[0] for stage in stages], step) - 1
+    while "continued" in stages[begun]:
+        begun -= 1
+    own = [tuple(stage[:3]) for stage in stages[begun : number + 1]]
+    return (begun, own[-1][1]), stage_sizes(own, identity["schedule.batch_warmup_steps"])[-1][1]

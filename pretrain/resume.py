@@ -118,11 +118,7 @@ def find_resume_candidates(run: RunConfig, folder: RunFolder, mirror: str | None
 
 def check_none_saved(folder: RunFolder) -> None:
     """Raise UserError if a run without checkpoints has saved some: starting over would delete its metrics."""
-    # A mirror may have the attempts, but no checkpoint, if its first upload was not finished.
-    record = None if folder.restored.exists() else read_provenance(folder)
-    last = record["attempts"][-1] if record and record["attempts"] else {}
-    has_resumed = record is not None and last.get("step", 0) > (forked_from(record["ancestors"]) or {}).get("step", 0)
-    if has_resumed or folder.saved.exists():
+    if folder.saved.exists():
         raise UserError(
             f"there is no checkpoint in {folder.checkpoints}, but this run has saved some. Mount their disk, or move "
             f"them back, to resume; to start over, choose another run.dir, or delete {folder.path}"

@@ -63,8 +63,8 @@ class RunFolder:
     """The output of the last launch, if it was in the background."""
     downstream = _Below("downstream")
     """Scores of checkpoints on tasks, written by `deepcloze watch`, see `tracking.downstream`."""
-    saved = _Below("logs/saved")
-    """Empty; exists once a checkpoint was saved."""
+    saved = _Below(".saved")
+    """Empty; exists once the run has saved a checkpoint, or resumed from one."""
     stop = _Below("STOP")
     """Created by the user, or by the launcher on a signal: save a checkpoint and stop."""
     outcome = _Below("logs/outcome.json")

@@ -80,7 +80,7 @@ def _read_or_build(corpus: Corpus, capacity: int, path: Path) -> SequenceIndex:
                 if problem:
                     log.warning("%s is damaged (%s) and is built again", path, problem)
             if problem or not exists_uncached(path):
-                remove_unfinished(path.parent)
+                remove_unfinished(path.parent, path.name)
                 _build(corpus, capacity, path)
         index, problem = _read(path, capacity, corpus.tokens)
     if index is None:

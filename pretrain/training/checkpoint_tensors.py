@@ -183,9 +183,11 @@ def publish(partial: Path, final: Path, keep: Retention, before: int | None) -> 
     partial.rename(final)
     try:
         fsync(final.parent)  # others stay if the new name may be lost
-        if keep.best is not None:
-            write_best(final.parent, keep.best)  # before the previous best may be deleted
-        apply_retention(final.parent, keep, newest=checkpoint_step(final), before=before)
+        try:
+            if keep.best is not None:
+                write_best(final.parent, keep.best)  # before the previous best may be deleted
+        finally:  # the disk may be full; the best one that is named stays
+            apply_retention(final.parent, keep, newest=checkpoint_step(final), before=before)
     except OSError as error:
         return describe_disk_error(error) or str(error)
     return None

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from experiment.files import fsync
 from experiment.process.daemon_thread import in_daemon_thread
 from experiment.run_files.checkpoints import (
     checkpoint_path,
@@ -193,7 +194,7 @@ class Checkpointer:
         if self.saves.saved_step != progress.step:
             raise UnwritableError(self.saves.problem)
         if self.saves.problem:
-            self.save(progress)  # it exists, but may not be named the best
+            self.save(progress)  # it exists, but its name may be lost, or not be named the best
 
     def update(self, progress: TrainingProgress) -> None:
         """Replace the progress in the saved checkpoint of this step, and name the best one. Collective.
@@ -258,6 +259,8 @@ class Checkpointer:
 
 
 def _name_best(checkpoints: Path, progress: TrainingProgress) -> None:
+    """Name the best of these checkpoints, and make sure that their names stay."""
+    fsync(checkpoints)
     if progress.evaluations.best_step is not None:
         write_best(checkpoints, progress.evaluations.best_step)
 

@@ -66,6 +66,8 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
     attempt = collect_provenance(sys.argv, world_size, hosts) | changes
     provenance = write_provenance(run.folder, attempt, ancestors, known)
     write_text(run.folder.config, config)
+    if run.resume_plan.checkpoint is not None and not run.resume_plan.fork:
+        run.folder.saved.touch()
     return provenance
 
 

@@ -67,7 +67,7 @@ def test_sequences_that_a_fork_reads_again_or_skips(
     done, next_ones, all_ones = read(theirs, range(STEP)), read(ours, range(STEP, 40)), read(ours, range(40))
     again = Counter(name for name, _, _ in done & next_ones)
     skipped = Counter(name for name, _, _ in all_ones - next_ones - done)
-    for name in theirs.corpora:
+    for name in ours.corpora:
         assert shifts.get(name, 0) == again[name] - skipped[name]
 
 
@@ -85,6 +85,16 @@ def test_another_order_is_not_compared(wordpiece_corpus: Path, changes: dict[str
     parent, _ = open_run(str(wordpiece_corpus))
     fork, ours = open_run(str(wordpiece_corpus), **changes)
     assert position_shifts(ours, fork.identity, parent.identity, STEP) == {}
+
+
+def test_stages_of_a_parent_that_started_new_epochs_are_not_compared(wordpiece_corpus: Path) -> None:
+    """Catches a made-up count for a parent of an earlier version, whose stages of one length did not continue."""
+    stages = {"schedule": {"steps": 40, "stages": [{"steps": 3, "sequences": 4}, {}]}}
+    parent, _ = open_run(str(wordpiece_corpus), **stages)
+    earlier = parent.identity | {"schedule.stages": [stage[:3] for stage in parent.identity["schedule.stages"]]}
+    fork, ours = open_run(str(wordpiece_corpus), batch={"sequences": 5, **BATCH})
+    assert position_shifts(ours, fork.identity, parent.identity, STEP)
+    assert position_shifts(ours, fork.identity, earlier, STEP) == {}
 
 
 def test_a_corpus_that_the_fork_does_not_have_is_not_compared(wordpiece_corpus: Path, heldout_corpus: Path) -> None:

@@ -53,6 +53,7 @@ def test_a_run_that_starts_over_with_another_config_is_another_one_in_wandb(
             folder.metrics.write_text('{"step": 1}\n')
     run_id = provenance["run_id"]
     assert found == [run_id, *[f"{run_id}-2" if starts_over else run_id] * 2]
+    assert folder.saved.exists() == resumed
 
 
 def test_mfu_is_unknown_for_a_model_with_unknown_flops() -> None:
