@@ -11,6 +11,7 @@ from torch.nn.utils import get_total_norm
 
 from experiment.models.dropout import use_fast_dropout
 from experiment.models.fast_linear import use_fast_linear
+from experiment.models.fp32_sums import use_fp32_sums
 from finetune.config import TrainingConfig
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.examples import Batch, Example
@@ -30,6 +31,7 @@ class Updater:
         model.to(device.device)
         use_fast_dropout(model)
         use_fast_linear(model)
+        use_fp32_sums(model)
         self.steps = 0
         self.total_steps = total_steps(task, config)
         self._model, self._task, self._config, self._device = model, task, config, device

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from experiment.models.dropout import use_fast_dropout
 from experiment.models.fast_linear import use_fast_linear
+from experiment.models.fp32_sums import use_fp32_sums
 from pretrain.modeling.attention import Packing, Predicted, uses_flash, varlen_kernels
 from pretrain.modeling.head import Head, choose_head, cross_entropy
 from pretrain.modeling.last_layer import shorten_last_layer
@@ -45,6 +46,7 @@ class MaskedLanguageModel(nn.Module):
         use_fast_dropout(model)
         use_fast_linear(model)
         use_one_hot_products(model)
+        use_fp32_sums(model)
         self._head = head or choose_head(model, packed)
         short_layer = shorten_last_layer(model) if packed else None
         self._short_layer = (short_layer,)  # a module of its own would be registered twice

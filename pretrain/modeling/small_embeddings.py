@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiment.models.fp32_sums import Embedding
+
 _MOST_ROWS = 4
 
 
@@ -19,7 +21,7 @@ def use_one_hot_products(model: nn.Module) -> None:
     change; results differ by rounding."""
     for module in model.modules():
         if type(module) is nn.Embedding and _is_plain(module):
-            module.__class__ = _SmallEmbedding
+            module.__class__ = SmallEmbedding
 
 
 def _is_plain(table: nn.Embedding) -> bool:
@@ -27,7 +29,7 @@ def _is_plain(table: nn.Embedding) -> bool:
     return table.num_embeddings <= _MOST_ROWS and not special
 
 
-class _SmallEmbedding(nn.Embedding):
+class SmallEmbedding(Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         if not self.weight.is_cuda:
             return super().forward(ids)
