@@ -54,9 +54,11 @@ class SeedHistory:
         known = ~np.isnan(steps + tokens + speeds)
         of_tokens, of_seconds = map(copy.copy, self._time)
         before, start = (curve.last[1] if len(curve) else 0.0 for curve in self._time)
-        if not len(of_tokens):  # a fork begins with the tokens of its parent, which it logs first
-            before = float(np.fmax.reduce(tokens[: int(known.argmax())], initial=0.0))
         steps, tokens, speeds = steps[known], tokens[known], speeds[known]
+        if not len(of_tokens) and len(steps):
+            first_step, first = self.curves["tokens"].lowest
+            # A fork begins with the tokens of its parent, which it logs first, without a speed.
+            before = first if first_step < steps[0] else 0.0
         taken = np.maximum(np.diff(tokens, prepend=before), 0.0)
         spent = np.cumsum(np.divide(taken, speeds, out=np.zeros_like(taken), where=speeds > 0))
         of_tokens.extend(steps, tokens)

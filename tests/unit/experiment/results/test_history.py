@@ -52,13 +52,19 @@ def test_time_is_that_of_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scores", [{}, {"eval/held/loss": 3.0}])
 def test_the_time_of_a_fork_begins_with_it(tmp_path: Path, scores: dict[str, float]) -> None:
-    """Catches the tokens of the parent, divided by the speed of the fork's first steps."""
+    """Catches the tokens of the parent, divided by the speed of the fork's first steps, also if its first event is read
+    alone."""
     events = [
         {"step": 100, "tokens": 1_000_000, **scores},
         {"step": 110, "tokens": 1_001_000, "tokens_per_second": 100.0},
         {"step": 120, "tokens": 1_002_000, "tokens_per_second": 200.0},
     ]
-    assert History.of(logged(tmp_path, *events)).seeds[None].axis["seconds"] == [0, 10, 15]
+    grown = History(RunFolder(tmp_path))
+    for event in events:
+        folder = logged(tmp_path, event)
+        grown.read()
+    for history in (History.of(folder), grown):
+        assert history.seeds[None].axis["seconds"] == [0, 10, 15]
 
 
 def test_figures(tmp_path: Path) -> None:
