@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 Forward = Callable[..., Any]
 
 _NUMBERED = re.compile(r"\.(\d+)\.")
+_BELOW_LAYERS = ("deberta.encoder.LayerNorm.", "deberta.encoder.conv.")  # registered after them
 _FLOPS_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
@@ -45,19 +46,21 @@ def layer_ids(model: PreTrainedModel, unused: Collection[str] = ()) -> dict[str,
     `unused`: names of parameters that the model does not use, such as a vision tower's, whose layers do not count.
 
     The numbering of ELECTRA (Clark et al. 2020) and BEiT. A layer is the outermost numbered module of the encoder, so
-    layers that share their weights count once. Parameters shared by all layers (relative positions) count as
-    embeddings, those after the last layer (a final norm) as head.
+    layers that share their weights count once. Parameters shared by all layers (relative positions) and those before
+    the first layer count as embeddings, those after the last layer (a final norm) as head.
     """
     encoder = f"{model.base_model_prefix}."
     tables = _tables(model)
     ids: dict[str, int] = {}
     layers = 0
     for name, parameter in model.named_parameters():
-        number = _NUMBERED.search(name) if name.startswith(encoder) else None
+        in_encoder = name.startswith(encoder)
+        number = _NUMBERED.search(name) if in_encoder else None
+        is_below = (in_encoder and not layers) or name.startswith(_BELOW_LAYERS)
         if number is not None:
             ids[name] = int(number[1]) + 1
             layers = max(layers, 0 if name in unused else ids[name])
-        elif id(parameter) in tables or "embedding" in name:
+        elif id(parameter) in tables or "embedding" in name or is_below:
             ids[name] = 0
         else:
             ids[name] = -1

@@ -122,13 +122,18 @@ def model_of(model_type: str, **fields: Any) -> PreTrainedModel:
         ("esm", 12, "embeddings.word_embeddings", "encoder.layer.11.", "lm_head.dense"),
         ("mobilebert", 24, "embeddings.embedding_transformation", "encoder.layer.23.ffn.2", "cls.predictions"),
         ("xlm", 12, "position_embeddings", "attentions.11.", "pred_layer.proj"),
+        ("xlm", 12, "layer_norm_emb", "layer_norm2.11.", "pred_layer.proj"),
+        ("deberta-v2", 24, "deberta.encoder.LayerNorm", "encoder.layer.23.", "cls.predictions.transform"),
+        ("deberta-v2", 24, "encoder.conv", "encoder.layer.23.", "cls.predictions.transform"),
+        ("xlm-roberta-xl", 36, "embeddings.word_embeddings", "encoder.layer.35.", "roberta.encoder.LayerNorm"),
     ],
 )
 def test_layers_are_numbered_from_the_embeddings_to_the_head(
     model_type: str, layers: int, bottom: str, top: str, head: str
 ) -> None:
     """Catches a wrong origin, numbers of modules inside a layer, and a head counted as a layer."""
-    fields = {"relative_attention": True} if "deberta" in model_type else {}
+    shared = {"relative_attention": True, "norm_rel_ebd": "layer_norm", "conv_kernel_size": 3}
+    fields = shared if "deberta" in model_type else {}
     ids = layer_ids(model_of(model_type, vocab_size=50, pad_token_id=1, mask_token_id=2, **fields))
     assert set(ids.values()) == set(range(layers + 2))
     for part, number in ((bottom, 0), (top, layers), (head, layers + 1)):
