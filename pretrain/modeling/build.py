@@ -63,7 +63,7 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
     unused = unused_parameters(built, reason is None)
     if model.activation_checkpointing:
         checkpoint_activations(built)
-    return BuiltModel(built, reason is None, first_position(built), flops_model(built), unused)
+    return BuiltModel(built, reason is None, first_position(built), flops_model(built, unused), unused)
 
 
 def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:

@@ -162,27 +162,31 @@ class FlopsModel:
         return encoder + 6.0 * predicted * (self.vocabulary + self.hidden_size) * self.decoder_width
 
 
-def flops_model(model: PreTrainedModel) -> FlopsModel | None:
+def flops_model(model: PreTrainedModel, unused: Collection[str] = ()) -> FlopsModel | None:
     """Count the parameters of a model that is not yet partitioned (ZeRO 3). None for a type whose config does not have
-    the sizes that the formula needs, such as Perceiver, or has sizes of its own for each layer."""
+    the sizes that the formula needs, such as Perceiver, or has sizes of its own for each layer.
+
+    unused: names of parameters that the model does not use."""
     config = model.config
     if config.is_heterogeneous or any(getattr(config, name, None) is None for name in _FLOPS_SIZES):
         return None
-    in_embeddings = _in_embeddings(model)
+    in_encoder = set(map(id, model.base_model.parameters())) - _in_embeddings(model)
     layers: int = config.num_hidden_layers
     layers_per_group = layers // (getattr(config, "num_hidden_groups", None) or layers)  # of ALBERT
     encoder = sum(
         p.numel() * (layers_per_group if "layer_groups" in name else 1)
-        for name, p in model.base_model.named_parameters()
-        if id(p) not in in_embeddings
+        for name, p in model.named_parameters()
+        if id(p) in in_encoder and name not in unused
     )
     decoder = [layer.weight for layer in _decoder(model)] or [model.get_input_embeddings().weight]
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     window = 2 * getattr(config, "sliding_window", 0) + 1 if "sliding_attention" in kinds else 0
+    windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    of_longformer = getattr(config, "attention_window", None)  # half on either side
     return FlopsModel(
         encoder_parameters=encoder,
         hidden_size=config.hidden_size,
         vocabulary=config.vocab_size,
         decoder_width=sum(weight.numel() for weight in decoder) // config.vocab_size,
-        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        windows=tuple(windows if of_longformer is None else [width + 1 for width in of_longformer]),
     )

@@ -6,8 +6,11 @@ import torch
 from model_examples import LOCAL_WINDOW, Example
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
+from pretrain.config import ModelConfig
+from pretrain.modeling.build import build_model
 from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.structure import FlopsModel, count_parameters, flops_model, hidden_matrices, layer_ids
+from tiny_models import tiny_fields
 
 HIDDEN, INNER, VOCABULARY = 24, 40, 200
 LAYER = 4 * (HIDDEN * HIDDEN + HIDDEN) + 2 * HIDDEN * INNER + INNER + HIDDEN + 4 * HIDDEN  # attention, MLP, two norms
@@ -48,6 +51,19 @@ def test_a_local_window_caps_the_attended_length(example: Callable[[str], Exampl
     assert longer == 50 * (6 * model.encoder_parameters + 12 * HIDDEN * (2 * 50 + 2 * window))
     shorter = model.per_step(tokens=50, squared_lengths=10 * 5**2, predicted=0)
     assert shorter == 50 * (6 * model.encoder_parameters + 12 * HIDDEN * 4 * 5)
+
+
+def test_parameters_that_longformer_does_not_use() -> None:
+    """Catches FLOPs of its global attention, which no token uses, and of attention outside its windows."""
+    fields = tiny_fields("longformer") | {"attention_window": [8, 4], "vocab_size": VOCABULARY}
+    built = build_model(
+        ModelConfig(config={"model_type": "longformer"}), AutoConfig.for_model("longformer", **fields), 0
+    )
+    hidden, inner = fields["hidden_size"], fields["intermediate_size"]
+    layer = 4 * (hidden**2 + hidden) + 2 * hidden * inner + inner + hidden + 4 * hidden
+    assert built.flops is not None
+    assert built.flops.encoder_parameters == 2 * layer
+    assert built.flops.windows == (9, 5)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
