@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -110,7 +111,7 @@ def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedM
 
 def unused_parameters(model: PreTrainedModel, packed: bool) -> frozenset[str]:
     """Return the names of the parameters from which no path of autograd leads to the logits, such as a pooler's or
-    Longformer's global attention. The model is on the CPU.
+    Longformer's global attention, and of X-MOD's adapters of other languages. The model is on the CPU.
 
     Weight decay must not shrink them: ZeRO gives every parameter a gradient, zeros if there is none.
 
@@ -126,7 +127,11 @@ def unused_parameters(model: PreTrainedModel, packed: bool) -> frozenset[str]:
         found = {following for following, _ in node.next_functions if following is not None} - seen
         seen |= found
         nodes += found
-    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) not in used)
+    # X-MOD computes its adapters of other languages too, for no tokens.
+    other_adapters = re.compile(rf"\.adapter_modules\.(?!{getattr(model.config, 'default_language', None)}\.)")
+    return frozenset(
+        name for name, parameter in model.named_parameters() if id(parameter) not in used or other_adapters.search(name)
+    )
 
 
 def checkpoint_activations(model: PreTrainedModel, preserve_rng_state: bool = True) -> None:
