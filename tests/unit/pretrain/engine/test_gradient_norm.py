@@ -21,6 +21,14 @@ def test_the_norm_does_not_depend_on_how_the_gradient_is_divided() -> None:
         assert found == pytest.approx(expected, rel=1e-7), sizes
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_norm_of_a_gradient_in_16_bit(dtype: torch.dtype) -> None:
+    """Catches a norm that is rounded to 16 bit, and one above 65,504 that is taken for an overflow in fp16."""
+    gradient = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).mul(1000).to(dtype)
+    found = math.sqrt(sum_of_squares([gradient]).item())
+    assert found == pytest.approx(gradient.double().norm().item(), rel=1e-5)
+
+
 CLIPPED = pytest.mark.parametrize(("norm", "limit", "expected"), [(0.5, 1.0, 0.5), (2.0, 1.0, 1.0), (2.0, 0.0, 2.0)])
 
 
