@@ -209,8 +209,8 @@ def _open_corpora(
     for name, corpus in held_out.items():
         if corpus.fingerprint in trained:
             log.warning(
-                "corpus.eval.%s: %s is also in corpus.train, so it is not held out; `deepcloze corpus --holdout N` "
-                "splits documents off",
+                "corpus.eval.%s: %s is also in corpus.train, so it is not held out, and has the masks of the first "
+                "epoch; `deepcloze corpus --holdout N` splits documents off",
                 name,
                 corpus.path,
             )

@@ -166,7 +166,7 @@ def test_training_text_as_held_out_text_warns(
     config = config_of(tmp_path / "run", wordpiece_corpus, corpus=corpora)
     with caplog.at_level(logging.WARNING):
         resolve(config, 1)
-    assert ("so it is not held out" in caplog.text) == warned
+    assert ("so it is not held out, and has the masks of the first epoch" in caplog.text) == warned
 
 
 def test_positions_that_no_sequence_reaches(
