@@ -102,7 +102,7 @@ def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None =
     return route
 
 
-def _serving(request: Request) -> Serving:
+async def _serving(request: Request) -> Serving:  # FastAPI calls other functions in a thread
     serving: Serving = request.app.state.serving
     return serving
 

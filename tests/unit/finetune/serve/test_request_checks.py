@@ -362,6 +362,16 @@ def test_probes_have_any_name(client: TestClient) -> None:
     assert TestClient(app).get("/metrics", headers={"Host": "10.0.0.7:8000"}).status_code == 421
 
 
+def test_requests_need_no_thread(shared_client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a thread that each request waits for, probes included."""
+
+    async def run_in_threadpool(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("fastapi.dependencies.utils.run_in_threadpool", run_in_threadpool)
+    assert [shared_client.get(path).status_code for path in ("/healthz", "/v1/model", "/metrics")] == [200] * 3
+
+
 def test_addresses_that_others_can_reach_have_any_name() -> None:
     """Catches a server on a network that answers to localhost only."""
     assert allowed_hosts((), "0.0.0.0") is None
