@@ -149,37 +149,43 @@ def require_token(app: ASGIApp, token: str | None) -> ASGIApp:
 
 
 def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
-    """Answer 413 to requests that are too large, before they are read or parsed."""
+    """Answer 413 to requests that are too large, before they are read or parsed. Before any answer, discard what is
+    left of the body: most clients read the answer once they have sent all, and lose it if the connection is closed
+    before."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         message = f"the request is larger than {limits.max_bytes // 1024:,} KiB"
         headers = Headers(scope=scope)
-        if int(announced := headers.get("content-length", "0")) > limits.max_bytes:
-            # With "Expect: 100-continue", no body is sent before we ask for it.
-            if "expect" not in headers and int(announced) <= _DISCARDED_BYTES:
-                await _discard(receive)
-            await error_response(413, message)(scope, receive, send)
-            return
-        received = 0
+        announced, received = int(headers.get("content-length", "0")), 0
+        # With "Expect: 100-continue", no body is sent before we ask for it.
+        unread = "expect" not in headers and announced <= _DISCARDED_BYTES
 
         async def count() -> Message:
-            nonlocal received
+            nonlocal received, unread
             event = await receive()
             received += len(event.get("body", b""))
+            unread = event.get("more_body", False)
             if received > limits.max_bytes:
-                if event.get("more_body", False):
-                    await _discard(receive)
                 raise HTTPException(413, message)
             return event
 
-        await app(scope, count, send)
+        async def answer(event: Message) -> None:
+            nonlocal unread
+            if unread:
+                unread = False
+                await _discard(receive)
+            await send(event)
+
+        if announced > limits.max_bytes:
+            await error_response(413, message)(scope, receive, answer)
+        else:
+            await app(scope, count, answer)
 
     return limited
 
 
 async def _discard(receive: Receive) -> None:
-    """Read the rest of a body. Most clients read the answer once they have sent all, and lose it if the connection is
-    closed before."""
+    """Read the rest of a body, up to limits of size and time."""
     discarded, more = 0, True
     with suppress(TimeoutError):
         async with asyncio.timeout(_DISCARD_SECONDS):

@@ -259,6 +259,35 @@ def test_a_client_that_goes_while_it_sends(path: str, client: TestClient) -> Non
     assert f'deepcloze_requests_total{{path="{path}",status="499"}} 1.0' in client.get("/metrics").text
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("POST", "/v1/predict", [(b"origin", b"http://a.example")], 403),
+        ("POST", "/other", [], 404),
+        ("PUT", "/v1/predict", [], 405),
+        ("POST", "/v1/predict", [(b"content-length", b"1000000")], 413),
+    ],
+)
+def test_a_rejected_request_is_answered_once_it_is_sent(
+    method: str, path: str, headers: list[tuple[bytes, bytes]], status: int, client: TestClient
+) -> None:
+    """Catches a connection that is closed while the client still sends, and the answer lost with it."""
+    arriving = [{"type": "http.request", "body": b"a", "more_body": more} for more in (False, True, True)]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return arriving.pop() if arriving else await asyncio.Event().wait()
+
+    async def send(event: Any) -> None:
+        assert arriving == []
+        sent.append(event)
+
+    scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
+    assert client.portal is not None
+    client.portal.call(client.app, scope, receive, send)
+    assert sent[0]["status"] == status
+
+
 def test_a_body_that_is_never_read_is_not_awaited(client: TestClient) -> None:
     """Catches ten seconds of waiting for a body that is announced as a terabyte: `--timeout` may be shorter."""
 
