@@ -31,7 +31,7 @@ from finetune.serve.serving import Serving
 
 TOKEN_VARIABLE = "DEEPCLOZE_SERVE_TOKEN"
 
-_HEADER_SECONDS = 10.0  # for the headers of a request
+_HEADER_SECONDS = 10.0  # for the headers of a request, from its first byte
 # Until a connection without requests, or without progress of an answer, is closed. Most load balancers keep theirs for
 # 60 s; one that is closed here first may have taken a request, and fails it.
 _IDLE_SECONDS = 75
@@ -100,14 +100,14 @@ def read_token(path: str | None, environment: Mapping[str, str]) -> str | None:
 
 
 class _Protocol(H11Protocol):
-    """Closes connections whose clients are slow to send the headers of a request, or do not read their answer, both of
-    which uvicorn waits for forever."""
+    """Closes connections whose clients send no first request, are slow to send the headers of one, or do not read
+    their answer, all of which uvicorn waits for forever."""
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_headers()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

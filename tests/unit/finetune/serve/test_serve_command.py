@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import uvicorn
@@ -222,6 +223,25 @@ def test_clients_that_do_not_read_their_answer_are_dropped(connection: bytes) ->
         listening.close()
 
     asyncio.run(ask())
+
+
+def test_new_connections_may_be_idle_as_long_as_others() -> None:
+    """Catches a balancer that loses requests on the connections that it has opened in advance; and one without a
+    request that stays open."""
+    timers: list[Mock] = []
+
+    def call_later(seconds: float, *_: object) -> Mock:
+        timers.append(Mock(seconds=seconds))
+        return timers[-1]
+
+    config = uvicorn.Config(Response(), log_config=None, timeout_keep_alive=75)
+    protocol = server._Protocol(config, ServerState(), {}, SimpleNamespace(call_later=call_later))
+    protocol.connection_made(SimpleNamespace(get_extra_info=lambda _: None))
+    assert [timer.seconds for timer in timers] == [75]
+    for part in (b"G", b"ET"):
+        protocol.data_received(part)
+    assert [timer.seconds for timer in timers] == [75, 10]
+    timers[0].cancel.assert_called_once_with()
 
 
 @pytest.mark.parametrize(("unread", "aborted"), [([9, 5, 5], [True]), ([9, 5, 4, 0], [])])
