@@ -55,7 +55,13 @@ def return_freed_memory() -> None:
         libc.mallopt(_M_MMAP_MAX, 65536)  # the default
         libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
         libc.mallopt(_M_TRIM_THRESHOLD, 2 * _MMAP_THRESHOLD)
-        libc.malloc_trim(0)
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Return the memory that is free now, also after `keep_freed_memory`. Does nothing with another C library."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_device() -> "torch.device":

@@ -18,6 +18,7 @@ from fastapi import HTTPException
 
 from experiment.errors import UserError, is_out_of_memory
 from experiment.process.daemon_thread import in_daemon_thread
+from experiment.process.hardware import trim_memory
 from finetune.data.records import Record
 from finetune.encoding.examples import Example, Split
 from finetune.pooling import Pooling
@@ -243,7 +244,8 @@ class Serving:
         log_event("the model was reloaded", **served.info.model_dump(include={"model", "kind", "precision"}))
         await old.close()
         del old
-        gc.collect()  # of the memory of the old one
+        gc.collect()
+        trim_memory()  # of the old one
 
     def _serve(self, served: ServedModel) -> Services:
         device = served.loaded.device.device.type

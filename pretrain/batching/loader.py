@@ -29,6 +29,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from experiment.process.hardware import trim_memory
 from experiment.process.signals import WARNING_SIGNALS
 from pretrain.batching.batch import RankBatch, flatten_batch, unflatten_batch
 
@@ -194,8 +195,7 @@ def _drop_memory(tensors: Sequence[Tensor]) -> None:
         first, end = -(-start // page) * page, (start + size) // page * page  # other pages hold other data too
         if first < end:
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
-    with contextlib.suppress(AttributeError):  # not glibc
-        libc.malloc_trim(0)
+    trim_memory()
 
 
 def _receive_batches(

@@ -68,7 +68,7 @@ def get(server: Server, path: str) -> str:
     return connection.getresponse().read().decode()
 
 
-def save_model(folder: Path, labels: tuple[str, str] = ("no", "yes")) -> Path:
+def save_model(folder: Path, labels: tuple[str, str] = ("no", "yes"), intermediate_size: int = 64) -> Path:
     torch.manual_seed(0)
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     config = BertConfig(
@@ -76,7 +76,7 @@ def save_model(folder: Path, labels: tuple[str, str] = ("no", "yes")) -> Path:
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=64,
+        intermediate_size=intermediate_size,
         max_position_embeddings=64,
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
@@ -223,6 +223,22 @@ def test_a_reload_drops_no_request(model: Path, tmp_path: Path, serve: Serve) ->
     assert server.stop() == 0
     assert "cannot read the model config" in server.output()
     assert "Traceback" not in server.output()
+
+
+def test_a_reload_returns_the_memory_of_the_old_model(tmp_path: Path, serve: Serve) -> None:
+    """Catches a process that keeps the memory of two models after a reload."""
+    size = 2**27  # bytes of the weights, of which there is a packed copy too
+    server = serve(save_model(tmp_path, intermediate_size=size // (4 * 4 * 32)))  # four matrices in fp32
+
+    def memory() -> float:
+        assert post(server.connect())[0] == 200
+        (found,) = re.findall(r"^process_resident_memory_bytes (.*)", get(server, "/metrics"), re.MULTILINE)
+        return float(found)
+
+    before = memory()
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: 'deepcloze_reloads_total{result="success"} 1.0' in get(server, "/metrics"), server.process)
+    assert memory() < before + size / 2
 
 
 def test_files_that_are_overwritten_do_not_change_the_model(model: Path, tmp_path: Path, serve: Serve) -> None:
