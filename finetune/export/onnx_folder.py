@@ -28,7 +28,8 @@ from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(model)
 session = onnxruntime.InferenceSession(f"{{model}}/{file}")
 texts = ["A text.", "Another text, which is longer."]
-tokens = tokenizer(texts, padding={padding}, truncation=True, return_attention_mask=True, return_tensors="np")
+options = {{"return_attention_mask": True, "return_tensors": "np"}}
+tokens = tokenizer(texts, padding={padding}, truncation=True, max_length={length}, **options)
 inputs = {{each.name: {value} for each in session.get_inputs()}}
 for output, values in zip(session.get_outputs(), session.run(None, inputs)):
     print(output.name, values.shape)
@@ -87,10 +88,13 @@ def _megabytes(*files: Path) -> str:
 
 def _usage(original: LoadedModel) -> str:
     """Return the section *Usage* of the card. original: the model that was exported."""
-    length = original.padding.length
-    padding = "True" if length is None else f'"max_length", max_length={length}'
-    value = "tokens[each.name][None]" if takes_choices(original.model) else "tokens[each.name]"
-    code = snippet("python", _CODE.format(model=MODEL, file=FILE, padding=padding, value=value))
+    padding = original.padding
+    values = {
+        "padding": "True" if padding.length is None else '"max_length"',
+        "length": original.encoder.max_length,
+        "value": "tokens[each.name][None]" if takes_choices(original.model) else "tokens[each.name]",
+    }
+    code = snippet("python", _CODE.format(model=MODEL, file=FILE, **values))
     if is_masked_lm(original.folder):
         return usage_section(code)
     return usage_section(code, "deepcloze prepares texts as in training:", COMMANDS)

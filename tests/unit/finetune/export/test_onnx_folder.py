@@ -144,8 +144,10 @@ def test_every_kind_predicts_the_same(
 def test_the_snippet_of_the_card_runs(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a snippet that does not fit the exported model, or a tokenizer that gives no mask itself, as FNet's."""
+    """Catches a snippet that does not fit the exported model, another length than in training, and a tokenizer that
+    gives no mask itself, as FNet's."""
     assert_snippet_runs(exported, monkeypatch, capsys)
+    assert "truncation=True, max_length=16, " in (exported / "README.md").read_text()
     shutil.copytree(exported, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"model_input_names": ["input_ids", "token_type_ids"]}
