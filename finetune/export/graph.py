@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from experiment.errors import UserError
 from experiment.models.transformers_models import quiet_transformers
 from finetune.prediction.loaded_model import LoadedModel
-from finetune.prediction.onnx_model import HIDDEN, PRECISION
+from finetune.prediction.onnx_model import HIDDEN, PADDING, PRECISION
 
 _HEADS = ("logits", "start_logits", "end_logits")
 """Names of the outputs of heads in transformers."""
@@ -87,6 +87,8 @@ def write_graph(loaded: LoadedModel, path: Path) -> None:
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()  # stack traces, with paths of this machine
         program.model.metadata_props[PRECISION] = "fp32"
+        if loaded.padding.is_avoided:
+            program.model.metadata_props[PADDING] = "avoided"
         program.save(path)
 
 
@@ -137,7 +139,8 @@ def quantize(path: Path) -> None:
     del model.graph.value_info[:]  # it has the shapes of weights before quantize_dynamic transposes them
     _transpose_weights(model.graph)
     _quantize_embeddings(model.graph)
-    helper.set_model_props(model, {PRECISION: "int8"})
+    properties = {each.key: each.value for each in model.metadata_props}
+    helper.set_model_props(model, properties | {PRECISION: "int8"})
     with quiet():
         quantize_dynamic(
             model,

@@ -20,6 +20,9 @@ from finetune.results.model_card import COMMANDS
 
 _TOLERANCE = 1e-4  # of outputs in fp32: in units of the largest, or of 1 if that is larger
 
+_TEXTS = '["A text.", "Another text, which is longer."]'
+_ONE_TEXT = '["A text."]  # compute texts of different lengths one by one: padding changes the outputs'
+
 _CODE = """
 import onnxruntime
 from transformers import AutoTokenizer
@@ -27,7 +30,7 @@ from transformers import AutoTokenizer
 {model}
 tokenizer = AutoTokenizer.from_pretrained(model)
 session = onnxruntime.InferenceSession(f"{{model}}/{file}")
-texts = ["A text.", "Another text, which is longer."]
+texts = {texts}
 options = {{"return_attention_mask": True, "return_tensors": "np"}}
 tokens = tokenizer(texts, padding={padding}, truncation=True, max_length={length}, **options)
 inputs = {{each.name: {value} for each in session.get_inputs()}}
@@ -90,6 +93,7 @@ def _usage(original: LoadedModel) -> str:
     """Return the section *Usage* of the card. original: the model that was exported."""
     padding = original.padding
     values = {
+        "texts": _ONE_TEXT if padding.is_avoided else _TEXTS,
         "padding": "True" if padding.length is None else '"max_length"',
         "length": original.encoder.max_length,
         "value": "tokens[each.name][None]" if takes_choices(original.model) else "tokens[each.name]",

@@ -91,12 +91,13 @@ def load_on_cpu(folder: Path, task: SavedTask) -> LoadedModel:
     special_tokens_in_text = task.kind.config.special_tokens_in_text
     encoder = Encoder(tokenizer, length, inputs.token_types, special_tokens_in_text, task.spaced_words)
     padding = Padding.of(tokenizer)
-    # The rounding of int8 depends on all of a batch anyway.
-    if task.padded is None and not (isinstance(model, OnnxModel) and model.precision == "int8"):
+    if task.padded:
+        padding = replace(padding, length=length)
+    elif isinstance(model, OnnxModel) and model.precision == "int8":  # its outputs depend on a batch anyway
+        padding = replace(padding, is_avoided=model.avoids_padding)
+    elif task.padded is None:
         ignores = ignores_padding(model, task.kind, padding, [task.kind.probe(encoder)], length)
         padding = replace(padding, is_avoided=not ignores)
-    elif task.padded:
-        padding = replace(padding, length=length)
     loaded = LoadedModel(folder, model, encoder, padding, Device(torch.device("cpu"), dtype=None))
     with first_use(model), torch.inference_mode():
         loaded.check_finite([task.kind.forward(model, _probe(loaded, task.kind)).float().numpy()])

@@ -22,6 +22,9 @@ HIDDEN = "last_hidden_state"
 PRECISION = "precision"
 """The key in the metadata of the file: fp32 or int8."""
 
+PADDING = "padding"
+"""A key that only models have whose outputs depend on padding, with the value `avoided`."""
+
 
 def holds_onnx_model(folder: Path) -> bool:
     """Return whether a model folder has no weights but an ONNX model."""
@@ -53,6 +56,7 @@ class OnnxModel(nn.Module):
             raise UserError(f"{folder / FILE} was not written by `deepcloze export`, which makes one from the weights")
         self._head = [name for name in names if name != HIDDEN]
         self.precision: str = metadata[PRECISION]
+        self.avoids_padding = PADDING in metadata
 
     def forward(self, **inputs: Tensor) -> SimpleNamespace:
         """Return the outputs of the head."""

@@ -2,6 +2,7 @@
 
 import csv
 import random
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    ConvBertConfig,
+    ConvBertForMaskedLM,
+)
 
 from empty_figures import leave_figures_empty
 from experiment.models.tokenizer import load_tokenizer
@@ -147,6 +155,17 @@ def classifier_of(encoder: Path, tmp_path: Path) -> Callable[[str], Path]:
         return tmp_path / model_type
 
     return make
+
+
+@pytest.fixture
+def convolutions(encoder: Path, tmp_path: Path) -> Path:
+    """A ConvBERT of transformers with a masked-LM head. Large weights, so that padding shows."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "embedding_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ConvBertConfig(vocab_size=45, intermediate_size=64, initializer_range=0.3, **sizes)
+    ConvBertForMaskedLM(config).save_pretrained(tmp_path / "convolutions")
+    shutil.copy(encoder / "vocab.txt", tmp_path / "convolutions")
+    return tmp_path / "convolutions"
 
 
 @pytest.fixture(scope="session")

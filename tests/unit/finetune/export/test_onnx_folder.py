@@ -306,6 +306,19 @@ def test_a_masked_language_model(
     assert {(45, 32), (32, 45)} <= set(shapes)
 
 
+def test_a_model_that_depends_on_padding(
+    convolutions: Path, export_onnx: ExportOnnx, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches texts of different lengths that int8 computes in one batch, and a snippet that pads them."""
+    exported = export_onnx(convolutions, int8=True)
+    filler = load_served_model(exported, "auto").filler
+    assert filler is not None
+    masked = ["word1 [MASK]", "[MASK] word2 word3 word4 word5 word6 word7"]
+    assert filler.fill(masked) == [filler.fill([text])[0] for text in masked]
+    assert 'texts = ["A text."]  # ' in (exported / "README.md").read_text()
+    assert_snippet_runs(exported, monkeypatch, capsys)
+
+
 def test_the_folder_has_all_but_the_weights(exported: Path, int8: Path, trained_run: Path) -> None:
     """Catches weights that are copied too, and files that are left behind, such as the fp32 model of an int8 one."""
     expected = {path.name for path in (trained_run / "seed-1" / "model").iterdir()} - {"model.safetensors"} | {FILE}

@@ -12,8 +12,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
-    ConvBertConfig,
-    ConvBertForMaskedLM,
     ConvBertForSequenceClassification,
 )
 from transformers.models.bert.modeling_bert import BertPooler
@@ -247,17 +245,6 @@ def test_a_model_that_depends_on_padding_is_padded_as_in_training(model: Path) -
     )
     predictor.predict([{"text": "word1"}, {"text": "word1 word2 word3"}])
     assert lengths == [16, 16]
-
-
-@pytest.fixture
-def convolutions(encoder: Path, tmp_path: Path) -> Path:
-    """A ConvBERT of transformers with a masked-LM head. Large weights, so that padding shows."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "embedding_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = ConvBertConfig(vocab_size=45, intermediate_size=64, initializer_range=0.3, **sizes)
-    ConvBertForMaskedLM(config).save_pretrained(tmp_path / "convolutions")
-    shutil.copy(encoder / "vocab.txt", tmp_path / "convolutions")
-    return tmp_path / "convolutions"
 
 
 def test_the_other_texts_do_not_change_the_answer_of_a_foreign_model(
