@@ -95,3 +95,8 @@ class Split:
     def lengths(self) -> list[int]:
         """Tokens of the longest sequence of each example."""
         return [example.longest for example in self.examples]
+
+    def count_cut(self) -> int:
+        """Count the records of which tokens were left out."""
+        pairs = zip(self.record_of, self.examples, strict=True)
+        return len({record for record, example in pairs if any(tokens.cut for tokens in example.sequences)})

@@ -176,16 +176,20 @@ def _write(
     records: list[Record] = []
     predictions: list[Prediction] = []
     optional = optional_inputs(predictor.kind, rows if options.score else ())
-    done = 0
+    done = cut = 0
     with open_row_file(output) as write, progress("predicting", count, "rows") as advance:
         for chunk in chunks(rows, options.batch_size * _CHUNK, _CHARACTERS):
-            found = predictor.predict_records(chunk, options.calibrated)
+            split = predictor.encode(chunk)
+            cut += split.count_cut()
+            found = predictor.predict_split(split, options.calibrated)
             write(prediction_rows(predictor.kind, chunk, found, done + 1, optional))
             done += len(chunk)
             advance(len(chunk))
             if options.score:
                 records += chunk
                 predictions += found
+    if cut:
+        terminal().print(f"{cut:,} of {count:,} rows were cut at {predictor.loaded.encoder.max_length:,} tokens")
     return records, predictions
 
 

@@ -75,8 +75,11 @@ class Predictor:
 
     def predict_records(self, records: Sequence[Record], calibrated: bool = False) -> list[Prediction]:
         """Like `predict`, for records that were read from a file."""
+        return self.predict_split(self.encode(records), calibrated)
+
+    def predict_split(self, split: Split, calibrated: bool = False) -> list[Prediction]:
+        """Like `predict_records`, for a split of `encode`."""
         self.check_calibrated(calibrated)
-        split = self.encode(records)
         return self.decode(split, self._inference.compute(split.examples)[0], calibrated)
 
     def encode(self, records: Sequence[Record]) -> Split:

@@ -14,6 +14,7 @@ from pyarrow import parquet
 from experiment.config import build_config
 from experiment.errors import UserError
 from finetune.data.formats import FileFormat
+from finetune.encoding.examples import Split
 from finetune.options import PredictOptions
 from finetune.prediction import predict as predict_module
 from finetune.prediction.predict import Input, _overrides
@@ -82,10 +83,10 @@ def test_memory_does_not_grow_with_the_file(
     """Catches a file that is read whole before the first row is predicted, and row numbers that restart."""
     at_once: list[int] = []
     read: list[int] = []
-    compute, records = Predictor.predict_records, predict_module.read_records
+    compute, records = Predictor.predict_split, predict_module.read_records
 
-    def count_computed(self: Predictor, chunk: list[Any], calibrated: bool) -> list[Prediction]:
-        at_once.append(len(chunk))
+    def count_computed(self: Predictor, chunk: Split, calibrated: bool) -> list[Prediction]:
+        at_once.append(len(chunk.table))
         assert sum(read) - 20 <= sum(at_once)  # the file was read once before, to check it
         return compute(self, chunk)
 
@@ -95,7 +96,7 @@ def test_memory_does_not_grow_with_the_file(
             yield record
 
     monkeypatch.setattr(predict_module, "_CHUNK", 2)
-    monkeypatch.setattr(Predictor, "predict_records", count_computed)
+    monkeypatch.setattr(Predictor, "predict_split", count_computed)
     monkeypatch.setattr(predict_module, "read_records", count_read)
     assert predict(trained_run / "seed-1", texts, tmp_path / "out.csv", "--batch_size=4") == 0
     assert at_once == [8, 8, 4]
@@ -107,14 +108,14 @@ def test_memory_does_not_grow_with_the_texts(
 ) -> None:
     """Catches gigabytes of windows and outputs for thousands of long texts, of which few would do."""
     sizes: list[list[int]] = []
-    compute = Predictor.predict_records
+    compute = Predictor.predict_split
 
-    def count(self: Predictor, chunk: list[Any], calibrated: bool) -> list[Prediction]:
-        sizes.append([len(record.values["text"]) for record in chunk])
+    def count(self: Predictor, chunk: Split, calibrated: bool) -> list[Prediction]:
+        sizes.append([len(record.values["text"]) for record in chunk.table.records])
         return compute(self, chunk)
 
     monkeypatch.setattr(predict_module, "_CHARACTERS", 100)
-    monkeypatch.setattr(Predictor, "predict_records", count)
+    monkeypatch.setattr(Predictor, "predict_split", count)
     assert predict(trained_run / "seed-1", texts, tmp_path / "out.csv") == 0
     assert sum(map(len, sizes)) == 20
     assert len(sizes) > 4
@@ -132,9 +133,23 @@ def test_a_stop_signal_leaves_no_file(
         raise AssertionError("the command continues")
 
     signal.signal(number, lambda *_: None)
-    monkeypatch.setattr(Predictor, "predict_records", stop)
+    monkeypatch.setattr(Predictor, "predict_split", stop)
     assert predict(trained_run / "seed-1", texts, tmp_path / "out" / "out.csv") == 130
     assert not (tmp_path / "out").exists()
+
+
+def test_cut_texts_are_counted(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches predictions for the beginning of a text only, without a word about it."""
+    source = tmp_path / "texts.tsv"
+    monkeypatch.setattr(predict_module, "_CHUNK", 1)
+    source.write_text("text\n" + "word1\n" * 3)
+    assert predict(trained_run / "seed-1", source, tmp_path / "out.csv", "--batch_size=1") == 0
+    assert "were cut" not in capsys.readouterr().err
+    source.write_text("text\n" + f"word1\n{'word1 ' * 15}\n{'word1 ' * 14}\n{'word1 ' * 40}\n")
+    assert predict(trained_run / "seed-1", source, tmp_path / "out.csv", "--batch_size=1") == 0
+    assert "\n2 of 4 rows were cut at 16 tokens\n" in capsys.readouterr().err
 
 
 def test_a_run_stands_for_its_best_seed(
