@@ -83,8 +83,8 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Remove temporary files of `atomic_write` in this folder whose threads, on this machine, have ended. `name`: of
-    the files that were to be written."""
+    """Remove temporary files of `atomic_write` in this folder whose threads, on this machine, have ended. name: pattern
+    of the names of their files; without it, for folders that nobody else writes to."""
     for path in folder.glob(f".{name}.{platform.node()}.*"):
         if not Path("/proc", path.suffix[1:]).exists():
             with suppress(OSError):
@@ -202,7 +202,8 @@ def write_file(path: Path, content: bytes, durable: bool = True) -> None:
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
     """Replace a text file atomically, see `atomic_write`."""
-    write_file(path, text.encode(), durable)
+    with atomic_write(path, durable) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, indent: int = 2, durable: bool = True) -> None:

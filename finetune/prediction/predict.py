@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from errno import EISDIR
+from glob import escape
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from experiment.csv_and_jsonl import listed
 from experiment.errors import UserError, readable_disk_errors, warn_once
-from experiment.files import created_parents, write_json
+from experiment.files import created_parents, remove_unfinished, write_json
 from experiment.formatting import counted
 from experiment.hub_data import PREFIX
 from experiment.models.model_names import local_model
@@ -114,6 +115,7 @@ def predict_command(options: PredictOptions) -> None:
     terminal().print(f"model: {description}")
     predictor = Predictor.load(folder, options.precision, options.batch_size, task)
     with readable_disk_errors():
+        remove_unfinished(output.parent, escape(output.name))
         records, predictions = _write(output, predictor, rows, count, options)
         terminal().print(f"{output}: {counted(count, 'row')}")
         if options.score:

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -136,6 +137,22 @@ def test_a_stop_signal_leaves_no_file(
     monkeypatch.setattr(Predictor, "predict_split", stop)
     assert predict(trained_run / "seed-1", texts, tmp_path / "out" / "out.csv") == 130
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_process_has_left_is_removed(trained_run: Path, texts: Path, tmp_path: Path) -> None:
+    """Catches hidden files of gigabytes, one more after each kill; and removal of what others write, or have left."""
+    running, ended, host = os.getppid(), 2**22 + 1, platform.node()  # Linux has fewer threads
+    left = tmp_path / f".out[1].csv.{host}.{ended}"
+    kept = [
+        tmp_path / f".out[1].csv.{host}.{running}",
+        tmp_path / f".other.csv.{host}.{ended}",
+        tmp_path / f".out1.csv.{host}.{ended}",
+        tmp_path / f".out[1].csv.another-host.{ended}",
+    ]
+    for path in (left, *kept):
+        path.write_text("row")
+    assert predict(trained_run / "seed-1", texts, tmp_path / "out[1].csv") == 0
+    assert set(tmp_path.iterdir()) == {texts, tmp_path / "out[1].csv", *kept}
 
 
 def test_cut_texts_are_counted(
