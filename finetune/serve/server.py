@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,16 @@ def serve_command(options: ServeOptions) -> None:
     def load() -> ServedModel:
         return load_served_model(local_model(options.model, onnx=True), options.precision)
 
-    with bind(options.host, options.port) as listener:
+    with bind(options.host, options.port) as listener, ExitStack() as stack:
         address, port = listener.getsockname()[:2]
         hosts = allowed_hosts(options.allowed_hosts, address)
         prepare_process()
-        if terminal().is_interactive:  # elsewhere stderr is a log, of JSON lines only
+        if terminal().is_interactive:
             terminal().print(f"loading {options.model}")
+        else:  # stderr is a log
+            stack.enter_context(_json_lines())
         first = in_daemon_thread(load, "load").result()
-        log_as_json()
+        stack.enter_context(_json_lines())
         limits = Limits(options.max_texts, options.max_request_kib * 1024, options.max_queue, options.timeout)
         serving = Serving(first, load, limits, options.batch_delay_ms / 1000, options.batch_tokens)
         del first  # it is freed when it is replaced
@@ -74,8 +76,15 @@ def serve_command(options: ServeOptions) -> None:
             if wanted:
                 serving.reload()
 
-        with quiet():  # a reload that downloads a model would say so, not in JSON
-            run_server(make_app(serving, token, hosts), listener, options.timeout, announce, serving.reload)
+        run_server(make_app(serving, token, hosts), listener, options.timeout, announce, serving.reload)
+
+
+@contextmanager
+def _json_lines() -> Iterator[None]:
+    """Write nothing else to stderr, such as the progress of a download."""
+    log_as_json()
+    with quiet():
+        yield
 
 
 def _ignores_sighup() -> bool:

@@ -33,6 +33,12 @@ from launcher.cli import main
 from waiting import LIMIT, wait_until
 
 
+@pytest.fixture(autouse=True)
+def log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the log of this process to pytest."""
+    monkeypatch.setattr(server, "log_as_json", lambda: None)
+
+
 @pytest.fixture
 def taken_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -127,7 +133,6 @@ def test_a_full_disk_keeps_no_server_from_starting(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(server, "load_served_model", lambda *_: Served())
     monkeypatch.setattr(server, "Serving", lambda served, *_: SimpleNamespace(served=served, reload=None))
     monkeypatch.setattr(server, "make_app", lambda *_: None)
-    monkeypatch.setattr(server, "log_as_json", lambda: None)
     monkeypatch.setattr(server, "run_server", lambda app, listener, timeout, announce, reload: announce())
     monkeypatch.setattr(sys, "stdout", Full())
     server.serve_command(ServeOptions(model=str(tmp_path), port=0))
@@ -139,7 +144,6 @@ def test_a_reload_prints_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(server, "load_served_model", lambda *_: Served())
     monkeypatch.setattr(server, "Serving", lambda served, *_: SimpleNamespace(served=served, reload=None))
     monkeypatch.setattr(server, "make_app", lambda *_: None)
-    monkeypatch.setattr(server, "log_as_json", lambda: None)
     monkeypatch.setattr(server, "run_server", lambda *_: printed.append(not is_quiet()))
     server.serve_command(ServeOptions(model=str(tmp_path), port=0))
     assert printed == [False]
@@ -162,14 +166,27 @@ def test_the_thread_that_loads_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     wait_until(lambda: not thread.is_alive())
 
 
-@pytest.mark.parametrize(("interactive", "lines"), [(True, ["loading nowhere"]), (False, [])])
-def test_a_terminal_shows_what_is_loaded(interactive: bool, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches silence while a large model is loaded; and a line in a log that is JSON otherwise."""
-    shown: list[str] = []
-    monkeypatch.setattr(server, "terminal", lambda: SimpleNamespace(is_interactive=interactive, print=shown.append))
-    with pytest.raises(UserError, match="no such folder"):
-        server.serve_command(ServeOptions(model="nowhere", port=0))
-    assert shown == lines
+@pytest.mark.parametrize(
+    ("interactive", "expected"),
+    [(True, ["loading {model}", "load, quiet: False"]), (False, ["JSON from now on", "load, quiet: True"])],
+)
+def test_a_terminal_shows_what_is_loaded(
+    interactive: bool, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches silence while a large model is loaded; and a line in a log that is JSON otherwise, such as a warning
+    about the model."""
+    events: list[str] = []
+
+    def load(*_: object) -> Served:
+        events.append(f"load, quiet: {is_quiet()}")
+        raise UserError("no model")
+
+    monkeypatch.setattr(server, "load_served_model", load)
+    monkeypatch.setattr(server, "log_as_json", lambda: events.append("JSON from now on"))
+    monkeypatch.setattr(server, "terminal", lambda: SimpleNamespace(is_interactive=interactive, print=events.append))
+    with pytest.raises(UserError, match="no model"):
+        server.serve_command(ServeOptions(model=str(tmp_path), port=0))
+    assert events == [line.format(model=tmp_path) for line in expected]
 
 
 def test_ctrl_c_ends_a_server_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +298,6 @@ def test_a_closed_terminal_reloads_no_server_under_nohup(tmp_path: Path, monkeyp
         server, "Serving", lambda served, *_: SimpleNamespace(served=served, reload=lambda: reloads.append(None))
     )
     monkeypatch.setattr(server, "make_app", lambda *_: None)
-    monkeypatch.setattr(server, "log_as_json", lambda: None)
     monkeypatch.setattr(server, "run_server", run)
     server.serve_command(ServeOptions(model=str(tmp_path), port=0))
     assert reloads == []
@@ -314,7 +330,6 @@ def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(server, "load_served_model", load)
     monkeypatch.setattr(server, "Serving", make_serving)
     monkeypatch.setattr(server, "make_app", lambda *_: None)
-    monkeypatch.setattr(server, "log_as_json", lambda: None)
     monkeypatch.setattr(server, "run_server", run)
     server.serve_command(ServeOptions(model=str(tmp_path), port=0))
     assert serving.reloads == 1
