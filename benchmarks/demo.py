@@ -2,7 +2,8 @@
 
 1. Read the documentation of Python and a few packages; extract a task from it (benchmarks/package_task.py).
 2. Train a tokenizer, build a corpus.
-3. Pretrain a small encoder for two minutes with two ranks under ZeRO, stop the run halfway, resume it, evaluate it.
+3. Pretrain a small encoder for two minutes with two ranks under ZeRO (one on a machine with one core), stop the run
+   halfway, resume it, evaluate it.
 4. Fine-tune on the task from pretrained and from random weights, three seeds each, and compare.
 
 Everything but the task and the comparison is a `deepcloze` command, which is printed. The demo uses the CPU even if
@@ -30,6 +31,7 @@ from experiment.errors import UserError, readable_disk_errors
 from experiment.files import read_json
 from experiment.formatting import describe_duration, format_perplexity
 from experiment.output_folder import lock_output
+from experiment.process.cpu_cores import cpu_cores
 from experiment.process.hardware import has_native_bf16
 from experiment.results.charts import DotChart, DotCharts, Dots
 from experiment.results.history import History
@@ -82,7 +84,8 @@ def demo(output: Path, minutes: float = MINUTES) -> None:
     shortest, longest = (describe_duration(60 * (minutes + others)) for others in OTHER_MINUTES)
     say(
         f"The demo prepares text, pretrains for {describe_duration(60 * minutes)}, and fine-tunes six times: about "
-        f"{shortest} in all on two idle cores with AVX-512, {longest} without; longer beside other programs"
+        f"{shortest} in all on two idle cores with AVX-512, {longest} without; longer beside other programs. "
+        "It uses the CPU, also with GPUs; to repeat a command by hand: export DS_ACCELERATOR=cpu"
     )
     stopwatch = Stopwatch()
 
@@ -96,11 +99,11 @@ def demo(output: Path, minutes: float = MINUTES) -> None:
     corpus, held_out = output / "corpus", output / "corpus-heldout"
     deepcloze("corpus", source=text, tokenizer=output / "tokenizer", output=corpus, holdout=HELD_OUT_DOCUMENTS)
 
-    stopwatch.begin("Pretraining: two ranks, stopped halfway and resumed")
+    stopwatch.begin("Pretraining, stopped halfway and resumed")
     run = RunFolder(output / "pretraining")
     arguments: dict[str, Any] = {
         "config": PRETRAINING,
-        "num_gpus": 2,
+        "num_gpus": min(2, cpu_cores()),
         "run.dir": run.path,
         "corpus.train": corpus,
         f"corpus.eval.{EVALUATION}": held_out,

@@ -128,8 +128,9 @@ def test_the_table_has_before_and_after_in_their_columns(tmp_path: Path) -> None
     assert rows["task accuracy on test"] == ("30.0% ± 1.0%", "40.0% ± 1.0%")
 
 
-def test_the_readme_shows_the_commands_of_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A command of the demo was changed, and the README, whose commands no other test runs, still has its old form."""
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[set[str]]:
+    """The words of the commands that the demo runs, in a folder of its own. The commands themselves do nothing."""
     run: list[set[str]] = []
 
     def deepcloze(name: str, **flags: Any) -> str:
@@ -149,8 +150,30 @@ def test_the_readme_shows_the_commands_of_the_demo(monkeypatch: pytest.MonkeyPat
     for name in ("write_task", "pretrain_for", "comparison", "write_combined_page", "show"):
         monkeypatch.setattr(benchmarks.demo, name, lambda *_: None)
     monkeypatch.chdir(tmp_path)
+    return run
+
+
+def test_the_readme_shows_the_commands_of_the_demo(run: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command of the demo was changed, and the README, whose commands no other test runs, still has its old form."""
+    monkeypatch.setattr(benchmarks.demo, "cpu_cores", lambda: 2)
     benchmarks.demo.demo(Path("runs/demo"))
     shown = [set(shlex.split(command.text)) for command in commands("README.md") if "runs/demo/" in command.text]
     assert shown
     for words in shown:
         assert words in run if "…" not in words else any(words - {"…"} < flags for flags in run), words
+
+
+def test_the_demo_runs_on_one_core(run: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretraining would reject two ranks, after the demo has prepared the text."""
+    monkeypatch.setattr(benchmarks.demo, "cpu_cores", lambda: 1)
+    benchmarks.demo.demo(Path("runs/demo"))
+    (pretrain,) = (words for words in run if "pretrain" in words)
+    assert "--num_gpus=1" in pretrain
+
+
+def test_the_demo_says_how_to_repeat_its_commands(run: list[set[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands of the demo use the CPU; copied by hand, they would use the GPU or reject two ranks."""
+    benchmarks.demo.demo(Path("runs/demo"))
+    hint = "export DS_ACCELERATOR=cpu"
+    assert hint in capsys.readouterr().err
+    assert hint in (REPOSITORY / "README.md").read_text(encoding="utf-8")
