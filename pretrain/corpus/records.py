@@ -99,9 +99,11 @@ def open_partial(folder: Path, arguments: Mapping[str, Any], splits: Sequence[Sp
     create_json(folder / ARGUMENTS, arguments)
     # Before the arguments are read: a task that replaces them may write something right after.
     has_work, has_tokenized = holds_work(folder), holds_work(folder, counts=False)
-    found = read_record(folder / ARGUMENTS, dict[str, Any]) or {}
     names = set(names_in(folder))
-    usable = sum(not names.isdisjoint((f"{split.key}.json", f"{split.key}.count.json")) for split in splits)
+    found = read_record(folder / ARGUMENTS, dict[str, Any]) or {}
+    usable = has_work and sum(
+        not names.isdisjoint((f"{split.key}.json", f"{split.key}.count.json")) for split in splits
+    )
     may_change = (_OF_SOURCE if usable else set()) | (set() if has_tokenized else _OF_SAMPLE)
     changed = [name for name, value in arguments.items() if found.get(name) != value]
     for name in changed:
@@ -112,6 +114,9 @@ def open_partial(folder: Path, arguments: Mapping[str, Any], splits: Sequence[Sp
                 f"use the same arguments to resume it, or delete {folder} to start over"
             )
     if changed:
+        if not has_work:  # but perhaps records of splits without a token, which other arguments may find there
+            for name in filter(_KEY.match, names):
+                (folder / name).unlink(missing_ok=True)
         write_json(folder / ARGUMENTS, arguments)
     if usable and "source" in changed:
         notify(f"--source names other files than before: {usable:,} of {len(splits):,} splits can be used")

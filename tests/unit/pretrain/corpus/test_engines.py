@@ -1,3 +1,4 @@
+import json
 import operator
 import os
 import signal
@@ -25,6 +26,7 @@ from pretrain.corpus.build import build_corpus, complete_corpus
 from pretrain.corpus.build_plan import ARGUMENTS, plan_build
 from pretrain.corpus.job_array import array_share, build_share
 from pretrain.corpus.options import CorpusOptions
+from pretrain.corpus.reader import open_corpus
 from s3_server import free_port
 from waiting import LIMIT, wait_until
 
@@ -206,6 +208,22 @@ def test_tasks_of_a_job_array_with_other_arguments(tmp_path: Path, changed: str,
             list(array.map(lambda _: records.open_partial(folder, arguments, []), range(8)))  # noqa: B023
             assert records.read_record(folder / ARGUMENTS, dict[str, Any]) == arguments
         assert len(list(folder.glob("*.count.json"))) == counts
+
+
+def test_a_column_without_text_is_corrected_between_tasks(
+    tmp_path: Path, lines: list[str], vocabulary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches documents that are lost because a task has read nothing but an empty column of theirs."""
+    for part in range(2):
+        rows = (json.dumps({"text": text, "title": ""}) for text in lines[part * 50 : part * 50 + 50])
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    command = flags(tmp_path / "c", tmp_path / "*.jsonl", vocabulary_folder, "--engine=slurm", "--workers=1")
+    array_task(monkeypatch, 1, 2)
+    assert main([*command, "--column=title"]) == 0
+    for number in (1, 2):
+        array_task(monkeypatch, number, 2)
+        assert main([*command, "--column=text"]) == 0
+    assert open_corpus(tmp_path / "c").documents == 100
 
 
 @pytest.mark.parametrize("variables", [{}, {"MAX": 9}], ids=["no array", "gaps"])
