@@ -65,6 +65,11 @@ def clean(
                     f"output: {folder} already holds documents that were cleaned with another config or version, or of "
                     "other sources or lists, also if files were changed or copied since; name a new folder or delete it"
                 )
+            if unknown := [source.name for source in sources if not source.version]:
+                raise UserError(
+                    f"output: {folder} already holds cleaned documents, and the server of {unknown[0]} gives neither "
+                    "ETag nor Last-Modified, so the file may have changed; name a new folder or delete it"
+                )
             print(f"{folder} already exists, of the same sources and steps")
             shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # killed after the rename
         else:

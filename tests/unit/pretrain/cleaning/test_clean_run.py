@@ -23,12 +23,13 @@ import zstandard
 
 from experiment.config import build_config
 from experiment.errors import UserError
+from experiment.storage import stat_file
 from pretrain.cleaning import near_duplicates, parts, passes, run
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import read_documents, write_documents
 from pretrain.cleaning.reading import find_inputs
 from pretrain.cleaning.step import Document
-from pretrain.corpus import formats
+from pretrain.corpus import formats, sources
 from pretrain.corpus.compression import has_several_members
 from pretrain.corpus.sources import find_sources
 from small_disk import SmallDisk
@@ -286,6 +287,18 @@ def test_a_finished_result_is_compared_without_reading(
     else:
         recorded.unlink()
     with pytest.raises(UserError, match=r"also if files were changed or copied since; name a new folder or delete it$"):
+        clean(config, tmp_path / "out")
+
+
+def test_sources_of_unknown_versions_are_not_taken_for_the_same(
+    config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches the old documents of a file on a web server that has changed, but has the same size."""
+    monkeypatch.setattr(sources, "stat_file", lambda name: stat_file(name)._replace(version=""))
+    clean(config, tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"the server of .*/a\.txt gives neither ETag nor Last-Modified, so the file may"
+    ):
         clean(config, tmp_path / "out")
 
 
