@@ -198,22 +198,21 @@ def describe_task(task: Task) -> list[str]:
 def split_off(table: Table, task: TaskConfig) -> tuple[Table, Table]:
     """Divide a table at random, but always in the same way, into the rest and `task.validation_share` of it.
 
-    The share has about as much of each label as the table has; a row with several counts by its rarest one. A label
-    that occurs once stays in the rest, so that the share has no label that the rest lacks. Turns of a dialogue, and
-    records with the same context (a column of type CONTEXT), such as the questions on a text, stay together. Raises
-    UserError if the table is too small.
+    The share has about as much of each label as the table has; a row with several counts by the rarest one that occurs
+    more than once. A row without such a label stays in the rest: the model could not know its label. Turns of a
+    dialogue, and records with the same context (a column of type CONTEXT), such as the questions on a text, stay
+    together. Raises UserError if the table is too small.
     """
     share, in_order = task.validation_share, related_records(table.records, task.columns)
     shuffled = [in_order[index] for index in np.random.default_rng(task.split_seed).permutation(len(in_order))]
-    of_rows = [task.labels_of(record.values) for record in table.records]
-    support = Counter(label for labels in of_rows for label in labels)
-    labels = [min(of_rows[unit[0]], key=lambda label: (support[label], label), default="") for unit in shuffled]
-    counts = Counter(labels)
+    of_units = [set(task.labels_of(table.records[unit[0]].values)) or {""} for unit in shuffled]
+    support = Counter(label for labels in of_units for label in labels)
+    shared = [[(support[label], label) for label in labels if support[label] > 1] for labels in of_units]
     # One of every 1/share units, in the order of their labels.
-    by_label = sorted((label, place) for place, label in enumerate(labels) if counts[label] > 1)
+    by_label = sorted((min(found)[1], place) for place, found in enumerate(shared) if found)
     taken = [place for number, (_, place) in enumerate(by_label) if int((number + 1) * share) > int(number * share)]
     if not taken:
-        raise _too_small(table, task.columns, len(labels), len(labels) - len(by_label))
+        raise _too_small(table, task.columns, len(shuffled), len(shuffled) - len(by_label))
     indices = {index for place in taken for index in shuffled[place]}
     records = [replace(record, skipped=0) for record in table.records]  # they have numbers of their own
     rest = tuple(record for index, record in enumerate(records) if index not in indices)

@@ -108,6 +108,15 @@ def test_rare_labels_of_several_are_in_both_splits(labels: object) -> None:
         assert len(validation) == 20
 
 
+def test_labels_that_occur_once_do_not_keep_rows_in_train() -> None:
+    """Catches a validation split that shrinks, or cannot be drawn, because each row has a tag of its own."""
+    rows = table(*({"text": "", "labels": f"{'ab'[number % 2]}, tag {number % 150}"} for number in range(200)))
+    _, validation = split_off(rows, multi_label.Config())
+    counts = Counter(record.values["labels"][0] for record in validation.records)
+    assert len(validation) == 20
+    assert 7 <= counts["a"] <= 13
+
+
 def test_questions_on_one_text_stay_together() -> None:
     """Catches a validation split whose texts are all known from train."""
     rows = table(*({"context": str(number // 4), "question": str(number)} for number in range(80)))
