@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError, reason, require_damage
-from experiment.files import read_json, write_json, write_text
+from experiment.files import json_digest, read_json, write_json, write_text
 from experiment.formatting import print_table
 from experiment.progress import track
 from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
@@ -83,7 +83,8 @@ def run_comparison(plan: ComparePlan) -> None:
         try:
             tests = test_rows(cells)
         except UserError:
-            _write_tables(runs.folder, cells, {}, failed)  # the scores are finished
+            if not _are_written(cells, runs.folder):
+                _write_tables(runs.folder, cells, {}, failed)  # the scores are finished
             raise
         _write_tables(runs.folder, cells, tests, failed)
 
@@ -200,10 +201,7 @@ def _write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: M
 
     A report that cannot be written is a warning. tests: empty if they failed. failed: name of a run -> how it failed.
     """
-    comparison = {
-        row: {cell.column: _as_json(cell, folder, tests.get((cell.column, row), _NOT_TESTED)) for cell in found}
-        for row, found in cells.items()
-    }
+    comparison = _comparison(cells, folder, tests)
     write_json(folder.path / "compare.json", comparison)
     write_text(folder.path / "compare.csv", as_csv(comparison))
     write_text(folder.path / "compare.md", as_markdown(comparison, failed))
@@ -213,6 +211,24 @@ def _write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: M
     if any(comparison.values()):
         draw_dots(folder.path / "compare.png", score_charts(comparison))
         print_report("compare", folder.path)
+
+
+def _are_written(cells: ScoresByRow, folder: RunFolder) -> bool:
+    """Return whether compare.json has these scores already, perhaps with tests."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        written = read_json(folder.path / "compare.json")
+        scores = {
+            row: {column: {**cell, **_NOT_TESTED} for column, cell in found.items()} for row, found in written.items()
+        }
+        return json_digest(scores) == json_digest(_comparison(cells, folder, {}))
+    return False
+
+
+def _comparison(cells: ScoresByRow, folder: RunFolder, tests: Tests) -> dict[str, dict[str, dict[str, Any]]]:
+    return {
+        row: {cell.column: _as_json(cell, folder, tests.get((cell.column, row), _NOT_TESTED)) for cell in found}
+        for row, found in cells.items()
+    }
 
 
 def _as_json(cell: CellScores, folder: RunFolder, tests: Mapping[str, Any]) -> dict[str, Any]:

@@ -268,6 +268,23 @@ def test_scores_are_written_if_their_tests_fail(
     assert "toy, accuracy" in (tmp_path / "compare" / "compare.md").read_text()
 
 
+def test_failed_tests_keep_the_tables_of_the_same_scores(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches tables that lose their intervals because test data cannot be read any more, and old scores that stay."""
+    file, folder = str(write_files()), tmp_path / "compare"
+    assert main(["compare", file]) == 0
+    before = {path: path.read_bytes() for path in folder.glob("compare.*")}
+    monkeypatch.setattr(compare, "_read_split", fail_to_read)
+    assert main(["compare", file]) == 2
+    assert {path: path.read_bytes() for path in folder.glob("compare.*")} == before
+    found = read_tables(folder)
+    found["ours"]["toy"]["values"][0] += 0.25
+    (folder / "compare.json").write_text(json.dumps(found))
+    assert main(["compare", file]) == 2
+    assert read_tables(folder)["ours"]["toy"]["interval"] is None
+
+
 def fail_to_read(*_: object) -> None:
     raise UserError("predictions-test.jsonl is damaged")
 
