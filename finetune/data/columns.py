@@ -23,6 +23,7 @@ _HAN = re.compile(f"[{HAN}]")
 _HAN_IN_WORD = 4  # at most, in text of one word
 _HAN_IN_WORDS = 12  # at most, in half of the words of other text
 _PUNCTUATION = "，。！？；：、…"
+_LIST = re.compile(r"\[[^][]*[\s,][^][]*\]")  # unlike [other], or tags from [CLS] to [SEP]
 _CHINESE_SENTENCE = re.compile(f"[{HAN}][{_PUNCTUATION}]")
 
 
@@ -243,9 +244,9 @@ def _parse_json(cell: object) -> object:
 
 
 def _parse_list(cell: object) -> object:
-    """Parse a cell as above, but reject other text in brackets: arrays of numpy are written as [0 1]."""
+    """Parse a cell as above, but reject other lists in brackets: arrays of numpy are written as [0 1]."""
     cell = _parse_json(cell)
-    if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
+    if isinstance(cell, str) and _LIST.fullmatch(cell):
         raise ValueError('; not JSON: write a list as ["a", "b"], numbers as [0, 1]')
     return cell
 

@@ -60,6 +60,12 @@ def test_brackets_without_json_are_rejected(tmp_path: Path, cell: str) -> None:
         read(tmp_path / "f.csv", f'labels,text\n"{cell}",x\n')
 
 
+def test_labels_may_be_in_brackets(tmp_path: Path) -> None:
+    """Catches labels in brackets that are taken for a list."""
+    table = read(tmp_path / "f.csv", 'labels,text\n"[joy] | [anger]",x\n[other],x\n')
+    assert Kind.find_labels(CONFIG, table) == ("[anger]", "[joy]", "[other]")
+
+
 def test_an_empty_label_is_none(tmp_path: Path) -> None:
     """Catches a class without a name for rows that have no label, as `"".split()` and some exports write them."""
     table = read(tmp_path / "f.jsonl", '{"labels": [""], "text": "x"}\n{"labels": ["b", " ", "a"], "text": "x"}\n')

@@ -261,6 +261,15 @@ def test_tags_that_are_nearly_right_are_rejected(tmp_path: Path, tags: str, hint
         read_table(path, CONFIG.columns, FileFormat(csv=CsvFormat(quoting=3)))
 
 
+@pytest.mark.parametrize("tags", ["[CLS] O [SEP]", "[CLS]"])
+def test_tags_may_be_in_brackets(tmp_path: Path, tags: str) -> None:
+    """Catches tags of special tokens that are taken for a list."""
+    path = tmp_path / "f.tsv"
+    path.write_text(f"tokens\ttags\n{tags}\t{tags}\n")
+    (record,) = read_table(path, CONFIG.columns).records
+    assert record.values["tags"] == tags.split()
+
+
 def test_null_tags_and_numbers_for_words(tmp_path: Path) -> None:
     """Catches a test split without tags that is rejected, and a traceback for words that are no text."""
     path = tmp_path / "f.jsonl"
