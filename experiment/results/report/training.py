@@ -10,7 +10,7 @@ from typing import Any
 from experiment.errors import UserError
 from experiment.files import read_json
 from experiment.formatting import UNKNOWN, format_perplexity, show
-from experiment.results.charts import INK, Line, Mark, Panel, Plot, charts_block
+from experiment.results.charts import COLORS, INK, Line, Mark, Panel, Plot, charts_block
 from experiment.results.history import History, SeedHistory
 from experiment.results.page import Block, Heading, Table
 from experiment.results.report.run import Run
@@ -77,16 +77,17 @@ def _training_lines(
 
 
 def _held_out_lines(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[str], metric: str) -> list[Line]:
+    looks = max(len(COLORS), len(seeds))  # of a split: up to seven seeds keep their colors, with other dashes
     return [
         Line(
             f"{corpus} (held-out)" if corpus == _TRAINING else corpus if len(seeds) == 1 else f"seed {seed}, {corpus}",
             history.curve(f"eval/{corpus}/{metric}"),
             marked=True,
             run=number,
-            look=None if len(seeds) == 1 else number,
+            look=None if len(seeds) == 1 else number + split * looks,
         )
         for number, (seed, history) in enumerate(seeds.items())
-        for corpus in corpora
+        for split, corpus in enumerate(corpora, start=1)
     ]
 
 

@@ -429,6 +429,26 @@ def test_seeds_are_curves_of_their_own(tmp_path: Path) -> None:
         assert [(line["label"], line["x"]) for line in chart["lines"]] == [("seed 1", [10, 20]), ("seed 2", [10, 20])]
 
 
+@pytest.mark.parametrize("seeds", [2, 7, 10])
+def test_the_splits_of_seeds_have_other_looks(tmp_path: Path, seeds: int) -> None:
+    """Catches the validation loss of a seed that looks like its training loss, or like another seed's in the next
+    chart."""
+    splits = ["validation", "train"][: LOOKS // seeds - 1]
+    evaluation = {f"eval/{split}/{name}": 0.5 for split in splits for name in ("loss", "accuracy")}
+    folder = open_run_folder(tmp_path)
+    events = [{"seed": seed, "step": 1, "loss": 1.0, **evaluation} for seed in range(seeds)]
+    folder.metrics.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    charts = next(
+        block for block in training_blocks(History.of(folder), metric="accuracy") if isinstance(block, Charts)
+    )
+    loss, scores = (
+        {line["label"]: (line["color"], line["dash"]) for line in chart["lines"]}
+        for chart in data_of(charts)["charts"][:2]
+    )
+    assert len(set(loss.values())) == len(loss) == seeds * (len(splits) + 1)
+    assert scores.items() <= loss.items()
+
+
 def test_the_runs_in_the_charts_have_other_looks(tmp_path: Path) -> None:
     """Catches two runs in the charts of a long list that have the same color and dashes, in the charts or the table."""
     starts = [*range(LOOKS, 0, -1), LOOKS + 1, 0]  # the first ones in the list were not the first ones to start
