@@ -3,6 +3,8 @@
 import copy
 import logging
 import re
+import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError, user_errors_in
-from experiment.models.model_folder import first_use, load_weights
+from experiment.models.model_folder import first_use, load_config, load_weights
 from experiment.models.tokenizer import load_tokenizer
 from experiment.models.transformers_models import describe_unused_layers, first_position, is_in_encoder, keep_fixed
 from pretrain.batching.packing import Rows
@@ -71,6 +73,7 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
     """Return the model in `model.init_from`, resized to `config`, and untied if `model.config` says so."""
     assert model.init_from is not None
     source = source_config(model)
+    _warn_of_changes(model.config or {}, load_config(Path(model.init_from)), source)
     untie = (model.config or {}).get("tie_word_embeddings") is False
     if untie:  # load a tied decoder as a copy of the embeddings; transformers keeps one that has weights of its own
         source.tie_word_embeddings = True
@@ -82,6 +85,19 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
     if model.added_tokens is not None:
         pieces = old_pieces(load_tokenizer(model.added_tokens), load_tokenizer(model.init_from))
     return resize_model(built, copy.deepcopy(config), pieces)
+
+
+def _warn_of_changes(fields: Iterable[str], before: PreTrainedConfig, now: PreTrainedConfig) -> None:
+    """Log which `fields` differ from a pretrained model, except for those of dropout, positions and tying, which
+    is undone by a copy."""
+    changes = [
+        f"{field} {reprlib.repr(new)} (was {reprlib.repr(old)})"
+        for field in fields
+        if (old := getattr(before, field, None)) != (new := getattr(now, field, None))
+        and not any(part in field for part in ("drop", "position", "rope", "tie_"))
+    ]
+    if changes:
+        log.warning("model.config differs from the config of model.init_from: %s", ", ".join(changes))
 
 
 def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:

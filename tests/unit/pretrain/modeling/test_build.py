@@ -50,6 +50,31 @@ def test_weights_come_from_the_folder(folder: Path, tokenizer: PreTrainedTokeniz
     assert {module.p for name, module in built.named_modules() if name.endswith("output.dropout")} == {0.3}
 
 
+@pytest.mark.parametrize(
+    ("fields", "changes"),
+    [
+        ({"hidden_act": "relu", "layer_norm_eps": 1e-12}, "hidden_act 'relu' (was 'gelu')"),
+        (
+            {"hidden_act": "relu", "layer_norm_eps": 1e-5},
+            "hidden_act 'relu' (was 'gelu'), layer_norm_eps 1e-05 (was 1e-12)",
+        ),
+        ({"model_type": "bert", "hidden_dropout_prob": 0.3}, None),
+    ],
+)
+def test_fields_that_change_a_pretrained_model_are_logged(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+    fields: dict[str, Any],
+    changes: str | None,
+) -> None:
+    """Catches weights that silently compute something else, and a warning for fields that are meant to change."""
+    settings = ModelConfig(init_from=str(folder), config=fields)
+    build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+    start = "model.config differs from the config of model.init_from: "
+    assert [text for text in caplog.messages if start in text] == ([] if changes is None else [start + changes])
+
+
 def test_an_untied_decoder_starts_as_a_copy_of_the_embeddings(
     folder: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
