@@ -1,5 +1,6 @@
 """Profile a few steps of a run: `deepcloze pretrain --profile`. docs/performance.md explains how to read the result."""
 
+import errno
 import io
 import logging
 import re
@@ -64,7 +65,7 @@ class StepProfiler:
         try:
             self._write(finished)
         except OSError as error:  # training does not need it
-            log.warning("no profile was written to %s: %s", self._folder, error)
+            log.warning("not all of the profile was written to %s: %s", self._folder, error)
 
     def _write(self, finished: Any) -> None:
         times = _step_times(finished, self._on_gpu)
@@ -75,8 +76,13 @@ class StepProfiler:
             for table in tables:
                 console.print(table)
         write_text(self._folder / "profile.txt", text.getvalue())
-        with atomic_write(self._folder / "trace.json") as temporary:  # torch raises nothing if it cannot write
-            finished.export_chrome_trace(str(temporary))
+        with atomic_write(self._folder / "trace.json") as temporary:
+            try:
+                finished.export_chrome_trace(str(temporary))
+                if not temporary.exists():  # torch raises nothing if it cannot write
+                    raise OSError(errno.EIO, "torch did not write trace.json")
+            finally:
+                temporary.with_name(temporary.name + ".tmp").unlink(missing_ok=True)
         log.info("profile written to %s", self._folder)
 
 

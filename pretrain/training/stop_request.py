@@ -9,7 +9,6 @@ step.
 """
 
 import os
-import select
 import signal
 import threading
 import time
@@ -73,7 +72,7 @@ class StopRequest:
 
 @contextmanager
 def receive_stop_requests(stop: StopRequest, early_file: Path | None) -> Iterator[None]:
-    """Add to `stop`, in a thread, the signals that this process receives, and the file if it is found before training.
+    """Add to `stop`, in threads, the signals that this process receives, and the file if it is found before training.
 
     Not in the main thread, which may be blocked in C++, connecting or in a collective: Python's signal handlers do not
     run there, but the C handler writes to the descriptor of `set_wakeup_fd`.
@@ -81,28 +80,31 @@ def receive_stop_requests(stop: StopRequest, early_file: Path | None) -> Iterato
     received, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
 
-    def watch() -> None:
+    def watch_signals() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         history = SignalHistory()
         with open(received, "rb", buffering=0) as pipe:
-            while True:
-                if select.select([pipe], [], [], _CHECK_SECONDS)[0]:
-                    number = pipe.read(1)
-                    if not number:
-                        return
-                    if number[0] in STOP_SIGNALS:
-                        is_second, name = history.is_second(number[0]), signal.Signals(number[0]).name
-                        stop.add(f"a second signal, {name}" if is_second else f"signal {name}", is_second)
-                elif not stop.is_training and early_file is not None and _exists(early_file):
-                    stop.add(f"found {early_file}")
+            while number := pipe.read(1):
+                if number[0] in STOP_SIGNALS:
+                    is_second, name = history.is_second(number[0]), signal.Signals(number[0]).name
+                    stop.add(f"a second signal, {name}" if is_second else f"signal {name}", is_second)
 
+    def watch_file(path: Path) -> None:  # in a thread of its own: the disk may not answer
+        while not ended.wait(_CHECK_SECONDS) and not stop.is_training:
+            if _exists(path):
+                stop.add(f"found {path}")
+
+    ended = threading.Event()
     handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
     signal.set_wakeup_fd(wakeup)
     try:
         with signals_blocked(STOP_SIGNALS):
-            threading.Thread(target=watch, name="stop request", daemon=True).start()
+            threading.Thread(target=watch_signals, name="stop signals", daemon=True).start()
+            if early_file is not None:
+                threading.Thread(target=watch_file, args=(early_file,), name="stop file", daemon=True).start()
             yield
     finally:
+        ended.set()
         signal.set_wakeup_fd(-1)
         for number, handler in handlers.items():
             signal.signal(number, handler)

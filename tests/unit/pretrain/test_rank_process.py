@@ -3,8 +3,9 @@ import multiprocessing
 import os
 import platform
 import resource
+import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from experiment.process.own_process import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.run_files.outcome_file import Cause, Outcome, ReportedOutcome, read_outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import lock_run
+from pretrain import rank_process
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.rank_process import RankRecorder, run_rank
@@ -180,6 +182,16 @@ def test_a_rank_leaves_its_process_and_exit_code(folder: RunFolder) -> None:
     assert json.loads(folder.rank_record(3).read_text()) == process | {"training": True}
     recorder.end(75)
     assert json.loads(folder.rank_record(3).read_text()) == process | {"exit": 75}
+
+
+def test_a_rank_ends_if_nobody_reads_its_messages(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that has recorded that it stops, but goes on because its output is closed."""
+    read, write = os.pipe()
+    os.close(read)
+    with suppress(BrokenPipeError), open(write, "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        with pytest.raises(Exited, match="75"):
+            rank_process._stop_before_training(RankRecorder(folder, 0), "signal SIGTERM")
 
 
 def test_a_run_folder_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:

@@ -103,9 +103,24 @@ def test_a_profile_that_cannot_be_written_is_a_warning(
     else:
         folder.touch()
     profile_steps(folder, SKIPPED + PROFILED + 1)
-    assert f"no profile was written to {folder}" in caplog.text
+    assert f"not all of the profile was written to {folder}" in caplog.text
     assert name in caplog.text
     assert not torch.autograd._profiler_enabled()
+
+
+def test_a_trace_that_torch_could_not_write_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a part of a trace that stays on a full disk, and a message about another file."""
+
+    def write_part(_: object, path: str) -> None:
+        Path(path + ".tmp").write_text('{"part":')
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", write_part)
+    profile_steps(tmp_path, SKIPPED + PROFILED + 1)
+    assert f"not all of the profile was written to {tmp_path}: " in caplog.text
+    assert "torch did not write trace.json" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["profile.json", "profile.txt"]
 
 
 @pytest.mark.parametrize("steps", [0, SKIPPED - 1, SKIPPED, SKIPPED + 1, SKIPPED + PROFILED, SKIPPED + PROFILED + 1])

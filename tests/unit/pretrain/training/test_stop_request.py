@@ -19,7 +19,7 @@ from waiting import wait_until
 
 
 def is_watched() -> bool:
-    return any(thread.name == "stop request" for thread in threading.enumerate())
+    return any(thread.name.startswith("stop ") for thread in threading.enumerate())
 
 
 def training(stop_file: Path | None) -> StopRequest:
@@ -173,6 +173,31 @@ def test_a_second_signal_ends_the_process(tmp_path: Path, monkeypatch: pytest.Mo
         os.kill(os.getpid(), signal.SIGUSR2)
     wait_until(lambda: not is_watched())
     assert received == ["a second signal, SIGUSR2"]
+
+
+def test_signals_arrive_while_the_disk_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that no signal reaches in training, because a look for the STOP file began before it."""
+    monkeypatch.setattr("experiment.process.signals.REPEATED_SECONDS", 0.0)
+    asked, answer = threading.Event(), threading.Event()
+
+    def exists_uncached(_: Path) -> bool:
+        asked.set()
+        answer.wait(120)
+        return False
+
+    monkeypatch.setattr(stop_request, "exists_uncached", exists_uncached)
+    received: list[str] = []
+    stop = StopRequest(end_at_once=received.append)
+    with receive_stop_requests(stop, tmp_path / "STOP"):
+        assert asked.wait(120)
+        stop.begin_training(None)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_until(lambda: stop.reason)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        wait_until(lambda: received)
+    answer.set()
+    wait_until(lambda: not is_watched())
+    assert (stop.reason, received) == ("signal SIGUSR1", ["a second signal, SIGUSR2"])
 
 
 # A rank, which its launcher has started with these signals blocked.
