@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from experiment.errors import UserError, describe_disk_error, reason
+from experiment.files import read_json
 from experiment.formatting import shorten
 from experiment.models.hub_names import HubName
 from experiment.models.model_names import local_model
@@ -74,7 +75,7 @@ def _write(source: Path, folder: Path, options: ExportOptions, repository: HubNa
 
 
 def _copy(source: Path, folder: Path) -> None:
-    """Copy the files of a model."""
+    """Copy the files of a model. Raises UserError."""
     unlisted, files, modules = unlisted_files(source), model_files(source, weights=True), _module_folders(source)
     files += [path for pattern in _MORE_FILES for path in source.glob(pattern) if path.is_file()]
     known = {path for file in (*files, *modules) for path in (file, *file.parents)}
@@ -87,7 +88,15 @@ def _copy(source: Path, folder: Path) -> None:
 
 
 def _module_folders(source: Path) -> set[Path]:
-    """Return the folders of modules of sentence-transformers that modules.json names, such as `1_Pooling`."""
+    """Return the folders of modules of sentence-transformers, such as `1_Pooling`. Raises UserError if one that has
+    files is missing."""
     path = source / "modules.json"
-    listed = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return {folder for folder in source.glob("[0-9]*_*") if f'"{folder.name}"' in listed}
+    try:
+        listed = read_json(path) if path.exists() else []
+        modules = {source / module["path"]: str(module.get("type")) for module in listed}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: expected a list of modules, each with its 'path'") from None
+    for folder, kind in modules.items():
+        if not folder.is_dir() and not kind.endswith(".Normalize"):  # which has no files, so the Hub has no folder
+            raise UserError(f"{path} names the module {folder.name}, but there is no such folder")
+    return modules.keys() - {source}

@@ -88,22 +88,37 @@ def test_only_the_files_of_a_model_are_exported(run: Path, tmp_path: Path, capsy
     sentence-transformers or code of the model that are missing, in silence."""
     folder = Path(shutil.copytree(checkpoint_path(run / "checkpoints", 2) / "hf", tmp_path / "source"))
     kept = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}
-    kept |= {"2_Asym/query_0_Dense/model.safetensors", "10_Dense/model.safetensors"}
+    kept |= {"2_Asym/query_0_Dense/model.safetensors", "10_Dense/model.safetensors", "größe/config.json"}
     kept |= {"LICENSE", "dict.txt", "modeling_x.py"}
     expected = kept | {path.name for path in folder.iterdir()} | {"README.md"}
     others = (".env", ".git/config", "checkpoint-10/optimizer.pt", "training_args.bin", "data/train.csv")
     for name in (*kept, *others, "hf_token.json", "3_Old/x.json", "1_Pooling/.env"):
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).touch()
-    paths = ("", "1_Pooling", "2_Asym", "10_Dense")
+    paths = ("", "./1_Pooling", "2_Asym/", "10_Dense", "größe")
     (folder / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
     export(folder, output := tmp_path / "exported")
     assert {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} == expected
-    assert {path.name for path in output.iterdir() if path.is_dir()} == {*paths} - {""}
+    assert {path.name for path in output.iterdir() if path.is_dir()} == {Path(path).name for path in paths} - {""}
     assert (
         "left out: .env, .git, 3_Old, checkpoint-10, data, hf_token.json, training_args.bin\n"
         in capsys.readouterr().out
     )
+    (folder / "modules.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"modules.json: expected a list of modules"):
+        export(folder, tmp_path / "damaged")
+
+
+def test_modules_that_are_missing(run: Path, tmp_path: Path) -> None:
+    """Catches an export that sentence-transformers cannot open, and a refusal because of a module without files."""
+    folder = Path(shutil.copytree(checkpoint_path(run / "checkpoints", 2) / "hf", tmp_path / "source"))
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match=r"modules\.json names the module 1_Pooling, but there is no such folder"):
+        export(folder, tmp_path / "incomplete")
+    (folder / "1_Pooling").mkdir()
+    export(folder, tmp_path / "complete")
 
 
 def test_modules_of_a_model_of_the_hub(hub: HubServer, run: Path, tmp_path: Path) -> None:
