@@ -86,10 +86,8 @@ def _place(task: object) -> str:
 def _killed(places: Sequence[str]) -> StoppedError:
     """The error for a worker that was killed while it handled one of these parts."""
     more = f", or one of {len(places) - _NAMED} others" if len(places) > _NAMED else ""
-    return StoppedError(
-        f"a worker process was killed, perhaps because memory ran out, with {', or '.join(places[:_NAMED])}{more}; "
-        f"{_KILLED}"
-    )
+    named = f", with {', or '.join(places[:_NAMED])}{more}" if places else ""
+    return StoppedError(f"a worker process was killed, perhaps because memory ran out{named}; {_KILLED}")
 
 
 _job: object = None

@@ -92,6 +92,7 @@ def test_a_killed_worker_names_its_part(pages: Sequence[int], named: str) -> Non
     with pytest.raises(StoppedError, match=message), engines.open_engine(2, os._exit) as run:
         list(run(operator.call, map(Page, pages)))
     assert ", with a, or b, or c, or one of 2 others; " in str(engines._killed([*"abcde"]))
+    assert "memory ran out; use fewer" in str(engines._killed([]))  # between two tasks
 
 
 def test_a_container_quota_limits_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
