@@ -48,7 +48,7 @@ class Step(DocumentStep[Config]):
 
     def apply(self, document: Document) -> Verdict | None:
         text = "\n".join(_lines(_READING.sub("", _without_hidden(document.text))))
-        text = _ENTITY.sub(_decoded, _TAG.sub("", text))
+        text = _ENTITY.sub(_decoded, _TAG.sub("", text)).replace("\r\n", "\n")  # perhaps of `&#13;`
         if text == document.text:
             return None
         document.text = _BLANK_LINES.sub("\n\n", text).strip()

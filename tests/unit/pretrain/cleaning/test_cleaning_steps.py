@@ -70,6 +70,7 @@ def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: 
         ("html_tags", {}, "<article data-id><map name='m'><area href='#'></map>x</article>", ("removed", "x")),
         ("html_tags", {}, "#include <map> vector<data> cp <source> <dir>", None),
         ("html_tags", {}, "template <class T = int> template<typename T=int> <table name>", None),
+        ("html_tags", {}, "a&#13;\nb&#xD;&#10;c", ("removed", "a\nb\nc")),
         ("html_tags", {}, "write &lt;b&gt; for bold", ("removed", "write <b> for bold")),
         ("length", {"min_words": 3}, "two words", ("too_few_words", "")),
         ("length", {"max_characters": 5}, "six and more", ("too_many_characters", "")),
