@@ -1,5 +1,6 @@
 """Web archives (ISO 28500): pages of .warc files, texts of .wet files, as Common Crawl publishes them."""
 
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from warcio.recordloader import ArcWarcRecord
 
 _PAGES = ("text/html", "application/xhtml+xml")
+_ERROR = re.compile(r"\S+[ \t]+([013-9]\d\d\b.*)")  # the status line of some servers has no code, or tabs
 _BLOCK = 1 << 16  # bytes
 _QUOTED = 100  # characters of a message of warcio, which quotes the file
 
@@ -46,7 +48,8 @@ def read(name: str) -> Iterator[Document]:
                     raise _damaged(content, "its header has no Content-Length")
                 kind = _header(record, "Content-Type")
                 is_response = record.rec_type == "response" and kind.startswith(_PAGES)
-                is_page = is_response and record.http_headers.get_statuscode().startswith("2")
+                error = _ERROR.match(str(record.http_headers)) if is_response else None
+                is_page = is_response and error is None
                 if is_page and _header(record, "Content-Encoding") == "br":
                     check_installed(content.place, ["brotli"])
                 is_read = is_page or record.rec_type == "conversion"
@@ -61,8 +64,8 @@ def read(name: str) -> Iterator[Document]:
                 elif is_page:
                     charset = kind.partition("charset=")[2].partition(";")[0].strip(" \"'")
                     yield Document(decode_page(payload, charset), name, content.record, {"url": url}, "html")
-                elif is_response:
-                    yield Document(record.http_headers.statusline, name, content.record, {"url": url}, HTTP_ERROR)
+                elif error is not None:
+                    yield Document(error[1].rstrip(), name, content.record, {"url": url}, HTTP_ERROR)
                 content.record += 1
         except UserError:
             raise

@@ -64,7 +64,7 @@ def warc(
     path: Path,
     kind: str = "response",
     pages: Sequence[bytes] = (HTML.encode(),) * 2,
-    status: str = "200 OK",
+    status: str = "HTTP/1.1 200 OK",
     **more: str,
 ) -> Path:
     from warcio.statusandheaders import StatusAndHeaders
@@ -75,7 +75,7 @@ def warc(
         for number, page in enumerate(pages):
             content = io.BytesIO(page if kind == "response" else f"Text {number}".encode())
             fields = {"Content-Type": "text/html", **more}
-            headers = StatusAndHeaders(status, [*fields.items()], protocol="HTTP/1.1")
+            headers = StatusAndHeaders(status, [*fields.items()])
             http = headers if kind == "response" else None
             writer.write_record(
                 writer.create_warc_record(f"http://a.org/{number}", kind, payload=content, http_headers=http)
@@ -101,7 +101,7 @@ def test_error_pages_of_web_archives(clean: Any, tmp_path: Path) -> None:
     folder = tmp_path / "archives"
     folder.mkdir()
     warc(folder / "a.warc", pages=[HTML.encode()])
-    warc(folder / "b.warc", status="404 Not Found", **{"Content-Encoding": "br"})
+    warc(folder / "b.warc", status="HTTP/1.1 404 Not Found", **{"Content-Encoding": "br"})
     found = clean([], {"length": {}}, source=str(folder))
     assert (found["read"], found["kept"]) == (3, 1)
     rule = found["steps"][0]["rules"]["http_error"]
@@ -110,6 +110,14 @@ def test_error_pages_of_web_archives(clean: Any, tmp_path: Path) -> None:
         f"{folder}/b.warc:1": "404 Not Found",
         f"{folder}/b.warc:2": "404 Not Found",
     }
+
+
+@pytest.mark.parametrize("status", ["HTTP/1.1", "HTTP/1.1\t200\tOK", "HTTP/1.0 OK"])
+def test_pages_without_a_status_code_are_read(tmp_path: Path, status: str) -> None:
+    """Catches pages that are lost as errors because of a status line that browsers accept."""
+    assert read(warc(tmp_path / "a.warc", pages=[HTML.encode()], status=status))["a.warc:1"].startswith("Lobsters")
+    errors = read(warc(tmp_path / "b.warc", pages=[HTML.encode()], status="HTTP/1.1\t404"))
+    assert errors == {"b.warc:1": "404"}
 
 
 def test_compressed_pages_of_web_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
