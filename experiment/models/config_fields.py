@@ -5,7 +5,8 @@ is used if one of these holds:
 
 - The config class declares it: a default, an alias (`attribute_map`) or a property with a setter.
 - The config class computes something from it, such as ModernBERT's `global_attn_every_n_layers`.
-- The source of its models reads it from their config, such as DeBERTa's `position_buckets`.
+- The source of its models reads it from their config, such as DeBERTa's `position_buckets`. Their base class reads
+  `gradient_checkpointing`.
 """
 
 import copy
@@ -35,7 +36,7 @@ def check_fields(fields: Mapping[str, Any], make_config: Callable[[Mapping[str, 
     config = make_config({})
     known = declared_fields(config) | _fields_in_source(config)
     for field in fields:
-        if field not in known and not _is_computed_with(field, make_config):
+        if field not in known and field != "gradient_checkpointing" and not _is_computed_with(field, make_config):
             raise UserError(
                 f"unknown config key 'model.config.{field}': '{config.model_type}' does not use it"
                 f"{_suggestion(field, known)}"

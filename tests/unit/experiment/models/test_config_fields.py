@@ -49,11 +49,12 @@ def test_fields_that_the_config_class_computes_with_are_known(field: str, value:
         ("deberta-v2", {"share_att_key": True, "norm_rel_ebd": "layer_norm", "cls_dropout": 0.1}),
         ("electra", {"summary_first_dropout": 0.1}),
         ("convbert", {"summary_type": "mean"}),
+        ("bert", {"gradient_checkpointing": True}),
     ],
 )
 def test_fields_that_models_read_are_known(model_type: str, fields: dict[str, Any]) -> None:
-    """Catches rejection of fields without a default: of the encoder, of a fine-tuning head, and those that are read
-    only if another field has some value."""
+    """Catches rejection of fields without a default: of the encoder, of a fine-tuning head, of the base class of
+    models, and those that are read only if another field has some value."""
     check(model_type, fields)
 
 
@@ -79,7 +80,6 @@ def test_fields_that_models_read_are_known(model_type: str, fields: dict[str, An
         ("bert", "temperature", None),  # transformers drops settings of text generation
         ("bert", "attn_implementation", None),  # chosen when the model is built
         ("bert", "to_dict", None),  # a method
-        ("bert", "gradient_checkpointing", None),  # read by transformers' base class only
         ("data2vec-text", "hidden_dropout", "hidden_dropout_prob"),  # of the models for images in the same folder
         ("modernvbert", "hidden_size", None),  # of text_config
     ],
