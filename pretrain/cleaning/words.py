@@ -43,8 +43,8 @@ def sentences(text: str) -> list[str]:
 
 def normalized_words(text: str) -> list[str]:
     """Return the words of a text without punctuation, case and diacritics, for comparing texts."""
-    # Line by line, in little memory: `_normalize` returns the same strings for the same words.
-    return [_normalize(word) for line in text.split("\n") for word in _WORD.findall(line)]
+    # In little memory: `findall` makes a string of each word, `_normalize` returns the same for the same words.
+    return [_normalize(found.group()) for found in _WORD.finditer(text)]
 
 
 def _check_words(texts: tuple[str, ...]) -> tuple[str, ...]:

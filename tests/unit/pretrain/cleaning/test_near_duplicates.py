@@ -39,10 +39,11 @@ def test_texts_without_words_are_compared_as_a_whole() -> None:
     assert kept_instead("⚀ ⚁", "!!!", "⚀ ⚁", "…") == [-1, -1, 0, -1]
 
 
-def test_a_large_document_takes_little_memory() -> None:
-    """Catches gigabytes for the words and n-grams of a collection in Chinese that is one document."""
+@pytest.mark.parametrize("line_end", ["\n", ""])
+def test_a_large_document_takes_little_memory(line_end: str) -> None:
+    """Catches gigabytes for the words and n-grams of a collection in Chinese that is one document, or one line."""
     lines = ["".join(chr(0x4E00 + (line * 100 + place) * 31 % 20_000) for place in range(100)) for line in range(2000)]
-    text = "\n".join(lines)
+    text = line_end.join(lines)
     text_length = len(text)  # assertions show values
     tracemalloc.start()
     try:
