@@ -52,7 +52,10 @@ class NgramSets:
         return cls(np.concatenate(sets) if sets else np.empty(0, np.uint32), ends)
 
     def __getitem__(self, index: int) -> NDArray[np.uint32]:
-        return self.ngrams[self.ends[index - 1] if index else 0 : self.ends[index]]
+        return self.ngrams[self.ends[index] - self.size(index) : self.ends[index]]
+
+    def size(self, index: int) -> int:
+        return int(self.ends[index] - (self.ends[index - 1] if index else 0))
 
 
 def sketch(sets: NgramSets, bands: Bands) -> NDArray[np.uint64]:

@@ -9,6 +9,7 @@ with connected components. One band is in memory at a time; the sets stay on dis
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -20,6 +21,7 @@ from pretrain.cleaning.step import StoredArray, first_of_equal
 from pretrain.cleaning.words import normalized_words
 
 _MEMBERS = 32  # representatives of a band's bucket that a document is compared with
+_CACHED_SETS = 8  # many documents may be compared with the first of their bucket
 
 
 def hash_ngrams(text: str, ngram: int) -> NDArray[np.uint32]:
@@ -76,6 +78,7 @@ class _Similarity:
         self.count = int(self._starts[-1])
         self._known = np.empty(0, np.int64)  # sorted; a pair is later * count + earlier
         self._similar = np.empty(0, bool)
+        self._set = lru_cache(_CACHED_SETS)(self._read_set)
 
     def compare(self, later: NDArray[np.int64], earlier: NDArray[np.int64]) -> NDArray[np.bool_]:
         pairs = later.astype(np.int64) * self.count + earlier
@@ -93,11 +96,15 @@ class _Similarity:
         return (divmod(pair, self.count) for pair in self._known[self._similar].tolist())
 
     def is_similar(self, left: int, right: int) -> bool:
-        first, second = self._set(left), self._set(right)
-        if min(len(first), len(second)) / max(len(first), len(second)) < self._threshold:
+        sizes = [part.size(index) for part, index in (self._find(left), self._find(right))]
+        if min(sizes) / max(sizes) < self._threshold:
             return False
-        return jaccard(first, second) >= self._threshold
+        return jaccard(self._set(left), self._set(right)) >= self._threshold
 
-    def _set(self, document: int) -> NDArray[np.uint32]:
-        part = int(np.searchsorted(self._starts, document, side="right")) - 1
-        return self._sets[part][document - int(self._starts[part])]
+    def _read_set(self, document: int) -> NDArray[np.uint32]:
+        part, index = self._find(document)
+        return part[index]
+
+    def _find(self, document: int) -> tuple[NgramSets, int]:
+        number = int(np.searchsorted(self._starts, document, side="right")) - 1
+        return self._sets[number], document - int(self._starts[number])

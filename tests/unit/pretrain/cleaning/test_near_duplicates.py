@@ -2,6 +2,7 @@
 
 import time
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,22 @@ def test_the_first_of_duplicates_is_kept_in_any_division_into_parts() -> None:
     first, second = "one two three four five six", "seven eight nine ten eleven twelve"
     texts = [first, second, "other words that nobody has written", first.upper(), second + "!", first]
     assert kept_instead(*texts) == kept_instead(*texts, parts=3) == [-1, -1, -1, 0, 1, 0]
+
+
+def test_few_sets_are_read() -> None:
+    """Catches two files that are opened for each pair of documents, also for those whose sizes differ too much, and
+    again for the document that all others are compared with."""
+    read = list[slice]()
+
+    class Stored:
+        def __getitem__(self, rows: slice) -> Any:
+            read.append(rows)
+            return np.arange(rows.stop - rows.start, dtype=np.uint32)
+
+    stored: Any = Stored()
+    sets = [NgramSets(stored, np.array([10, 20])), NgramSets(stored, np.array([100, 110]))]
+    assert choose_duplicates([np.zeros((1, 4), np.uint64)], sets, 0.8).tolist() == [-1, 0, -1, 0]
+    assert len(read) == 3
 
 
 def test_known_pairs_are_not_searched_again_in_each_band() -> None:
