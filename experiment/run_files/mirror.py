@@ -206,11 +206,11 @@ class Mirror:
             with suppress(MissingError):
                 if is_ahead or not path.exists():
                     contents[path] = read_bytes(join(self.url, _RUN, path.name))
+        if contents and (is_ahead or not folder.provenance.exists()):
+            write_text(folder.restored, str(folder.path))  # first: see `check_run_folder`
         provenance = contents.pop(folder.provenance, None)
         for path, content in contents.items():
             write_file(path, content)
-        if provenance is not None:
-            write_text(folder.restored, str(folder.path))
         named = [folder.checkpoints / BEST] if best in copies or folder.checkpoints / str(best) in own else []
         copied = [folder.checkpoints / name for name in copies]
         # If this is interrupted, it is repeated in a folder that had checkpoints until it has the newest one. An empty

@@ -70,7 +70,7 @@ class RunFolder:
     outcome = _Below("logs/outcome.json")
     """The outcome of the run, see `outcome_file`."""
     restored = _Below("logs/restored")
-    """The path of the folder, if its provenance was copied from `checkpoint.mirror`."""
+    """The path of the folder, if it was copied from `checkpoint.mirror`."""
     reserved_outcome = _Below("logs/.outcome.reserved")
     """Space for `outcome`, in case the disk fills up."""
     trials = _Below("logs/autotune")
@@ -164,12 +164,20 @@ def folder_name(text: str) -> str:
 
 
 def check_run_folder(folder: RunFolder, kind: RunKind | None, key: str = "run.dir") -> None:
-    """Raise UserError for a folder that holds something else than a run of this kind, such as a corpus. None: a sweep
-    or comparison. key: of the folder, for messages."""
+    """Raise UserError for a folder that holds something else than a run of this kind, such as a corpus, or files that
+    the run would replace. None: a sweep or comparison, which replace none. key: of the folder, for messages."""
+    is_run = False
     for pattern, content in _CONTENTS.items():
         found = next(folder.path.glob(pattern), None)
         if found is not None and content != kind:
             raise UserError(f"{key}: {folder.path} holds a {content} ({pattern}); choose another folder")
+        is_run |= found is not None
+    # A run writes its provenance before the others. A folder that was copied without it has checkpoints or seeds.
+    for path in (folder.config, folder.metrics):
+        if kind and not is_run and path.exists() and not (folder.provenance.exists() or folder.restored.exists()):
+            raise UserError(
+                f"{key}: {folder.path} holds a {path.name} that no run has written; move it or choose another folder"
+            )
 
 
 def check_not_moved(config: str | Path, overrides: Collection[str], folder: RunFolder) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from experiment.files import write_json
 from experiment.run_files.checkpoints import checkpoint_path
 from experiment.run_files.provenance import ancestors_of, read_origin
 from experiment.run_files.run_folder import RunFolder
@@ -47,6 +48,7 @@ def test_a_fork_with_the_same_config_repeats_its_parent(
     """Catches weights, moments, schedule, data position or dropout that a fork resets, also when it was stopped before
     its first checkpoint, where it forks again, and after it, where it resumes."""
     tree = fork(tmp_path, wordpiece_corpus, parent)
+    write_json(RunFolder(tmp_path).provenance, {"run_id": "fork", "attempts": [], "ancestors": []})
     RunFolder(tmp_path).metrics.write_text('{"step": 3, "loss": 1.0}\n')  # stopped before its first checkpoint
     assert set(pools[2].run(pretrain_case, tree, 2)) == {"stopped"}
     assert logged(tmp_path, "step") == [3, 4]

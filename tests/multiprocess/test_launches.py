@@ -71,6 +71,7 @@ def test_a_run_rejected_by_the_ranks_exits_with_2(start: Start, wordpiece_corpus
     """Catches errors of rank 0 that the other ranks turn into a failure with a traceback."""
     config = config_file(tmp_path, wordpiece_corpus)
     RunFolder(tmp_path / "run").metrics.parent.mkdir()
+    RunFolder(tmp_path / "run").provenance.touch()
     RunFolder(tmp_path / "run").metrics.write_text('{"step": 1, "loss": 5.0}\n')
     command = (str(Path(sys.executable).with_name("deepcloze")), "pretrain", "--config", str(config), "--num_gpus", "2")
     code, output = wait_for_exit(start(*command, "--oversubscribe", "--run.resume=never"))

@@ -18,7 +18,7 @@ from experiment.run_files.checkpoints import (
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.provenance import read_provenance, write_provenance
 from experiment.run_files.retention import Retention
-from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder, check_run_folder
 from experiment.storage import StorageError, exists, list_files, read_bytes, write_bytes
 
 
@@ -103,6 +103,18 @@ def test_an_interrupted_restore_is_repeated(mirror: Mirror, tmp_path: Path, monk
         mirror.restore(folder, lambda: None)
         assert [path.name for path in complete_checkpoints(folder.checkpoints)] == names(2, 4)
         assert folder.metrics.exists()
+
+
+def test_a_restore_without_provenance_starts(bucket: str, run: RunFolder, tmp_path: Path) -> None:
+    """Catches a config.yaml that is taken for a user's: of a run that was lost before its first upload, or after an
+    interrupted copy."""
+    mirror, folder = Mirror(f"{bucket}/run"), RunFolder(tmp_path / "restored")
+    run.config.write_text("run: {}")
+    mirror.upload_config(run)
+    mirror.restore(folder, lambda: None)
+    assert folder.config.exists()
+    assert not folder.provenance.exists()
+    check_run_folder(folder, "pretraining run")
 
 
 def test_the_mirror_knows_whose_run_it_has(bucket: str, run: RunFolder, tmp_path: Path) -> None:

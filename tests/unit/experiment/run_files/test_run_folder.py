@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.run_files.run_folder import RunFolder, check_not_moved, open_run_folder
+from experiment.run_files.run_folder import RunFolder, check_not_moved, check_run_folder, open_run_folder
 
 
 def test_opening_creates_the_folder_and_makes_its_path_absolute(
@@ -50,3 +50,20 @@ def test_the_config_of_a_moved_run_is_refused(tmp_path: Path) -> None:
     check_not_moved(new / "config.yaml", (), RunFolder(old))  # as in a mirror
     (tmp_path / "logs").rename(new / "logs")
     check_not_moved(new / "config.yaml", {"run.dir": str(tmp_path / "another")}, RunFolder(tmp_path / "another"))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_files_of_a_user_are_not_replaced(tmp_path: Path, name: str) -> None:
+    """Catches a run that writes its own config over that of the user in the same folder, or empties other metrics; and
+    one that rejects its own folder, or a copy of it."""
+    folder = RunFolder(tmp_path)
+    (tmp_path / name).write_text("of a user")
+    check_run_folder(folder, None)  # a sweep has folders below this one
+    for kind in ("pretraining run", "fine-tuning run"):
+        with pytest.raises(UserError, match=rf"^run\.dir: {tmp_path} holds a {name} that no run has written; move it"):
+            check_run_folder(folder, kind)
+    for own in ("provenance.json", "logs/restored", "checkpoints/step-00000001/COMPLETE"):
+        (tmp_path / own).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / own).touch()
+        check_run_folder(folder, "pretraining run")
+        (tmp_path / own).unlink()
