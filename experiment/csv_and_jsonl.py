@@ -40,9 +40,9 @@ class CsvFormat:
     rejects_header: bool = False  # without a header: reject a first row that looks like one, instead of a warning
 
     def option(self, name: str, value: str = "") -> str:
-        """Return an option as messages write it, optionally with a value; `null` in a config is `none` as a flag."""
+        """Return an option as messages write it, optionally with a value."""
         if self.as_flags:
-            return f"--{name} {'none' if value == 'null' else value}".rstrip()
+            return f"--{name} {value}".rstrip()
         return f"{self.section}{name}: {value}" if value else self.section + name
 
 
@@ -79,7 +79,7 @@ def read_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> tuple[
         if csv_format.rejects_header:
             raise UserError(
                 f"{place}: this row looks like a header ({listed(first.cells)}), but the training data had none; "
-                f"if it is one, set {option}; if it is data, set {csv_format.option('header', 'null')}"
+                f"if it is one, set {option}; if it is data, set {csv_format.option('header', 'none')}"
             )
         warn_once(f"{place}: this row is read as data; if it is a header ({listed(first.cells)}), set {option}")
     names = [str(index) for index in range(len(first.cells))]
@@ -201,7 +201,7 @@ def header_advice(csv_format: CsvFormat | None, names: Sequence[str]) -> str:
     """Return advice if the names of columns come from the first row of a CSV file; otherwise empty."""
     if csv_format is None or not csv_format.header:
         return ""
-    option = csv_format.option("header", "null")
+    option = csv_format.option("header", "none")
     is_unsplit = len(names) == 1 and any(mark in names[0] for mark in ",;|\t")
     separator = _separator_hint(csv_format) if is_unsplit else ""
     return f"{separator}; if the first row is data, set {option} and name columns by their numbers, from 0"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from experiment.config import Section
 from experiment.config.field_types import PathText, Seed, Separator
@@ -108,9 +108,9 @@ class TaskConfig(Section):
     quoting: Literal[0, 3] = 0
     """As in pandas: with 0, double quotes enclose a field; with 3, quotes are ordinary characters."""
 
-    header: Annotated[Literal[0] | None, BeforeValidator(lambda value: None if value == "none" else value)] = 0
-    """As in pandas: 0 takes column names from the first row; null: there is no header, and `columns` are numbers
-    from 0."""
+    header: Annotated[Literal[0, "none"] | None, AfterValidator(lambda value: None if value == "none" else value)] = 0
+    """As in pandas: 0 takes column names from the first row; none or null: there is no header, and `columns` are
+    numbers from 0."""
 
     on_bad_lines: Literal["error", "skip", "drop_extra"] = "error"
     """Rows with fewer or more columns than the first: reject them, skip them with a warning, or drop the columns that

@@ -88,7 +88,7 @@ class Input:
         if labels := [name for name in header if name in self.kind.labels]:
             warn_once(
                 f"{self.path}: the first row is read as a header, but {labels[0]!r} in it is one of the labels; if it "
-                f"is data, set {self.format.csv.option('header', 'null')}"
+                f"is data, set {self.format.csv.option('header', 'none')}"
             )
 
 

@@ -27,8 +27,10 @@ def _regular_expression(pattern: str) -> str:
     return pattern
 
 
-def _lower_case(text: object) -> object:
-    return text.lower() if isinstance(text, str) else text
+def _read_header(value: object) -> object:
+    """Return null and 0, as a config or a flag may have them, as the values of `TextOptions.header`."""
+    text = str(value).lower()
+    return "none" if text == "null" else text
 
 
 class TextOptions(Section):
@@ -52,7 +54,7 @@ class TextOptions(Section):
     quoting: Literal[0, 1, 2, 3] = 0
     """Quoting of CSV files, as in pandas: with 3, quotes are ordinary characters; 0, 1 and 2 read alike."""
 
-    header: Annotated[Literal["infer", "0", "none"], BeforeValidator(_lower_case)] = "infer"
+    header: Annotated[Literal["infer", "0", "none"], BeforeValidator(_read_header)] = "infer"
     """Header of CSV files: infer (or 0) takes column names from the first row; none: there is no header."""
 
     @model_validator(mode="after")

@@ -74,7 +74,7 @@ def test_data_that_is_read_as_a_header_is_named() -> None:
     row = ["a stirring , funny and finally transporting film", "1"]
     with pytest.raises(UserError, match=r"if the first row is data, set --header none and name columns by their num"):
         column_index(row, "text", "f:1", "--column", CsvFormat())
-    with pytest.raises(UserError, match=r"stirring , funny and finally …, 1 .* set task\.header: null and name"):
+    with pytest.raises(UserError, match=r"stirring , funny and finally …, 1 .* set task\.header: none and name"):
         column_index(row, "text", "f:1", "task.columns.text", CsvFormat(as_flags=False))
     for csv_format in (None, CsvFormat(header=False)):
         with pytest.raises(UserError, match=r"names the column\)$"):

@@ -53,6 +53,14 @@ def test_labels_and_columns_may_look_like_numbers() -> None:
     assert made.task.columns.model_dump() == {"label": "1", "text": "3", "text_pair": None}
 
 
+@pytest.mark.parametrize("written", ["none", "null"])
+def test_files_without_a_header(written: str) -> None:
+    """Catches a value that messages advise, and that the config rejects or takes for a header."""
+    made = config(task__labels="[0, 1]", task__columns="{label: 1, text: 3}", task__header=written)
+    assert made.task.header is None
+    assert not made.task.file_format().csv.header
+
+
 def test_a_tab_can_be_typed() -> None:
     r"""Catches `--task.sep='\t'` being rejected as two characters: shells do not turn it into a tab."""
     assert config(task__sep=r"\t").task.sep == "\t"

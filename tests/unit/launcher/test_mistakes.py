@@ -491,7 +491,7 @@ DATA = {
     ),
     "data without a header": Mistake(
         "finetune --config task.yaml --task.train=a.csv",
-        r"a.csv:1: no column '\w+'; found: ba, de, 1 .*; if the first row is data, set task.header: null and name",
+        r"a.csv:1: no column '\w+'; found: ba, de, 1 .*; if the first row is data, set task.header: none and name",
         {"a.csv": '"ba, de",1\ngo,0\n'},
     ),
     "input without a header": Mistake(

@@ -142,12 +142,14 @@ def test_csv_flags(tmp_path: Path) -> None:
     """Catches options with pandas' names that do not do what pandas does."""
     path = tmp_path / "a.tsv"
     path.write_text('1|"a\n2|b"\n')
-    assert texts(path, sep="|", quoting=3, header="none", column="1") == ['"a', 'b"']
+    for none in ("none", "null", None):  # null: in a config of `deepcloze clean`
+        assert texts(path, sep="|", quoting=3, header=none, column="1") == ['"a', 'b"']
     with pytest.raises(ValidationError, match="expected one character"):
         texts(path, sep="||")
     path.write_text('text|n\n"a|b"|2\n')
     for quoting in (0, 1, 2):
         assert texts(path, sep="|", quoting=quoting, header="0") == ["a|b"]
+    assert texts(path, sep="|", header=0) == ["a|b"]
 
 
 @pytest.mark.parametrize(
