@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from experiment.config import flatten, load_config
-from experiment.config.loading import KINDS
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import notify, user_errors_in, warn_once
 from experiment.files import checksum
@@ -15,6 +14,7 @@ from experiment.models.model_names import local_model
 from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
 from experiment.run_files.run_folder import RunFolder, check_not_moved
 from finetune.data.task_config import TaskConfig, data_checksums
+from launcher.configs import CONFIGS
 from launcher.hosts.machine import launch_machine
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
@@ -30,13 +30,13 @@ _PRECISION = tuple(f"engine.ds_config.{key}" for key in ("bf16.", "fp16.", "data
 
 
 def command_of(config: str) -> str:
-    """Return the command that a config file is for; `pretrain` for one that cannot be read."""
+    """Return the command whose config has the most sections of a file; `pretrain` for one that cannot be read."""
     try:
         tree = read_yaml(Path(config).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         tree = None  # `load_config` raises it with a message
     sections = tree if isinstance(tree, dict) else {}
-    return next((command for section, (_, command) in KINDS.items() if section in sections), "pretrain")
+    return max(CONFIGS, key=lambda command: len(sections.keys() & CONFIGS[command].model_fields.keys()))
 
 
 def check_pretraining(config: str, overrides: dict[str, str]) -> None:

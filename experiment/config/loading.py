@@ -206,10 +206,9 @@ def _place(key: KeyPath, origin: str, lines: Mapping[KeyPath, int], overrides: M
     return origin + (f", line {line}" if line else "") + (f", with {' and '.join(refined)}" if refined else "")
 
 
-KINDS = {
+_KINDS = {
     "task": ("a task", "finetune"),
     "rows": ("a comparison", "compare"),
-    "tasks": ("a comparison", "compare"),
     "steps": ("a cleaning", "clean"),
     "source": ("a cleaning", "clean"),
     "output": ("a cleaning", "clean"),
@@ -221,8 +220,8 @@ KINDS = {
 def _check_kind(tree: Mapping[str, Any], config_type: type[Section]) -> None:
     """Raise UserError for the config of another command: with its section, and without the first one of this type."""
     fields = config_type.model_fields
-    own = next((section for section in KINDS if section in fields), None)
-    other = next((kind for section, kind in KINDS.items() if section in tree and section not in fields), None)
+    own = next((section for section in _KINDS if section in fields), None)
+    other = next((kind for section, kind in _KINDS.items() if section in tree and section not in fields), None)
     if own is not None and own not in tree and other is not None:
         what, command = other
         raise UserError(f"this is the config of {what}, for `deepcloze {command}`; expected one with '{own}'")

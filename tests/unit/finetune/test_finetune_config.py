@@ -94,6 +94,13 @@ def test_bad_values_are_rejected_by_key(key: str, raw: str, message: str) -> Non
         build_config(FinetuneConfig, tree, {key: raw})
 
 
+def test_a_task_with_a_typo_is_no_comparison() -> None:
+    """Catches a misspelled section that is taken for one of another command."""
+    tree = {key: value for key, value in MINIMAL.items() if key != "task"} | {"tasks": {}}
+    with pytest.raises(UserError, match="unknown config key 'tasks'; did you mean 'task'"):
+        build_config(FinetuneConfig, tree)
+
+
 @pytest.mark.parametrize("key", ["run.dir", "task.train", "task.validation", "task.test"])
 def test_a_path_with_a_nul_character_is_rejected(key: str) -> None:
     """Catches a traceback: YAML can write such a path, but no system can open it."""

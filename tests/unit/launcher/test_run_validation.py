@@ -15,6 +15,8 @@ from launcher.run_validation import command_of
         ("row: {}\ntasks: [a.yaml]", "compare"),  # with a typo
         ("source: a.txt", "clean"),
         ("corpus: {}", "pretrain"),
+        ("corpus: {}\nschedule:\nsteps: 1000", "pretrain"),  # not indented
+        ("tasks: {}\nmodel: {}\ntraining: {}", "finetune"),  # with a typo
         ("", "pretrain"),
         ("[", "pretrain"),
     ],
