@@ -53,7 +53,7 @@ class Row(NamedTuple):
 def open_lines(path: Path) -> Iterator[Iterator[str]]:
     """The lines of a file, perhaps compressed (.gz). They end at "\\n", "\\r\\n" or "\\r". Raises UserError."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             parts = raw_lines(cast(IO[bytes], file), str(path))
             yield text_lines((line for part in parts for line in part.splitlines(keepends=True)), str(path))
     except (OSError, EOFError, zlib.error) as error:  # also a .gz file that is damaged or not compressed
@@ -109,7 +109,8 @@ def _format_name(path: Path, file_format: FileFormat) -> FormatName | None:
 
 
 def _suffix(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    name = Path(path.name.lower())  # Windows has names such as Train.CSV
+    return name.with_suffix("").suffix if name.suffix == ".gz" else name.suffix
 
 
 def read_hub(data: HubData) -> Iterator[Row]:

@@ -103,11 +103,13 @@ def test_columns_of_a_csv_file_may_be_numbers(tmp_path: Path) -> None:
 
 
 def test_gzip_and_chosen_separator(tmp_path: Path) -> None:
-    """Catches a suffix read from .gz instead of from the name before it, and task.sep being ignored."""
-    path = write(tmp_path / "a.csv.gz", gzip.compress(b"label;text\nx;one, two\n"))
-    assert values(read_table(path, COLUMNS, FileFormat(csv=CsvFormat(separator=";")))) == [
-        {"label": "x", "text": "one, two"}
-    ]
+    """Catches a suffix read from .gz instead of from the name before it, or in lower case only, and task.sep being
+    ignored."""
+    for name in ("a.csv.gz", "B.CSV.GZ"):
+        path = write(tmp_path / name, gzip.compress(b"label;text\nx;one, two\n"))
+        assert values(read_table(path, COLUMNS, FileFormat(csv=CsvFormat(separator=";")))) == [
+            {"label": "x", "text": "one, two"}
+        ]
 
 
 @pytest.mark.parametrize(
