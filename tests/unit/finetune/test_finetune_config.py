@@ -3,8 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from experiment.config import build_config, dump_config, load_config
+from experiment.config.field_types import PathName
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
 from finetune.splits import read_splits
@@ -124,6 +126,8 @@ def test_a_variable_in_a_path_is_rejected(tmp_path: Path, monkeypatch: pytest.Mo
     for path, variable in {"$SCRATCH/runs/a": "SCRATCH", "/data/${USER}/b": "{USER}"}.items():
         with pytest.raises(UserError, match=rf"'run\.dir': only a shell replaces \${variable} by its value"):
             build_config(FinetuneConfig, MINIMAL, {"run.dir": path})
+        with pytest.raises(ValidationError, match=rf"only a shell replaces \${variable} by its value"):
+            TypeAdapter(PathName).validate_python(path)
     (tmp_path / "$a.csv").touch()
     (tmp_path / "$proj").mkdir()
     for path in ("$a.csv", "cost$US.csv", "a/$", "a/$(b)", "$proj/new", "s3://b/$x/y"):
