@@ -87,11 +87,11 @@ class ScheduleConfig(Section):
         if self.decay_steps is not None and self.decay_steps > steps:
             yield f"schedule.decay_steps is {self.decay_steps:,}, but the run has only {steps:,} steps"
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _readable(cls, budget: str | None) -> str | None:
+    def _readable(cls, budget: object) -> object:
         if budget is not None:
-            _seconds(budget)
+            _seconds(str(budget))
         return budget
 
     @model_validator(mode="after")

@@ -136,7 +136,7 @@ def _explain(config_type: type[BaseModel], key: KeyPath, details: ErrorDetails) 
         return explain_unknown_key(config_type, dotted)
     if _is_mismatch(details):
         annotation = reduce(annotation_below, key, config_type)
-        quote = str in union_members(annotation) and isinstance(details["input"], int | float)
+        quote = str in union_members(annotation) and type(details["input"]) in (int, float)
         hint = ": write it in quotes" if quote else _yaml_problem(details["input"], accepts(annotation, dict))
         return f"'{dotted}': expected {describe_type(annotation)}, found {describe_value(details['input'])}{hint}"
     if _is_missing(details):

@@ -12,9 +12,11 @@ import yaml
 from transformers import BertConfig, BertForMaskedLM
 
 from experiment.config import build_config, dump_config, load_config
+from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
 from pretrain.config import CheckpointConfig, PretrainConfig
+from pretrain.schedule_config import ScheduleConfig
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 Reject = Callable[..., str]
@@ -136,6 +138,12 @@ def test_urls(rejected_message: Reject, wordpiece_corpus: Path, tmp_path: Path) 
     assert "deepcloze: corpus.train: ftp://h/x/manifest.json: unknown protocol 'ftp'; expected one of s3://," in message
     message = rejected_message(cache, "--corpus.cache_gib=0.00001", f"--corpus.train=file://{wordpiece_corpus}")
     assert re.search(r"deepcloze: corpus.cache_gib is 1e-05, but the corpora take .* GiB$", message)
+
+
+def test_a_budget_needs_a_unit() -> None:
+    """Catches the advice to write a number in quotes, which is no duration either."""
+    with pytest.raises(UserError, match=r"'budget': '48' is not a duration such as 90s, 30m, 24h or 1d12h"):
+        build_config(ScheduleConfig, {"budget": 48})
 
 
 def test_the_default_rate_is_too_high_to_continue_a_model() -> None:
