@@ -5,6 +5,7 @@ and help text (the string literal below the field). Fire, which dispatches the c
 report an unknown flag afterwards, and would read values as Python literals; so the line is parsed and checked here.
 
 - `--flag value`, `--flag=value`; `-` and `_` are the same in names of flags. A `bool` field is a switch.
+- A required field `config` is also accepted by position.
 - A field annotated with `Positional` is also accepted by position; one whose type is a tuple, once or more often.
 - A field `overrides` collects `--section.key=value`: dotted key -> raw text.
 """
@@ -29,8 +30,8 @@ from experiment.errors import UserError
 _OVERRIDES = "overrides"
 
 ABOUT_FLAGS = (
-    "With `-q` or `--quiet`, every command prints results, warnings and errors only. `deepcloze --version` prints the "
-    "version."
+    "Where `--config` is required, the file alone will do: `deepcloze pretrain my-run.yaml`. With `-q` or `--quiet`, "
+    "every command prints results, warnings and errors only. `deepcloze --version` prints the version."
 )
 
 _SYNONYMS = {"gpu": "device", "input": "source", "num_nodes": "include"}
@@ -152,7 +153,9 @@ def _split(
     """Return (raw texts by flag, raw text by config key). Of a flag that was given several times, the last text counts,
     unless all do. Raises UserError for a second config."""
     flags = flags_of(options_type)
-    positional = [flag.name for flag in flags.values() if flag.positional]
+    # Without --config, its file may come alone. Beside it, an argument is a mistake, such as a grid without quotes.
+    alone = "config" if all(argument.partition("=")[0] != "--config" for argument in arguments) else None
+    positional = [flag.name for flag in flags.values() if flag.positional or (flag.required and flag.name == alone)]
     texts: dict[str, list[str]] = {}
     overrides: dict[str, str] = {}
     rest = list(arguments)

@@ -149,6 +149,12 @@ def test_a_positional_argument():
     assert parsed("show|a/b|c|--json") == parsed("show|--run=a/b|c|--json") == expected | {"key": "c"}
 
 
+def test_a_config_alone():
+    """Catches `deepcloze pretrain my-run.yaml` being rejected."""
+    assert parsed("train|c.yaml|--a.b=1|--ranks=2") == parsed("train|--config=c.yaml|--a.b=1|--ranks=2")
+    assert parsed("train|--dry_run|c.yaml") == parsed("train|--config=c.yaml|--dry_run")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -159,7 +165,8 @@ def test_a_positional_argument():
         ("train|--config=c|stray", "unexpected argument 'stray'"),
         ("train|--config=c|--dry_run|true", "unexpected argument 'true'"),
         ("train|--config=c|-x", "unexpected argument '-x'; flags are written --name=value"),
-        ("train|c.yaml", "unexpected argument 'c.yaml'; flags are written --name=value"),
+        ("train|c.yaml|d.yaml", "unexpected argument 'd.yaml'; flags are written --name=value"),
+        ("train|stray|--config=c", "unexpected argument 'stray'; flags are written --name=value"),
         ("train|-config|c.yaml", "unexpected argument '-config'; flags are written --name=value"),
         ("train|--config=c|—ranks=2", "unexpected argument '—ranks=2'; flags are written --name=value"),
         ("train|--config=c|dry-run=true", "unexpected argument 'dry-run=true'; flags are written --name=value"),
