@@ -14,7 +14,8 @@ from finetune.task_kind import find_kind
 
 def evaluation_texts(config: str) -> list[EvaluationText]:
     """Return the texts that a config file evaluates on, see `texts_of`. Raises UserError, also if there are none."""
-    if not (found := texts_of(load_config(FinetuneConfig, config).task)):
+    task = load_config(FinetuneConfig, config, {"model.init_from": "."}).task  # recipes leave it out
+    if not (found := texts_of(task)):
         raise UserError("it has no validation or test texts; expected task.validation or task.test")
     return found
 

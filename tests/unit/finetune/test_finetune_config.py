@@ -22,7 +22,7 @@ def config(**overrides: str) -> FinetuneConfig:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse(recipe: Path, tmp_path: Path) -> None:
     """Catches a recipe that does not match the config, and a written config that does not read back the same."""
-    loaded = load_config(FinetuneConfig, recipe)
+    loaded = load_config(FinetuneConfig, recipe, {"model.init_from": "m"})
     (tmp_path / "config.yaml").write_text(dump_config(loaded))
     assert load_config(FinetuneConfig, tmp_path / "config.yaml") == loaded
 
@@ -42,7 +42,8 @@ def test_the_recipe_of_afqmc_reads_the_files_of_clue(tmp_path: Path, monkeypatch
         lines = [json.dumps(pair | {"label": label}) for label in "01"]
         (folder / f"{name}.json").write_text("\n".join(lines), encoding="utf-8")
     (folder / "test.json").write_text(json.dumps({"id": 0} | pair), encoding="utf-8")
-    task = load_config(FinetuneConfig, next(recipe for recipe in RECIPES if recipe.stem == "afqmc")).task
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "afqmc")
+    task = load_config(FinetuneConfig, recipe, {"model.init_from": "m"}).task
     splits = read_splits(task, tmp_path)
     assert {name: len(table) for name, table in splits.items()} == {"train": 2, "validation": 2, "test": 1}
     assert [record.values["label"] for record in splits["train"].records] == ["0", "1"]

@@ -173,7 +173,7 @@ def test_a_preset_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
         (["finetune", "--config", "COLA.yaml", "--training-lr", "1"], "did you mean '--training.lr'?"),
         (["validate", "ROBERTA.yaml"], "corpus.train: "),
         (["validate", "ROBERTA.yaml", "--optimizer.lr=fast"], "optimizer.lr"),
-        (["validate", "COLA.yaml"], "model.init_from: "),
+        (["validate", "COLA.yaml"], "'model.init_from' is missing"),
     ],
 )
 def test_a_mistaken_config_is_recognized(
