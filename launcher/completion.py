@@ -6,7 +6,7 @@ from typing import Literal
 from experiment.config.recipes import all_recipes
 from experiment.config.reference import config_reference
 from launcher.command_line import Command, flags_of, options_of
-from launcher.configs import config_of_command
+from launcher.configs import CONFIGS, config_of_command
 
 _BASH = """\
 # deepcloze, bash: deepcloze completion bash > ~/.deepcloze.bash, and in ~/.bashrc: . ~/.deepcloze.bash
@@ -73,4 +73,5 @@ def _flags(name: str, command: Command) -> list[str]:
 
 
 def _recipe_names(name: str) -> list[str]:
-    return [recipe.name for recipe in all_recipes() if recipe.kind == name]
+    config = config_of_command(name)
+    return [recipe.name for recipe in all_recipes() if name == "sweep" or CONFIGS[recipe.kind] is config]
