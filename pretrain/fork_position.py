@@ -66,7 +66,8 @@ def position_shifts(
     parent = ShuffledOrder(tuple(order.corpora[places[found]] for found in weights), sizes, shares=tuple(shares))
     read, begin = (each.positions_by_corpus(each.start(step)) for each in (parent, order))
     shifts = {places[found]: int(count - begin[places[found]]) for found, count in zip(weights, read, strict=True)}
-    shifts |= {place: -int(begin[place]) for place in range(len(begin)) if place not in shifts}
+    for place in set(range(len(begin))) - set(shifts):  # corpora that the parent did not have
+        shifts[place] = -int(begin[place] % order.corpora[place].sequences)
     return {stream.corpora[place]: shift for place, shift in shifts.items() if shift}
 
 

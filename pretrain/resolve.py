@@ -209,8 +209,8 @@ def _open_corpora(
     for name, corpus in held_out.items():
         if corpus.fingerprint in trained:
             log.warning(
-                "corpus.eval.%s: %s is also in corpus.train, so it is not held out, and has the masks of the first "
-                "epoch; `deepcloze corpus --holdout N` splits documents off",
+                "corpus.eval.%s: %s is also in corpus.train, so it is not held out, and may have the masks of the "
+                "first epoch; `deepcloze corpus --holdout N` splits documents off",
                 name,
                 corpus.path,
             )
@@ -339,7 +339,7 @@ def _warn_of_same_seed(config: PretrainConfig, corpora: Sequence[TrainingCorpus]
     before = state_around(model).get("identity")
     if before is None or before["run.seed"] != config.run.seed:
         return
-    lengths = [length for _, length, _ in before["schedule.stages"]] or [before["batch.max_seq_length"]]
+    lengths = [stage[1] for stage in before["schedule.stages"]] or [before["batch.max_seq_length"]]
     stages = [(stage.max_seq_length, length) for stage, length in zip(config.stages, lengths, strict=False)]
     for given in corpora:
         longest = given.corpus.manifest.length_percentiles["100"]

@@ -6,7 +6,7 @@ is used if one of these holds:
 - The config class declares it: a default, an alias (`attribute_map`) or a property with a setter.
 - The config class computes something from it, such as ModernBERT's `global_attn_every_n_layers`.
 - The source of its models reads it from their config, such as DeBERTa's `position_buckets`. Their base class reads
-  `gradient_checkpointing`.
+  `gradient_checkpointing` and `tie_word_embeddings`.
 """
 
 import copy
@@ -28,6 +28,7 @@ from experiment.models.transformers_models import quiet_transformers
 _REPLACED = {"global_attn_every_n_layers": "layer_types"} | dict.fromkeys(
     ("rope_theta", "global_rope_theta", "local_rope_theta"), "rope_parameters"
 )
+_READ_BY_ALL = ("gradient_checkpointing", "tie_word_embeddings")  # by the base class of all models
 _READ_FIELD = re.compile(r"""\b(?:config\.|getattr\((?:self\.)?config, ")(\w+)""")
 
 
@@ -36,7 +37,7 @@ def check_fields(fields: Mapping[str, Any], make_config: Callable[[Mapping[str, 
     config = make_config({})
     known = declared_fields(config) | _fields_in_source(config)
     for field in fields:
-        if field not in known and field != "gradient_checkpointing" and not _is_computed_with(field, make_config):
+        if field not in known and field not in _READ_BY_ALL and not _is_computed_with(field, make_config):
             raise UserError(
                 f"unknown config key 'model.config.{field}': '{config.model_type}' does not use it"
                 f"{_suggestion(field, known)}"

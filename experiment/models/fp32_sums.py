@@ -93,7 +93,9 @@ class _Lookup(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         found, places = ids.unique(return_inverse=True)  # a whole table in fp32 takes longer, and more memory
         sums = torch.ops.aten.embedding_dense_backward(gradient.float(), places, len(found), -1, False)
-        of_table = gradient.new_zeros(ctx.table_rows, gradient.shape[-1]).index_copy_(0, found, sums.to(gradient.dtype))
+        of_table = gradient.new_zeros(ctx.table_rows, gradient.shape[-1]).index_copy_(
+            0, found.long(), sums.to(gradient.dtype)
+        )
         if ctx.padding is not None:
             of_table[ctx.padding] = 0
         return None, of_table, None
