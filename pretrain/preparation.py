@@ -22,7 +22,6 @@ from pretrain.corpus.cache import CorpusCache
 from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
 from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emulation
-from pretrain.fork_position import warn_of_shifts
 from pretrain.modeling.build import BuiltModel, build_model, choose_rows
 from pretrain.modeling.output_bias import set_output_bias, token_frequencies
 from pretrain.resolve import ResolvedRun, resolve
@@ -58,8 +57,6 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
     stream = group.call(
         lambda: open_stream(run, world, rows=rows, first_position=model.first_position, attention_ratio=ratio)
     )
-    if world.rank == 0:
-        warn_of_shifts(run, stream)
     return run, model, stream
 
 

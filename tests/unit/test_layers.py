@@ -15,7 +15,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.run",),
     ("pretrain.rank_process", "pretrain.preparation", "pretrain.plan"),
     ("pretrain.training",),
-    ("pretrain.training_stream", "pretrain.fork_position", "pretrain.evaluate"),
+    ("pretrain.training_stream", "pretrain.evaluate"),
     ("pretrain.resolve",),
     ("pretrain.engine", "pretrain.resume", "pretrain.restore", "pretrain.training_progress"),
     ("pretrain.modeling", "pretrain.inspection"),
