@@ -188,6 +188,7 @@ def save_engine(
     )
     saves.begin(Snapshot(step, HostMemory().copy(engine), state, write_model, keep))
     saves.wait()
+    RunFolder(checkpoints.parent).saved.unlink(missing_ok=True)  # else a run in this folder could not start
 
 
 def copy_case(world: World, tree: Tree, copies: Mapping[Path, Path], other: Path | None = None) -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from experiment.errors import UserError
 from experiment.run_files.outcome_file import Outcome, read_outcome, reserve_outcome
+from experiment.run_files.provenance import write_provenance
 from experiment.run_files.run_folder import RunFolder
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
@@ -129,6 +130,8 @@ def test_a_file_that_rank_0_cannot_write_is_refused_on_all(
 ) -> None:
     """Catches a traceback of rank 0 where it records the start of a run, and the others waiting for it."""
     (tmp_path / file / "a folder").mkdir(parents=True)
+    if file == "config.yaml":  # else it is taken for a file of the user
+        write_provenance(RunFolder(tmp_path), {"step": 0})
     errors = pools[2].run(refused_case, [run_config(tmp_path, wordpiece_corpus)] * 2)
     assert errors == [f"{tmp_path / file}: Is a directory"] * 2
     assert read_outcome(RunFolder(tmp_path))[:2] == (Outcome.REFUSED, errors[0])

@@ -90,7 +90,7 @@ COMMAND_LINE = {
     "output by URL": Mistake("export --checkpoint run --output s3://b/a", r"a path on a disk, found the URL s3://b/a"),
     "no flag": Mistake("pretrain", r"missing: --config FILE"),
     "no value": Mistake("pretrain --config", r"--config needs a value"),
-    "by position": Mistake("pretrain run.yaml", r"argument 'run.yaml'; flags are written --name=value, with"),
+    "two by position": Mistake("pretrain run.yaml task.yaml", r"argument 'task.yaml'; flags are written --name=value"),
     "model by position": Mistake("serve task", r"argument 'task'; flags are written"),
     "one dash": Mistake("pretrain -config run.yaml", r"argument '-config'; flags are written --name=value, with"),
     "long dash": Mistake("pretrain --config run.yaml —num_gpus 2", r"argument '—num_gpus'; flags are written"),

@@ -206,6 +206,7 @@ def test_each_process_that_computes_is_prepared(
 
     loaded = importlib.import_module(module)
     monkeypatch.setattr(loaded, preparation, prepare)
+    monkeypatch.setattr("finetune.serve.server.log_as_json", lambda: None)  # the log of this process is pytest's
     options = ServeOptions(model="model", port=0)
     arguments: dict[str, tuple[Any, ...]] = {
         "main": (["config.yaml", "1"],),
@@ -213,6 +214,6 @@ def test_each_process_that_computes_is_prepared(
         "serve_command": (options,),
         "choose_device": ("auto",),
     }
-    given: tuple[Any, ...] = arguments.get(function, (None, None))
+    given: tuple[Any, ...] = arguments.get(function, (None, None, None))
     with pytest.raises(PreparedError):
         getattr(loaded, function)(*given[: getattr(loaded, function).__code__.co_argcount])
