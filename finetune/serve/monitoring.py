@@ -85,14 +85,15 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def log_as_json() -> None:
-    """Send everything that is logged to stderr, as JSON."""
+def log_as_json() -> logging.Handler:
+    """Send everything that is logged to stderr, as JSON. Returns the handler of the root logger that does."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
     for name in ("uvicorn.error", "asyncio", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    return handler
 
 
 def log_event(message: str, level: int = logging.INFO, **fields: object) -> None:

@@ -82,9 +82,12 @@ def serve_command(options: ServeOptions) -> None:
 @contextmanager
 def _json_lines() -> Iterator[None]:
     """Write nothing else to stderr, such as the progress of a download."""
-    log_as_json()
-    with quiet():
-        yield
+    handler = log_as_json()
+    try:
+        with quiet():
+            yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def _ignores_sighup() -> bool:

@@ -238,11 +238,10 @@ def test_a_file_in_place_of_a_folder(files: Path, capfd: pytest.CaptureFixture[s
 
 
 @pytest.fixture
-def model_commands(files: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def model_commands(files: Path, model_folder: Path) -> list[list[str]]:
     """The commands that build `files/model`, or `files/classifier`, from its config."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    monkeypatch.setattr("finetune.serve.server.log_as_json", lambda: None)  # the log of this process is pytest's
     BertForSequenceClassification(BertConfig.from_pretrained(model_folder)).save_pretrained(files / "classifier")
     shutil.copytree(model_folder, files / "classifier", dirs_exist_ok=True, ignore=lambda *_: ["model.safetensors"])
     config = json.loads((files / "model" / "config.json").read_text())

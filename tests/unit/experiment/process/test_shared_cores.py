@@ -206,7 +206,6 @@ def test_each_process_that_computes_is_prepared(
 
     loaded = importlib.import_module(module)
     monkeypatch.setattr(loaded, preparation, prepare)
-    monkeypatch.setattr("finetune.serve.server.log_as_json", lambda: None)  # the log of this process is pytest's
     options = ServeOptions(model="model", port=0)
     arguments: dict[str, tuple[Any, ...]] = {
         "main": (["config.yaml", "1"],),

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import gc
 import io
+import logging
 import os
 import signal
 import socket
@@ -36,7 +37,7 @@ from waiting import LIMIT, wait_until
 @pytest.fixture(autouse=True)
 def log(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the log of this process to pytest."""
-    monkeypatch.setattr(server, "log_as_json", lambda: None)
+    monkeypatch.setattr(server, "log_as_json", logging.NullHandler)
 
 
 @pytest.fixture
@@ -181,8 +182,12 @@ def test_a_terminal_shows_what_is_loaded(
         events.append(f"load, quiet: {is_quiet()}")
         raise UserError("no model")
 
+    def log_as_json() -> logging.Handler:
+        events.append("JSON from now on")
+        return logging.NullHandler()
+
     monkeypatch.setattr(server, "load_served_model", load)
-    monkeypatch.setattr(server, "log_as_json", lambda: events.append("JSON from now on"))
+    monkeypatch.setattr(server, "log_as_json", log_as_json)
     monkeypatch.setattr(server, "terminal", lambda: SimpleNamespace(is_interactive=interactive, print=events.append))
     with pytest.raises(UserError, match="no model"):
         server.serve_command(ServeOptions(model=str(tmp_path), port=0))
