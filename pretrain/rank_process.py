@@ -179,7 +179,7 @@ def _end_early(recorder: RankRecorder, outcome: Outcome, message: str, cause: Ca
     message = f"{platform.node()}, rank {recorder.rank}: {message}"
     recorder.fail(outcome, message, cause)
     recorder.end(outcome.exit_code)
-    with suppress(OSError):  # who reads it may be gone
+    with suppress(OSError):  # stderr may be closed
         print(f"deepcloze: {message}", file=sys.stderr, flush=True)
     os._exit(outcome.exit_code)
 

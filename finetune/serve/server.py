@@ -81,7 +81,7 @@ def serve_command(options: ServeOptions) -> None:
 
 @contextmanager
 def _json_lines() -> Iterator[None]:
-    """Write nothing else to stderr, such as the progress of a download."""
+    """Write only JSON lines to stderr, and no progress bars."""
     handler = log_as_json()
     try:
         with quiet():

@@ -184,8 +184,8 @@ def test_a_rank_leaves_its_process_and_exit_code(folder: RunFolder) -> None:
     assert json.loads(folder.rank_record(3).read_text()) == process | {"exit": 75}
 
 
-def test_a_rank_ends_if_nobody_reads_its_messages(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a rank that has recorded that it stops, but goes on because its output is closed."""
+def test_a_rank_exits_if_stderr_is_closed(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that keeps running after it has recorded its exit code, because stderr is closed."""
     read, write = os.pipe()
     os.close(read)
     with suppress(BrokenPipeError), open(write, "w") as closed:

@@ -77,7 +77,7 @@ def test_other_modules_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_frozen_parameters_get_no_gradient() -> None:
-    """Catches work for gradients that nobody wants."""
+    """Catches gradients that are computed for frozen parameters."""
     model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 4)).bfloat16()
     model[:2].requires_grad_(False)
     use_fp32_sums(model)

@@ -158,7 +158,7 @@ def test_what_a_killed_process_has_left_is_removed(trained_run: Path, texts: Pat
 def test_cut_texts_are_counted(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches predictions for the beginning of a text only, without a word about it."""
+    """Catches truncated texts that are predicted without a message."""
     source = tmp_path / "texts.tsv"
     monkeypatch.setattr(predict_module, "_CHUNK", 1)
     source.write_text("text\n" + "word1\n" * 3)

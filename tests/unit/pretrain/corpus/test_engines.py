@@ -87,7 +87,7 @@ class Page(int):
 
 @pytest.mark.parametrize(("pages", "named"), [(range(1, 9), "page 1, or page 2"), ([1, 1, 2, 2], "page 1")])
 def test_a_killed_worker_names_its_part(pages: Sequence[int], named: str) -> None:
-    """Catches a page that is too much for the memory, and that nobody finds among millions."""
+    """Catches a message that does not say which documents a killed worker had."""
     message = f"memory ran out, with {named}; use fewer --workers, and run the same"
     with pytest.raises(StoppedError, match=message), engines.open_engine(2, os._exit) as run:
         list(run(operator.call, map(Page, pages)))
