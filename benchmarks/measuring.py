@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import random
 import signal
 import statistics
 import subprocess
@@ -19,7 +18,6 @@ from typing import Any, Self
 
 import fire
 import psutil
-import yaml
 
 from experiment.formatting import describe_duration
 from experiment.process.hardware import has_native_bf16
@@ -58,43 +56,9 @@ def _variables(threads: int | None, environment: Mapping[str, str] | None) -> di
     return {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(environment or {})}
 
 
-_SMALL_RUN = {
-    "run": {"log_every": 1},
-    "model": {
-        "config": {
-            "model_type": "bert",
-            "hidden_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 1024,
-        }
-    },
-    "batch": {"sequences": 32, "max_seq_length": 128, "microbatch_tokens": 4096},
-    "schedule": {"steps": 3},
-}
-
-
 def cpu_precision() -> str:
     """Return bf16, or fp32 where this CPU only emulates bf16."""
     return "bf16" if has_native_bf16("cpu") else "fp32"
-
-
-def write_small_run(folder: Path) -> Path:
-    """Write text, tokenizer, corpus and the config of a run of three steps. Returns the path of the config. Prints the
-    precision of the run."""
-    words = random.Random(1)
-    vocabulary = ["".join(words.choices("aeioulnrst", k=words.randint(2, 9))) for _ in range(5000)]
-    lines = (" ".join(words.choices(vocabulary, k=100)) for _ in range(5000))
-    (folder / "text.txt").write_text("\n".join(lines))
-    source = ("--source", str(folder / "text.txt"))
-    tokenizer, corpus = str(folder / "tokenizer"), str(folder / "corpus")
-    deepcloze("tokenizer", *source, "--output", tokenizer, "--vocab_size", "8000")
-    deepcloze("corpus", *source, "--tokenizer", tokenizer, "--output", corpus)
-    config, precision = folder / "run.yaml", cpu_precision()
-    print(f"precision: {precision}", flush=True)
-    engine = {"ds_config": f"ds_configs/{precision}_zero1.json"}
-    config.write_text(yaml.safe_dump({**_SMALL_RUN, "corpus": {"train": corpus}, "engine": engine}))
-    return config
 
 
 class PeakMemory:

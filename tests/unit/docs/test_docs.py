@@ -49,7 +49,11 @@ def test_the_site_has_all_pages() -> None:
 
 @pytest.mark.parametrize("name", ["config", "commands"])
 def test_a_generated_page_is_up_to_date(name: str) -> None:
-    """docs/config.md or docs/commands.md drifts from the docstrings of config fields, commands and flags."""
+    """docs/config.md or docs/commands.md drifts from the docstrings of config fields, commands and flags.
+
+    Also a command, flag or key that was renamed or removed by accident: scripts and configs of users name them, so that
+    CHANGELOG.md tells of an intended change.
+    """
     write_page = runpy.run_path(str(REPOSITORY / "docs" / "reference_pages.py"))["PAGES"][name]
     page = (REPOSITORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert page == write_page(), f"python docs/reference_pages.py {name} > docs/{name}.md"
