@@ -6,10 +6,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +17,6 @@ from hosts import REPOSITORY, Cluster, Host
 from launcher.preflight.bandwidth import LIMIT_SECONDS
 from rank_pool import RankPool
 from runs import logged, pretrain_case, run_config
-from small_disk import SmallDisk, mounted_small_disk
 from test_cluster_launches import write_hostfile
 from waiting import wait_until
 
@@ -232,28 +228,3 @@ def test_a_killed_preflight_leaves_no_ranks_behind(cluster: Cluster, tmp_path: P
 def ranks(host: Host) -> list[str]:
     """The process ids of the ranks that preflight has started on a host."""
     return host.run("pgrep", "-f", "launcher.preflight.measure").stdout.split()
-
-
-@pytest.mark.soak
-def test_a_full_disk_is_named(cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path) -> None:
-    """Catches a run whose first checkpoint does not fit."""
-    with shared_small_disk(cluster) as disk:
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(run_config(disk.path / "run", wordpiece_corpus)), encoding="utf-8")
-        hostfile = write_hostfile(tmp_path / "hostfile", cluster.hosts)
-        flags = (f"--config={path}", "--checkpoint.keep_last=1")
-        assert preflight(cluster.hosts[0], hostfile, *flags).returncode == 0
-        disk.fill(leave=1 << 16)
-        done = preflight(cluster.hosts[0], hostfile, *flags)
-        assert_named(done, *(f"{host.name}: disk: 0.0 GB free at {disk.path}/run" for host in cluster.hosts))
-
-
-@contextmanager
-def shared_small_disk(cluster: Cluster) -> Iterator[SmallDisk]:
-    """A small disk that all hosts see: not in /tmp, of which they have their own."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder, mounted_small_disk(Path(folder)) as disk:
-        if isinstance(disk, str):
-            pytest.skip(disk)
-        cluster.reboot()  # hosts take over what is mounted
-        yield disk
-        cluster.reboot()

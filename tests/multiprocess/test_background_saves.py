@@ -1,8 +1,6 @@
 """Checkpoints are written while training continues."""
 
-import os
 import shutil
-import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoin
 from experiment.run_files.run_folder import RunFolder
 from fp16 import fp16_supported
 from pretrain.world import World
-from rank_pool import RankError, RankPool
+from rank_pool import RankPool
 from runs import (
     Tree,
     assert_same_run,
@@ -256,41 +254,6 @@ def test_training_continues_without_the_folder(
     tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=2)
     assert pools[2].run(removed_case, tree, tmp_path / "checkpoints") == ["done", "done"]
     assert verify(checkpoint_path(tmp_path / "checkpoints", 6)) is None
-
-
-def killed_case(world: World, tree: Tree, name: str) -> str:
-    """A run that is killed in the thread that writes the checkpoint of step 4, when it has done this call."""
-    from pretrain.training import background_save
-
-    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            result = original(*args, **options)
-            if any("step-00000004" in str(argument) for argument in args if isinstance(argument, Path)):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return call
-
-    with _patched(background_save, name, replace):
-        return pretrain_case(world, tree)
-
-
-@pytest.mark.parametrize("name", ["write_share", *soak("complete_checkpoint", "publish")])
-def test_a_kill_during_a_save_leaves_the_checkpoint_before(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, name: str
-) -> None:
-    """Catches a partial checkpoint that is resumed from, or stays forever."""
-    changes = {"checkpoint__every_steps": 2, "checkpoint__keep_last": 1}
-    tree, whole = (run_config(tmp_path / name, wordpiece_corpus, **changes) for name in ("killed", "whole"))
-    with pytest.raises(RankError, match="the process died"):
-        pools[1].run(killed_case, tree, name)
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    newest = 4 if name == "publish" else 2
-    assert [path.name for path in complete_checkpoints(checkpoints)] == [f"step-{newest:08d}"]
-    assert pools[1].run(pretrain_case, tree) == ["done"]
-    assert [path.name for path in checkpoints.iterdir()] == ["step-00000006"]
-    assert pools[1].run(pretrain_case, whole) == ["done"]
-    assert_same_run(tmp_path / "killed", tmp_path / "whole", 6)
 
 
 def test_leftovers_are_removed_at_the_start(

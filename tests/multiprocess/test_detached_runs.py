@@ -59,14 +59,3 @@ def test_a_run_survives_its_terminal_and_can_be_followed(
     reported = read_outcome(folder)
     assert reported is not None
     assert reported.outcome is Outcome.STOPPED
-
-
-def test_a_mistake_is_shown_and_leaves_nothing(
-    start: Start, wordpiece_corpus: Path, tmp_path: Path, folder: RunFolder
-) -> None:
-    """Catches a launch in the background that fails in silence."""
-    config = config_file(tmp_path, wordpiece_corpus, corpus__train=str(tmp_path / "none"))
-    code, output = wait_for_exit(start(DEEPCLOZE, "pretrain", "--config", str(config), "--detach"))
-    assert code == 2, output
-    assert re.search(r"deepcloze: .*none", output)
-    assert not folder.path.exists()

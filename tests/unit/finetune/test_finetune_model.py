@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
-    BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertweetTokenizer,
@@ -334,12 +333,6 @@ def test_an_unknown_model_type_is_a_user_error(copied: Path) -> None:
     (copied / "config.json").write_text(json.dumps({**config, "model_type": "bort"}))
     with pytest.raises(UserError, match="copy"):
         build_model(start(copied, pretrained=False))
-
-
-def test_the_encoder_of_the_fixture_is_a_masked_lm(encoder: Path) -> None:
-    """Catches the tests above testing a classifier's folder instead of a pretraining checkpoint's."""
-    assert isinstance(BertForMaskedLM.from_pretrained(encoder), BertForMaskedLM)
-    assert not any("classifier" in name for name in load_file(encoder / "model.safetensors"))
 
 
 def test_a_head_of_another_kind_of_task_is_not_kept(encoder: Path, tmp_path: Path) -> None:

@@ -522,15 +522,6 @@ def test_bad_input_leaves_no_run(config_file: Path, tmp_path: Path, overrides: d
     assert not (tmp_path / "run").exists()
 
 
-def test_a_pretraining_run_is_not_written_into(config_file: Path, tmp_path: Path) -> None:
-    """Catches run.dir pointing at the pretraining run: its config.yaml would be replaced."""
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "config.yaml").write_text("corpus: {}\n")
-    with pytest.raises(UserError, match="holds a pretraining run"):
-        finetune(config_file)
-    assert (tmp_path / "run" / "config.yaml").read_text() == "corpus: {}\n"
-
-
 def test_a_damaged_checkpoint_is_not_fine_tuned(
     config_file: Path, encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -379,27 +379,6 @@ def test_no_rank_of_a_refused_launch_remains(config: str, held: list[str], monke
 
 
 @pytest.mark.parametrize(
-    ("overrides", "flags", "message"),
-    [
-        ({"schedule.stepz": "1"}, {}, "schedule.steps"),
-        ({"schedule.steps": "soon"}, {}, "whole number"),
-        ({}, {"num_gpus": 3}, "--oversubscribe"),
-        ({}, {"hostfile": "hosts"}, "hosts, line 2"),
-        ({}, {"hostfile": "none"}, "cannot read the hostfile"),
-    ],
-)
-def test_a_rejected_launch_starts_and_writes_nothing(
-    config: str, launches: list[Launch], overrides: dict[str, str], flags: dict[str, Any], message: str
-):
-    """Catches a run folder or ranks left by a launch that could not work."""
-    Path("hosts").write_text("localhost slots=1\nworker slots\n")
-    with pytest.raises(UserError, match=message):
-        launch_pretraining(PretrainOptions(config=config, overrides=overrides, **flags))
-    assert launches == []
-    assert not Path("my-run").exists()
-
-
-@pytest.mark.parametrize(
     ("outcome", "error", "argument"),
     [
         (Outcome.STOPPED, StoppedError, "because"),

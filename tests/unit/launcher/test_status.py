@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from experiment.errors import UserError
 from experiment.results.report.run import open_runs
 from experiment.run_files import run_life, run_lock
 from experiment.run_files.goodput import CHECKPOINTING, EVALUATING, ActivityTimer
@@ -21,7 +20,7 @@ from experiment.run_files.run_folder import RunFolder, is_run, open_run_folder
 from experiment.run_files.run_life import Life, read_life
 from experiment.run_files.run_lock import FolderUse, LockTimes, folder_use, lock_run
 from launcher.cli import main
-from launcher.status import find_run, read_status
+from launcher.status import read_status
 from launcher.supervision.launch_result import begin_attempt
 from launcher.supervision.rank_processes import polled
 
@@ -432,11 +431,3 @@ def test_a_folder_that_is_being_copied(folder: RunFolder) -> None:
     status = read_status(str(folder.path))
     assert (status.state, status.step, status.loss, status.attempts) == ("unknown", 10, 5.0, 1)
     assert (status.total_steps, status.goodput) == (None, None)
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    """Catches a mistyped name that gives a list of dashes."""
-    with pytest.raises(UserError, match=r"there is no run folder .*/none$"):
-        find_run(str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"is not a run folder: expected one of config\.yaml, .*, logs/launch\.lock"):
-        find_run(str(tmp_path))

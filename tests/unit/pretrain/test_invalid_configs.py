@@ -106,21 +106,6 @@ def test_word_masking_needs_word_boundaries(rejected_message: Reject, monkeypatc
     assert "expected 'token'" in message
 
 
-def test_a_corpus_of_another_tokenizer_is_rejected(
-    rejected_message: Reject, start: Path, byte_level_corpus: Path
-) -> None:
-    """Catches token ids that are valid in the model's vocabulary but stand for other tokens."""
-    message = rejected_message(
-        f"--model.init_from={start}", "--model.config=null", f"--corpus.train={byte_level_corpus}"
-    )
-    assert "another tokenizer" in message
-    assert str(start) in message
-    assert str(byte_level_corpus) in message
-    message = rejected_message(f"--corpus.eval.other={byte_level_corpus}")
-    assert "corpus.eval.other" in message
-    assert "another tokenizer" in message
-
-
 def test_urls(rejected_message: Reject, wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches URLs that are taken for folders, messages that name the key twice, and mirrors that cannot be written,
     which a run would find out at its first checkpoint."""

@@ -140,17 +140,6 @@ def test_the_mirror_knows_whose_run_it_has(bucket: str, run: RunFolder, tmp_path
         Mirror("s3://no-such-bucket/run").check_owner(other)
 
 
-def test_a_run_whose_first_upload_was_interrupted_keeps_its_identity(
-    bucket: str, run: RunFolder, tmp_path: Path
-) -> None:
-    """Catches a run that starts over on a new host under another id, for which its mirror is another run's."""
-    mirror, folder = Mirror(f"{bucket}/run"), RunFolder(tmp_path / "restored")
-    mirror.upload_run_files(run)
-    mirror.restore(folder, lambda: None)
-    assert read_provenance(folder) == read_provenance(run)
-    assert complete_checkpoints(folder.checkpoints) == []
-
-
 def test_a_checkpoint_without_marker_does_not_exist(mirror: Mirror, run: RunFolder, tmp_path: Path) -> None:
     """Catches an upload that was interrupted and is taken for a checkpoint."""
     checkpoint = save(run, 5)

@@ -380,19 +380,6 @@ def test_bad_rows_are_accepted_in_files_of_the_training_format_only(
     assert [(row["row"], row["text"]) for row in read_csv(tmp_path / "out.csv")] == [("1", "word1"), ("3", "word4")]
 
 
-def test_quotes_around_cells_that_are_not_read_as_such(
-    with_format: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Catches a message that asks for the separator only, though --quoting 0 is the remedy."""
-    model = with_format(quoting=3, train="train.csv")
-    (tmp_path / "reviews.csv").write_text(QUOTED)
-    assert predict(model, tmp_path / "reviews.csv", tmp_path / "out.csv", "--columns.text=review") == 2
-    error = capsys.readouterr().err
-    assert error.endswith(
-        "found 3; is the separator ','? If not, set --sep; if quotes enclose cells, set --quoting 0\n"
-    )
-
-
 def test_a_header_for_a_model_of_data_without_one(
     with_format: Callable[..., Path],
     tmp_path: Path,

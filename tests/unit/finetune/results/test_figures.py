@@ -28,13 +28,6 @@ def test_curves_by_epoch_or_by_step(
     assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([places[0]], [0.2])
 
 
-def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
-    """Catches a run that ends in a traceback of matplotlib's formula parser, after training."""
-    labels = ["$\\frac{$", "$5"]
-    figures.draw_confusion(tmp_path / "confusion.png", np.eye(2, dtype=np.int64), labels, "$\\bad{$")
-    assert (tmp_path / "confusion.png").exists()
-
-
 @pytest.mark.parametrize(("count", "least"), [(2, 14), (7, 12), (25, 10)])
 def test_counts_of_a_confusion_matrix_fit_their_cells(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int, least: int

@@ -186,7 +186,8 @@ def test_answers_are_rendered_beside_the_event_loop(
 
     original = JSONResponse.render
     monkeypatch.setattr(JSONResponse, "render", render)
-    assert answer_of(client, path, {"texts": ["word1 [MASK]"] * 3}) == rendered
+    (found,) = post(client, path, {"texts": ["word1 [MASK]"] * 3}).values()
+    assert found == rendered
     assert len(rendered) == 3
     assert client.portal is not None
     assert client.portal.call(threading.current_thread) not in threads
@@ -271,51 +272,6 @@ def test_text_of_a_form_in_utf_8(quote: Callable[[str], str], clients: Callable[
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     found = client.post("/v1/model_prediction/", content=body.encode(), headers=headers).json()
     assert found == expected
-
-
-def answer_of(client: TestClient, path: str, body: Any) -> Any:
-    (found,) = post(client, path, body).values()
-    return found
-
-
-def assert_close(found: Any, expected: Any) -> None:
-    assert type(found) is type(expected)
-    if isinstance(expected, dict):
-        assert list(found) == list(expected)
-        found, expected = list(found.values()), list(expected.values())
-    if isinstance(expected, list):
-        for one, other in zip(found, expected, strict=True):
-            assert_close(one, other)
-    else:
-        assert found == (pytest.approx(expected, abs=1e-4) if isinstance(expected, float) else expected)
-
-
-@pytest.mark.soak  # test_onnx_folder.py compares the models that answer
-@pytest.mark.parametrize(
-    ("head", "requests"),
-    [
-        ("masked", {"/v1/fill-mask": MASKED | {"top_k": 3}}),
-        ("choice", {"/v1/predict": {"records": [{"question": TEXTS[0], "choices": TEXTS[1:]}]}}),
-    ],
-)
-def test_answers_are_the_same(
-    head: str, requests: dict[str, Any], folders: dict[str, Path], export_onnx: Callable[..., Path], connect: Connect
-) -> None:
-    """Catches a route that needs what only PyTorch has, such as hooks in the output layer, or hidden states that have
-    another shape."""
-    exported = connect(export_onnx(folders[head]))
-    original = connect(folders[head])
-    requests = {**requests, "/v1/embed": {"texts": TEXTS, "pooling": "mean"}}
-    if head == "masked":
-        options = [[["word5", "word6 word7"]], [["word1", "word2"], ["word8", "word9"]]]
-        assert_close(
-            *(answer_of(each, "/v1/fill-mask", MASKED | {"options": options}) for each in (exported, original))
-        )
-    for path, body in requests.items():
-        assert_close(answer_of(exported, path, body), answer_of(original, path, body))
-    infos = [client.get("/v1/model").json() for client in (exported, original)]
-    assert [info.pop("model") for info in infos] == [str(exported.serving.served.loaded.folder), str(folders[head])]  # type: ignore[attr-defined]
-    assert infos[0] | {"loaded": None} == infos[1] | {"loaded": None}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -192,16 +192,6 @@ def test_precision_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("fp16")
 
 
-def test_label_weights_move_the_predictions() -> None:
-    """Catches class weights that are computed and then not used in training."""
-    config = TrainingConfig(lr=0.05, epochs=1, batch_size=8)
-    means = [
-        probabilities(fit(Bag(), made, config, 1, CPU, ignore).evaluations["validation"]).mean()
-        for made in (task(), task(weights=(1.0, 50.0)))
-    ]
-    assert means[1] > means[0] + 0.05
-
-
 def fit_without_dropout(config: TrainingConfig, ready: Task | None = None, model: nn.Module | None = None) -> Fitted:
     model = model or Bag()
     for module in model.modules():

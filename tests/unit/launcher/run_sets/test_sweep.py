@@ -364,16 +364,6 @@ def test_a_report_that_cannot_be_written_is_a_warning(
     assert (tmp_path / "sweep.csv").is_file()
 
 
-def test_runs_of_another_config_are_not_mixed_in(tmp_path: Path) -> None:
-    """Catches one table of runs that differ in more than its columns."""
-    first = plan(tmp_path, {"1e-4": "4.5"})
-    run_sweep(first)
-    (run,) = first.runs.runs
-    other = replace(first.runs, runs=(replace(run, config={**run.config, "run.seed": 2}),))
-    with pytest.raises(UserError, match=r"lr=1e-4 was started with another run\.seed: 1, now 2"):
-        run_sweep(replace(first, runs=other))
-
-
 def test_points_have_the_same_data_and_encoder(
     task: Path, pretraining: Path, wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.run_files import checkpoints
-from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_files.outcome_file import Cause, Outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking.config import AlertsConfig, TrackingConfig
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
@@ -161,12 +161,6 @@ def test_a_run_ends_when_its_ranks_have(folder: RunFolder):
     )
     launch = replace(one_launch(folder, body), slots={"localhost": (0,)})
     assert supervise(launch) == LaunchResult(Outcome.DONE, "")
-
-
-def test_the_outcome_of_an_earlier_launch_is_ignored(folder: RunFolder):
-    """Catches a crashed launch that is reported with the outcome of an earlier one."""
-    write_outcome(folder, Outcome.DONE)
-    assert attempt(folder, "sys.exit(0)").outcome is Outcome.FAILED
 
 
 def test_each_launch_adds_one_line(folder: RunFolder):
@@ -367,14 +361,6 @@ def test_a_launch_is_restarted(folder: RunFolder, capsys: pytest.CaptureFixture[
     first, second = launches(folder)
     assert (first["outcome"], first["cause"], first["message"]) == ("failed", "lost_rank", "lost a rank")
     assert (second["attempt"], second["outcome"]) == (2, "done")
-
-
-def test_a_launch_that_fails_too_often_ends(folder: RunFolder) -> None:
-    """Catches an endless loop."""
-    body = "write_outcome(folder, Outcome.FAILED, 'lost a rank', Cause.LOST_RANK)"
-    result = supervise(replace(one_launch(folder, body), max_restarts=1))
-    assert result.message == "lost a rank\nnot restarted: --max_restarts=1 within an hour"
-    assert len(launches(folder)) == 2
 
 
 def test_failed_attempts_send_alerts(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,14 +76,6 @@ def test_neighbouring_blocks_of_a_mixture_differ():
     assert not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("order", [alone(), alone(warmup_steps=9), mixture(64, 9)])
-def test_a_batch_does_not_depend_on_those_before(order):
-    """Catches state: batch 7 is the same whether it is the first or the eighth request."""
-    fresh = order.batch(7)
-    in_order = [order.batch(step) for step in range(8)]
-    assert all(np.array_equal(one, other) for one, other in zip(fresh, in_order[7], strict=True))
-
-
 @pytest.mark.parametrize(("positions", "end", "last"), [(101, 8, 10), (202, 16, 7), (50, 4, 11), (1, 1, 1)])
 def test_a_stream_that_ends_does_so_with_a_short_batch(positions, end, last):
     """Catches a last batch that wraps into the next epoch, or is dropped."""

@@ -16,7 +16,6 @@ from pretrain.modeling.build import build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.modeling.model_config import resolve_model_config
 from pretrain.modeling.packability import is_packed
-from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.structure import hidden_matrices
 from pretrain.resolve import ONLY_IN_FP32
 from runs import sampled
@@ -166,10 +165,3 @@ def test_a_default_that_cannot_be_trained_is_refused(tokenizer: PreTrainedTokeni
     """Catches a type whose defaults fail in the first step, with a traceback."""
     with pytest.raises(UserError, match=r"model\.config\.default_language: .*'xmod'.*expected"):
         resolve_model_config(ModelConfig(config={"model_type": "xmod"}), tokenizer)
-
-
-def test_too_many_layers_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Catches a mistyped number of layers, which are built until the memory is full."""
-    config = resolve_model_config(ModelConfig(config={"model_type": "bert", "num_hidden_layers": 120_000}), tokenizer)
-    with pytest.raises(UserError, match="'num_hidden_layers' is 120,000; expected 1 to 1,000"):
-        meta_model(config)

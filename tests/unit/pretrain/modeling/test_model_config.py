@@ -8,11 +8,10 @@ from model_examples import CONFIGS, TINY
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.models.transformers_models import max_positions
 from pretrain.config import ModelConfig
 from pretrain.modeling.build import build_model
-from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
+from pretrain.modeling.model_config import resolve_model_config
 from pretrain.modeling.random_model import meta_model, random_model
 
 
@@ -176,16 +175,6 @@ def test_a_folder_without_a_model_is_rejected(tmp_path: Path, tokenizer: PreTrai
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json"):
         resolve_model_config(ModelConfig(init_from=str(tmp_path)), tokenizer)
-
-
-def test_a_corpus_of_another_tokenizer_is_rejected(
-    folder: Path, wordpiece: Path, byte_level: Path, tmp_path: Path
-) -> None:
-    """Catches training on token ids that fit the model's vocabulary but mean other tokens."""
-    settings = ModelConfig(init_from=str(folder))
-    check_tokenizer(settings, tokenizer_fingerprint(load_tokenizer(wordpiece)), tmp_path)
-    with pytest.raises(UserError, match="another tokenizer"):
-        check_tokenizer(settings, tokenizer_fingerprint(load_tokenizer(byte_level)), tmp_path)
 
 
 def test_unsupported_activation_checkpointing_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
