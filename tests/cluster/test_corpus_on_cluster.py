@@ -61,6 +61,8 @@ def start_ray(host: Host, *flags: str) -> None:
             *(f"--node-ip-address={host.address}", *flags),
         )
         starts, late = starts + 1, "timed out during startup" in done.stderr
+        if late:
+            host.run(RAY, "stop", "--force")  # what has started of it
     assert done.returncode == 0, done.stdout + done.stderr
 
 
