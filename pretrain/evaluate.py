@@ -30,7 +30,7 @@ from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.masking import Masker
 from pretrain.batching.order import SequentialOrder
-from pretrain.batching.packing import MicrobatchLayout, Rows
+from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary, check_word_boundaries
 from pretrain.config import BatchConfig, MaskingConfig, ModelConfig, RunConfig
@@ -121,17 +121,12 @@ def open_held_out(
     return HeldOutEvaluator(opened)
 
 
-def open_evaluator(run: "ResolvedRun", rows: Rows, first_position: int, world: World) -> HeldOutEvaluator:
+def open_evaluator(run: "ResolvedRun", layout: MicrobatchLayout, world: World) -> HeldOutEvaluator:
     """Return the evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable, and
-    batches as large as in training, so that it needs no more memory.
-
-    `rows`, `first_position`: of the model, see MicrobatchLayout.
-    """
-    config = run.config
-    batch, least_width = config.batch, least_row_width(run.model_config)
-    layout = MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, rows, first_position, least_width)
-    seed, indexes = config.run.seed, run.folder.path / "index"
-    return open_held_out(run.held_out, run.vocabulary, config.masking, seed, layout, world, indexes, batch.sequences)
+    batches as large as in training, so that it needs no more memory."""
+    config, indexes = run.config, run.folder.path / "index"
+    seed, sequences = config.run.seed, config.batch.sequences
+    return open_held_out(run.held_out, run.vocabulary, config.masking, seed, layout, world, indexes, sequences)
 
 
 def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.device, show_progress: bool) -> Scores:

@@ -28,7 +28,7 @@ from pretrain.resolve import ResolvedRun, resolve
 from pretrain.restore import repair_checkpoint, restore_run
 from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import AgreedError, CpuGroup
-from pretrain.training_stream import TrainingStream, open_stream
+from pretrain.training_stream import TrainingStream, open_stream, run_layout
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,8 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
     rows = agreed_rows(choose_rows(model, run.deepspeed.dtype), world, group)
     on_gpu = torch.cuda.is_available()  # where no width has been measured: windows are as wide as the longest sequence
     ratio = None if on_gpu or model.flops is None else model.flops.attention_ratio
-    stream = group.call(
-        lambda: open_stream(run, world, rows=rows, first_position=model.first_position, attention_ratio=ratio)
-    )
+    layout = run_layout(run, rows, model.first_position)
+    stream = group.call(lambda: open_stream(run, world, layout, ratio))
     return run, model, stream
 
 

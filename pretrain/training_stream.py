@@ -8,7 +8,7 @@ import math
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -41,7 +41,7 @@ class TrainingStream:
     first_steps: tuple[int, ...]  # of each stage
     steps: int | None  # in the whole run; None: a time budget ends it
     corpora: tuple[str, ...]  # names, by corpus number
-    rows: Rows  # of all microbatches
+    layout: MicrobatchLayout  # of evaluations, and of stages except for lengths and widths
     begin: int  # the step that the run began with: of its parent if it is a fork, else 0
 
     def __getitem__(self, step: int) -> RankBatch:
@@ -96,13 +96,19 @@ class TrainingStream:
         return dict(zip(self.corpora, tokens.tolist(), strict=True))
 
 
+def run_layout(run: ResolvedRun, rows: Rows, first_position: int = 0) -> MicrobatchLayout:
+    """Return the layout with the lengths of the section `batch`. `rows`, `first_position`: see MicrobatchLayout."""
+    batch, least_width = run.config.batch, least_row_width(run.model_config)
+    return MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, rows, first_position, least_width)
+
+
 def open_stream(
-    run: ResolvedRun, world: World, *, rows: Rows, first_position: int, attention_ratio: float | None = None
+    run: ResolvedRun, world: World, layout: MicrobatchLayout, attention_ratio: float | None = None
 ) -> TrainingStream:
     """Return the stream of a run.
 
     Args:
-        rows, first_position: of the model, see MicrobatchLayout.
+        layout: see `run_layout`.
         attention_ratio: from which windows get their width, see `with_best_row_width`; None: the longest sequence's.
 
     Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.
@@ -119,19 +125,18 @@ def open_stream(
     first_steps = tuple(stage.first_step for stage in config.stages)
     steps = _total_steps(config.schedule, orders, first_steps, mean_lengths, run.resume_plan)
     check_fork_length(run.resume_plan, steps)
-    least_width = least_row_width(run.model_config)
     makers = [
         BatchMaker(
             of_stage,
             order,
             run.vocabulary,
-            MicrobatchLayout(stage.max_seq_length, stage.microbatch_tokens, rows, first_position, least_width),
+            replace(layout, max_seq_length=stage.max_seq_length, microbatch_tokens=stage.microbatch_tokens),
             world,
             _masking_rate(config.masking, steps),
         )
         for stage, of_stage, order in zip(config.stages, corpora, orders, strict=True)
     ]
-    if rows == "windows" and attention_ratio is not None:
+    if layout.rows == "windows" and attention_ratio is not None:
         ends = (*first_steps[1:], sys.maxsize if steps is None else steps)
         makers = [
             with_best_row_width(maker, range(first, end), order.sizes.warmup_steps, attention_ratio)
@@ -139,7 +144,7 @@ def open_stream(
         ]
     names = tuple(given.name for given in run.corpora)
     begin = run.resume_plan.forked_at if steps is None else min(run.resume_plan.forked_at, steps - 1)
-    return TrainingStream(tuple(makers), orders, first_steps, steps, names, rows, begin)
+    return TrainingStream(tuple(makers), orders, first_steps, steps, names, layout, begin)
 
 
 def _open_stage(

@@ -20,7 +20,7 @@ from pretrain.plan.cost import Cost, Device, Rates, run_cost
 from pretrain.plan.memory import MemorySettings, RankMemory, memory_settings, rank_memory
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import ResolvedRun
-from pretrain.training_stream import open_stream
+from pretrain.training_stream import open_stream, run_layout
 from pretrain.world import World
 
 _LAYER = re.compile(r"\.\d+\.")
@@ -99,8 +99,8 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
     counts, flops = count_parameters(skeleton), flops_model(skeleton)
     rows = rows_on(device.capability, packed, run.model_config, run.deepspeed.dtype)
     ratio = None if device.is_gpu or flops is None else flops.attention_ratio
-    # Position ids do not matter: batches get no tensors.
-    stream = open_stream(run, World(0, ranks), rows=rows, first_position=0, attention_ratio=ratio)
+    # The first position does not matter: batches get no tensors.
+    stream = open_stream(run, World(0, ranks), run_layout(run, rows), ratio)
     stages = stage_work(stream, run.config.masking)
     settings = memory_settings(run.config, run.deepspeed, ranks, host_ranks, device.is_gpu)
     if rates.peak_flops is None:

@@ -78,7 +78,7 @@ class Trainer:
         self._stream = stream
         self._group = group
         self._times = times
-        held_out = group.call(lambda: open_evaluator(run, stream.rows, model.first_position, world))
+        held_out = group.call(lambda: open_evaluator(run, stream.layout, world))
         self._progress = load_resumed(run, engine)
         self._interval = LogInterval(times, engine.device)
         first_step = self._progress.step if run.resume_plan.fork else 0

@@ -19,7 +19,7 @@ from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.resolve import resolve
-from pretrain.training_stream import open_stream
+from pretrain.training_stream import open_stream, run_layout
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import TINY, Tree, pretrain_case, run_config, saved_tensors
@@ -131,7 +131,8 @@ def results_of(name: str, pool: RankPool, corpora: Path, folder: Path) -> Tree:
 def batch_hashes(tree: Tree, first: int, last: int) -> list[str]:
     """Hashes of the batches (inputs, positions, labels) of the steps from `first` up to, not including, `last`."""
     config = build_config(PretrainConfig, tree)
-    stream = open_stream(resolve(config, 1), World(), rows="windows", first_position=0)
+    run = resolve(config, 1)
+    stream = open_stream(run, World(), run_layout(run, "windows"))
     return [hash_batch(stream[step]) for step in range(first, last)]
 
 

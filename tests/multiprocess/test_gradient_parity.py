@@ -20,7 +20,7 @@ from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.batching.packing import Rows
 from pretrain.config import PretrainConfig
 from pretrain.resolve import resolve
-from pretrain.training_stream import open_stream
+from pretrain.training_stream import open_stream, run_layout
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import NO_DROPOUT, SHALLOW, TINY, Tree, pretrain_case, run_config, sampled, saved_tensors
@@ -44,7 +44,8 @@ def global_batch(
     """A rank's share of the first global batch of a run with these settings."""
     batch = {"sequences": sequences, "max_seq_length": width, "microbatch_tokens": microbatch_tokens}
     config = build_config(PretrainConfig, run_config(Path("unused"), corpus, run__seed=SEED) | {"batch": batch})
-    return open_stream(resolve(config, world.size), world, rows=rows, first_position=0)[0]
+    run = resolve(config, world.size)
+    return open_stream(run, world, run_layout(run, rows))[0]
 
 
 def plain_gradients(corpus: Path, sequences: int, model_config: Tree) -> dict[str, Tensor]:

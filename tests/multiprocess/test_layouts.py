@@ -139,7 +139,7 @@ def taken_case(world: World, tree: Tree, flat: AbstractSet[int]) -> tuple[Rows, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "choose_rows", lambda *_: "flat" if world.rank in flat else "windows")
         *_, stream = preparation.prepare(build_config(PretrainConfig, tree), world, CpuGroup(timedelta(seconds=60)))
-    return stream.rows, stream[0].origins.ids.tolist()
+    return stream.layout.rows, stream[0].origins.ids.tolist()
 
 
 @pytest.mark.parametrize(("flat", "rows"), [({0, 1}, "flat"), ({0}, "windows"), ({1}, "windows")])

@@ -13,7 +13,7 @@ from plain_torch import plain_loss, plain_model
 from pretrain.config import PretrainConfig
 from pretrain.modeling.structure import hidden_matrices
 from pretrain.resolve import resolve
-from pretrain.training_stream import open_stream
+from pretrain.training_stream import open_stream, run_layout
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, sampled, soak
@@ -79,7 +79,7 @@ def plain_run(wordpiece_corpus: Path) -> list[float]:
     groups = [{"params": decay, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=LR, betas=config.optimizer.betas, eps=1e-4)
     losses = []
-    stream = open_stream(run, World(), rows="padded", first_position=0)
+    stream = open_stream(run, World(), run_layout(run, "padded"))
     for step in range(STEPS):
         (padded,) = stream[step].microbatches
         loss = plain_loss(model, padded)

@@ -49,13 +49,13 @@ def _train(world: World, tree: Tree) -> None:
     from pretrain.modeling.random_model import meta_model
     from pretrain.modeling.structure import flops_model
     from pretrain.resolve import resolve
-    from pretrain.training_stream import open_stream
+    from pretrain.training_stream import open_stream, run_layout
     from runs import build_engine
 
     run = resolve(build_config(PretrainConfig, tree), world.size)
     flops = flops_model(meta_model(run.model_config))
     assert flops is not None
-    stream = open_stream(run, world, rows="windows", first_position=0, attention_ratio=flops.attention_ratio)
+    stream = open_stream(run, world, run_layout(run, "windows"), flops.attention_ratio)
     engine, _ = build_engine(world, tree)
     for step in range(STEPS):
         batch = stream[step]

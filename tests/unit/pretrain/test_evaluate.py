@@ -101,7 +101,8 @@ def test_batches_are_as_large_as_in_training(heldout_corpus: Path) -> None:
         folder=SimpleNamespace(path=heldout_corpus),
         model_config=BertConfig(),
     )
-    held = open_evaluator(cast(ResolvedRun, run), "padded", 0, World(0, 2)).corpora["held"]
+    layout = MicrobatchLayout(40, 8192, "padded")
+    held = open_evaluator(cast(ResolvedRun, run), layout, World(0, 2)).corpora["held"]
     assignments = [held.maker.assign(step) for step in range(held.batches - 1)]
     assert [len(lengths) for _, lengths, _ in assignments] == [7] * (held.batches - 1)
     assert {rows for *_, assignment in assignments for rows in assignment.rows} == {4}

@@ -16,7 +16,7 @@ from pretrain.config import MaskingConfig, PretrainConfig
 from pretrain.plan.text import _batches_warnings
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import resolve
-from pretrain.training_stream import TrainingStream, open_stream
+from pretrain.training_stream import TrainingStream, open_stream, run_layout
 from pretrain.world import World
 
 Work = tuple[TrainingStream, tuple[StageWork, ...]]
@@ -39,7 +39,7 @@ def open_work(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> O
         }
         config = build_config(PretrainConfig, tree | sections)
         run, world = resolve(config, ranks), World(0, ranks)
-        stream = open_stream(run, world, rows=rows, first_position=0, attention_ratio=ratio)
+        stream = open_stream(run, world, run_layout(run, rows), ratio)
         return stream, stage_work(stream, config.masking)
 
     return open_with
