@@ -49,7 +49,7 @@ from pretrain.corpus.reader import Corpus
 from pretrain.engine.deepspeed_settings import load_settings
 from pretrain.engine.engine import Engine
 from pretrain.engine.process_group import connect, disconnect
-from pretrain.modeling.build import BuiltModel, build_model, choose_rows
+from pretrain.modeling.build import BuiltModel, build_model, choose_row_kind
 from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.optimizer_config import OptimizerConfig
@@ -74,7 +74,7 @@ _TINY = {
 _MASKED = {"bert": 0.15, "modernbert": 0.3}
 _DOCUMENTS, _MEDIAN_LENGTH, _LENGTH_SPREAD = 20_000, 250.0, 1.2  # log-normal, in tokens
 _SPECIAL = 5  # ids 0 to 4: padding, unknown, and those around a text
-_FILL = {"flat": 0.97, "windows": 0.9, "padded": 0.5}  # of the slots, about
+_FILL = {"flat": 0.97, "packed": 0.9, "padded": 0.5}  # of the slots, about
 _SHORTEST = 8  # length of the longest sequence; special tokens would be a large part of less
 _BATCHES = 4
 _WARMUP, _WARMUP_SECONDS = 5, 3.0  # the first steps, which compile, and about the seconds after them
@@ -274,16 +274,16 @@ def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[Ra
     special[:_SPECIAL] = True
     tokens = 4 * case.length if case.tiny else _TOKENS
     vocabulary = Vocabulary((2,), (3,), config.pad_token_id or 0, 4, special, np.arange(_SPECIAL, config.vocab_size))
-    rows = choose_rows(built, DTYPES[case.precision])
+    kind = choose_row_kind(built, DTYPES[case.precision])
     index = _draw_index(case.length - vocabulary.num_special_tokens)
     corpus = cast(Corpus, _RandomCorpus(config.vocab_size))
     masker = Masker(vocabulary, MaskingConfig(rate=_MASKED[config.model_type]), seed=1, corpus="random")
     mean = index.starts[-1] / len(index) + vocabulary.num_special_tokens
     maker = BatchMaker(
         (MaskedCorpus(corpus, index, masker),),
-        ShuffledOrder((CorpusStream(len(index), seed=1),), BatchSizes(max(1, int(_FILL[rows] * tokens / mean)))),
+        ShuffledOrder((CorpusStream(len(index), seed=1),), BatchSizes(max(1, int(_FILL[kind] * tokens / mean)))),
         vocabulary,
-        MicrobatchLayout(case.length, tokens, rows, built.first_position),
+        MicrobatchLayout(case.length, tokens, kind, built.first_position),
     )
     whole = (batch for batch in map(maker.__getitem__, count()) if len(batch.microbatches) == 1)
     batches = list(islice(whole, _BATCHES))

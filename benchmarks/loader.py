@@ -35,7 +35,7 @@ from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.loader import load_batches
 from pretrain.batching.masking import Masker
 from pretrain.batching.order import BatchSequences, BatchSizes, CorpusStream, ShuffledOrder
-from pretrain.batching.packing import MicrobatchLayout, Rows
+from pretrain.batching.packing import MicrobatchLayout, RowKind
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.config import MaskingConfig
@@ -98,12 +98,12 @@ def loader(
 def _cases(
     corpora: Mapping[str, Corpus], documents: str, length: int, microbatch_tokens: int
 ) -> Iterator[tuple[str, BatchMaker]]:
-    rows: Rows
-    for rows in ("windows", "flat"):
-        layout = MicrobatchLayout(length, max(length, microbatch_tokens), rows)
+    kind: RowKind
+    for kind in ("packed", "flat"):
+        layout = MicrobatchLayout(length, max(length, microbatch_tokens), kind)
         for world_size, sequences in ((1, 256), (1, 4096), (1024, 65536)):
             world = World(world_size // 2, world_size)
-            name = f"{rows}, {sequences:,} sequences, {world_size:,} ranks"
+            name = f"{kind}, {sequences:,} sequences, {world_size:,} ranks"
             yield name, _make_maker([corpora[documents]], (1.0,), layout, sequences, world)
         mixture = [corpora[part] for part in _MIXTURE]
         layout = replace(layout, max_seq_length=_LONGEST, microbatch_tokens=max(_LONGEST, microbatch_tokens))

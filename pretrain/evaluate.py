@@ -38,7 +38,7 @@ from pretrain.corpus.cache import open_local
 from pretrain.corpus.reader import Corpus, unique_names
 from pretrain.corpus.verification import verified_shards
 from pretrain.engine.host_copy import read_numbers
-from pretrain.modeling.build import build_model, choose_rows
+from pretrain.modeling.build import build_model, choose_row_kind
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.modeling.model_config import resolve_model_config
 from pretrain.modeling.packability import least_row_width
@@ -189,8 +189,8 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
         rate = masking.rates[-1]
         terminal().print(f"masks: seed {seed}, unit {masking.unit}, rate {rate:g}, max_seq_length {length}")
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
-    rows, least_width = choose_rows(built, torch.float32), least_row_width(config)
-    layout = MicrobatchLayout(length, max(8192, length), rows, built.first_position, least_width)
+    kind, least_width = choose_row_kind(built, torch.float32), least_row_width(config)
+    layout = MicrobatchLayout(length, max(8192, length), kind, built.first_position, least_width)
 
     @torch.inference_mode()
     def predict(microbatch: Microbatch) -> Predictions:

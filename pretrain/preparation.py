@@ -16,13 +16,13 @@ from experiment.run_files.checkpoints import complete_checkpoints, read_state
 from experiment.run_files.provenance import separate_copy
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
-from pretrain.batching.packing import Rows
+from pretrain.batching.packing import RowKind
 from pretrain.config import CorpusConfig, PretrainConfig
 from pretrain.corpus.cache import CorpusCache
 from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
 from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emulation
-from pretrain.modeling.build import BuiltModel, build_model, choose_rows
+from pretrain.modeling.build import BuiltModel, build_model, choose_row_kind
 from pretrain.modeling.output_bias import set_output_bias, token_frequencies
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.restore import repair_checkpoint, restore_run
@@ -51,10 +51,10 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
         warn_of_emulation(run.deepspeed)
     verify_on_each_host(run.all_corpora, world, group)
     model = group.call(lambda: _build_model(run))
-    rows = agreed_rows(choose_rows(model, run.deepspeed.dtype), world, group)
-    on_gpu = torch.cuda.is_available()  # where no width has been measured: windows are as wide as the longest sequence
+    kind = agreed_row_kind(choose_row_kind(model, run.deepspeed.dtype), world, group)
+    on_gpu = torch.cuda.is_available()  # where no width has been measured: rows are as wide as the longest sequence
     ratio = None if on_gpu or model.flops is None else model.flops.attention_ratio
-    layout = run_layout(run, rows, model.first_position)
+    layout = run_layout(run, kind, model.first_position)
     stream = group.call(lambda: open_stream(run, world, layout, ratio))
     return run, model, stream
 
@@ -78,20 +78,19 @@ def _build_model(run: ResolvedRun) -> BuiltModel:
     return model
 
 
-def agreed_rows(rows: Rows, world: World, group: CpuGroup) -> Rows:
-    """Return the rows of all ranks: windows unless every rank, whose GPU may be of another type, can compute flat ones.
-    Collective.
+def agreed_row_kind(kind: RowKind, world: World, group: CpuGroup) -> RowKind:
+    """Return the kind of rows of all ranks: flat only if every rank can compute flat rows; GPUs may differ. Collective.
 
-    Rows decide which sequences of a batch a rank takes. `rows`: the choice of this rank alone. Raises AgreedError if
+    It decides which sequences of a batch a rank takes. `kind`: the choice of this rank alone. Raises AgreedError if
     only some can pack sequences: a model is tried with its weights, on each host's CPU.
     """
-    flat, padded = group.all_reduce_sum([int(rows == "flat"), int(rows == "padded")])
+    flat, padded = group.all_reduce_sum([int(kind == "flat"), int(kind == "padded")])
     if 0 < padded < world.size:
         raise AgreedError(
             f"{padded} of {world.size} ranks find that packed sequences would get other logits in this model, the "
             "others do not: use hosts with the same CPU"
         )
-    return "windows" if rows == "flat" and flat < world.size else rows
+    return "packed" if kind == "flat" and flat < world.size else kind
 
 
 def copy_corpora_to_hosts(world: World, group: CpuGroup, config: CorpusConfig) -> Mapping[str, Path]:

@@ -19,7 +19,7 @@ from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.counter_rng import make_key
 from pretrain.batching.masking import Masker, MaskingSchedule
 from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder, stage_sizes
-from pretrain.batching.packing import MicrobatchLayout, Rows
+from pretrain.batching.packing import MicrobatchLayout, RowKind
 from pretrain.batching.row_width import with_best_row_width
 from pretrain.batching.sequences import open_index
 from pretrain.config import MaskingConfig, Stage
@@ -96,10 +96,10 @@ class TrainingStream:
         return dict(zip(self.corpora, tokens.tolist(), strict=True))
 
 
-def run_layout(run: ResolvedRun, rows: Rows, first_position: int = 0) -> MicrobatchLayout:
-    """Return the layout with the lengths of the section `batch`. `rows`, `first_position`: see MicrobatchLayout."""
+def run_layout(run: ResolvedRun, kind: RowKind, first_position: int = 0) -> MicrobatchLayout:
+    """Return the layout with the lengths of the section `batch`. `kind`, `first_position`: see MicrobatchLayout."""
     batch, least_width = run.config.batch, least_row_width(run.model_config)
-    return MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, rows, first_position, least_width)
+    return MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, kind, first_position, least_width)
 
 
 def open_stream(
@@ -109,7 +109,7 @@ def open_stream(
 
     Args:
         layout: see `run_layout`.
-        attention_ratio: from which windows get their width, see `with_best_row_width`; None: the longest sequence's.
+        attention_ratio: for the width of packed rows, see `with_best_row_width`; None: that of the longest sequence.
 
     Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.
     """
@@ -136,7 +136,7 @@ def open_stream(
         )
         for stage, of_stage, order in zip(config.stages, corpora, orders, strict=True)
     ]
-    if layout.rows == "windows" and attention_ratio is not None:
+    if layout.kind == "packed" and attention_ratio is not None:
         ends = (*first_steps[1:], sys.maxsize if steps is None else steps)
         makers = [
             with_best_row_width(maker, range(first, end), order.sizes.warmup_steps, attention_ratio)

@@ -25,7 +25,7 @@ class Microbatch(NamedTuple):
     cu_seqlens: torch.Tensor  # int32 [sequences + 1], the same as boundaries in the flattened slots
     masked_positions: torch.Tensor  # int64 [M], flattened slots whose token is predicted, then any
     labels: torch.Tensor  # int64 [M], the original token; IGNORED for padding entries
-    # Of windows, the predicted slots by row; empty for other rows. Q: the most of a row, rounded up.
+    # Of packed rows, the predicted slots by row; empty for other kinds. Q: the most of a row, rounded up.
     predicted_columns: torch.Tensor = _NO_COLUMNS  # int64 [B, Q], columns of a row's predicted slots, then zeros
     predicted_entries: torch.Tensor = _NO_COLUMNS[0]  # int64 [M], index of each position in the flattened columns
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.masking import Masker, MaskingSchedule, Ranges
 from pretrain.batching.order import BatchSequences, SequentialOrder, ShuffledOrder
-from pretrain.batching.packing import Assignment, MicrobatchLayout, Rows, assign, next_multiple, round_up
+from pretrain.batching.packing import Assignment, MicrobatchLayout, RowKind, assign, next_multiple, round_up
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.corpus.reader import Corpus
@@ -176,11 +176,11 @@ class BatchMaker:
     ) -> Microbatch:
         """Make one of `shape` [B, W] from its place in the slots. `masked` [M] are slots of it, flattened."""
         segments = slots.segments[place].reshape(shape)
-        if self.layout.rows == "flat":
+        if self.layout.kind == "flat":
             boundaries = _flat_boundaries(segments.reshape(-1), self.layout.max_seq_length)
         else:
             boundaries = _boundaries(segments)
-        padding = padded_predictions(len(masked), self.layout.rows) - len(masked)
+        padding = padded_predictions(len(masked), self.layout.kind) - len(masked)
         return Microbatch(
             input_ids=torch.from_numpy(slots.input_ids[place].reshape(shape)),
             position_ids=torch.from_numpy(slots.position_ids[place].reshape(shape)),
@@ -188,13 +188,13 @@ class BatchMaker:
             cu_seqlens=torch.from_numpy(boundaries),
             masked_positions=torch.from_numpy(np.pad(masked, (0, padding))),
             labels=torch.from_numpy(np.pad(labels, (0, padding), constant_values=IGNORED)),
-            **_predicted_by_row(masked, segments.shape, padding) if self.layout.rows == "windows" else {},
+            **_predicted_by_row(masked, segments.shape, padding) if self.layout.kind == "packed" else {},
         )
 
 
-def padded_predictions(masked: int, rows: Rows) -> int:
+def padded_predictions(masked: int, kind: RowKind) -> int:
     """Return M, the entries of `masked_positions` for this many masked slots."""
-    return next_multiple(round_up(masked, _FLAT_PARTS) if rows == "flat" else masked, _MASKED_BUCKET)
+    return next_multiple(round_up(masked, _FLAT_PARTS) if kind == "flat" else masked, _MASKED_BUCKET)
 
 
 def _predicted_by_row(masked: NDArray[np.int64], shape: tuple[int, ...], padding: int) -> dict[str, torch.Tensor]:

@@ -1,15 +1,15 @@
 """Sequences -> (rank, microbatch, row): the assignment of one global batch.
 
-Windows and padded rows:
+Packed and padded rows:
 
 1. Whole sequences are packed into rows of W slots (best fit, longest first). A model that does not support packing gets
    one sequence per row.
 2. Rows, fullest first, are assigned to ranks in snake order, which balances the ranks by tokens. Each rank splits its
    rows, in that order, into as few microbatches as hold them. A padded microbatch has sequences of similar length: it
    is as wide as the longest of all ranks.
-3. A microbatch has the same shape on every rank, and windows have the same number of rows in all microbatches of a
-   step. Rows are rounded up to one of a few numbers, so that compiled kernels see few shapes. Surplus rows are padding
-   with weight zero.
+3. A microbatch has the same shape on every rank, and packed ones have the same number of rows in all microbatches of
+   a step. Rows are rounded up to one of a few numbers, so that compiled kernels see few shapes. Surplus rows are
+   padding with weight zero.
 
 Flat microbatches, which have a single row of T slots, are dealt without packing:
 
@@ -35,11 +35,11 @@ _WIDTH_BUCKET = 16  # the width of a padded microbatch is a multiple of this, or
 # Memory of a padded row besides that of its slots, in slots. DeBERTa's relative positions take the most, 30 to 60.
 _ROW_SLOTS = 64
 
-Rows = Literal["padded", "windows", "flat"]
-"""The layout of sequences in the rows of a microbatch.
+RowKind = Literal["padded", "packed", "flat"]
+"""How sequences fill the rows of a microbatch.
 
 - padded: one sequence per row, for models that cannot be packed
-- windows: several sequences in each row of W slots, for kernels that compare all slots of a row
+- packed: several sequences in each row of W slots, for kernels that compare all slots of a row
 - flat: all sequences in one row of T slots, for flash attention, whose cost does not depend on where rows end
 """
 
@@ -50,14 +50,14 @@ class MicrobatchLayout:
 
     max_seq_length: int  # slots of the longest sequence, special tokens included
     microbatch_tokens: int  # slots that a rank computes at once, at least one row
-    rows: Rows = "windows"
+    kind: RowKind = "packed"
     first_position: int = 0  # position id of a sequence's first token; padding_idx + 1 in the RoBERTa family
     least_width: int = 0  # slots whose memory a padded row takes at least
-    wide_rows: int | None = None  # slots of a row of windows, if it is wider than the longest sequence
+    wide_rows: int | None = None  # slots of a packed row, if it is wider than the longest sequence
 
     @property
     def row_width(self) -> int:
-        """W, slots of a row of windows, or of a padded one."""
+        """W, slots of a packed or padded row."""
         return self.wide_rows or self.max_seq_length
 
     def padded_rows(self, width: int) -> int:
@@ -169,7 +169,7 @@ def assign_to_ranks(
     """
     filled = np.bincount(packed.row, weights=lengths, minlength=packed.count).astype(np.int64)
     fullest_first = longest_first(filled)
-    split = _split_padded if layout.rows == "padded" else _split_windows
+    split = _split_padded if layout.kind == "padded" else _split_packed
     bounds, rows, widths = split(filled[fullest_first[::world_size]], layout)
 
     # Snake order: each round gives every rank one row, alternately first to last and last to first rank.
@@ -191,7 +191,7 @@ _Split = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 """Where each microbatch begins among the R rows of a rank, and R, [K + 1]; its rows and its width, [K] each."""
 
 
-def _split_windows(filled: NDArray[np.int64], layout: MicrobatchLayout) -> _Split:
+def _split_packed(filled: NDArray[np.int64], layout: MicrobatchLayout) -> _Split:
     """Split the rows of a rank, filled [R], into microbatches of the same shape."""
     max_rows = layout.microbatch_tokens // layout.row_width
     count = -(-len(filled) // max_rows)
@@ -217,9 +217,9 @@ def _split_padded(filled: NDArray[np.int64], layout: MicrobatchLayout) -> _Split
 def assign(lengths: NDArray[np.int64], world_size: int, layout: MicrobatchLayout) -> Assignment:
     """Assign sequences with these lengths [S], at most `layout.max_seq_length`, to the microbatches of all ranks."""
     assert layout.microbatch_tokens >= layout.row_width
-    if layout.rows == "flat":
+    if layout.kind == "flat":
         return deal(lengths, world_size, layout.microbatch_tokens)
-    rows = one_per_row(lengths) if layout.rows == "padded" else pack(lengths, layout.row_width)
+    rows = one_per_row(lengths) if layout.kind == "padded" else pack(lengths, layout.row_width)
     return assign_to_ranks(lengths, rows, world_size, layout)
 
 

@@ -1,4 +1,4 @@
-"""The width of rows of windows.
+"""The width of packed rows.
 
 Sequences of up to L tokens fill rows of L slots badly if most of them are longer than half a row: a paragraph of 1.5 L
 tokens becomes two sequences of 0.75 L, each of which needs a row. Wider rows waste fewer slots, but attention, which

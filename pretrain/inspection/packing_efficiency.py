@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.batching.packing import MicrobatchLayout, Rows, assign
+from pretrain.batching.packing import MicrobatchLayout, RowKind, assign
 from pretrain.batching.sequences import split_documents
 from pretrain.config import BatchConfig
 
@@ -24,7 +24,7 @@ class PackingEfficiency:
     sequences: int  # of an epoch
     split_documents: float  # share of the documents that are longer than a sequence
     special_tokens: float  # share of the tokens
-    filled: dict[Rows, float]  # tokens per computed slot, special tokens included
+    filled: dict[RowKind, float]  # tokens per computed slot, special tokens included
 
 
 def packing_efficiency(
@@ -45,13 +45,13 @@ def packing_efficiency(
     size = BATCHES, max(1, BATCH_TOKENS * count // (tokens + special_tokens * count))
     batches = random.choice(capacity + 1, size, p=sequences / count) + special_tokens
     slots = max(BatchConfig().microbatch_tokens, _LONGEST_SEQUENCES * max_seq_length)
-    layouts = [MicrobatchLayout(max_seq_length, slots, rows) for rows in ("padded", "windows", "flat")]
+    layouts = [MicrobatchLayout(max_seq_length, slots, kind) for kind in ("padded", "packed", "flat")]
     return PackingEfficiency(
         max_seq_length=max_seq_length,
         sequences=count,
         split_documents=float(documents[lengths > capacity].sum() / documents.sum()),
         special_tokens=special_tokens * count / (tokens + special_tokens * count),
-        filled={layout.rows: _filled(batches, layout) for layout in layouts},
+        filled={layout.kind: _filled(batches, layout) for layout in layouts},
     )
 
 

@@ -86,7 +86,7 @@ def write_inspection(path: Path, found: Inspection, tokenizer: PreTrainedTokeniz
 def describe(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the summary, several lines."""
     manifest, duplicates = found.manifest, found.near_duplicates
-    filled = ", ".join(f"{each.filled['windows']:.1%} at {each.max_seq_length:,}" for each in found.packing)
+    filled = ", ".join(f"{each.filled['packed']:.1%} at {each.max_seq_length:,}" for each in found.packing)
     frequent = _frequent_tokens(found, tokenizer)[:_SUMMARY_TOKENS]
     scripts = ", ".join(f"{name} {share:.1%}" for name, share in found.scripts[:_SUMMARY_SCRIPTS])
     return "\n".join(
@@ -158,7 +158,7 @@ def _packing_blocks(found: Inspection) -> list[Block]:
             f"{each.sequences:,}",
             f"{each.split_documents:.1%}",
             f"{each.special_tokens:.1%}",
-            *(f"{each.filled[kind]:.1%}" for kind in ("padded", "windows", "flat")),
+            *(f"{each.filled[kind]:.1%}" for kind in ("padded", "packed", "flat")),
         ]
         for each in found.packing
     ]

@@ -18,7 +18,7 @@ from experiment.errors import UserError, user_errors_in
 from experiment.models.model_folder import first_use, load_config, load_weights
 from experiment.models.tokenizer import load_tokenizer
 from experiment.models.transformers_models import describe_unused_layers, first_position, is_in_encoder, keep_fixed
-from pretrain.batching.packing import Rows
+from pretrain.batching.packing import RowKind
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
 from pretrain.modeling.attention import Capability, uses_flash
@@ -162,15 +162,15 @@ def checkpoint_activations(model: PreTrainedModel, preserve_rng_state: bool = Tr
     )
 
 
-def choose_rows(model: BuiltModel, dtype: torch.dtype) -> Rows:
+def choose_row_kind(model: BuiltModel, dtype: torch.dtype) -> RowKind:
     """Flat rows where flash attention computes them, in `dtype` on this process's CUDA device. Other kernels compare
-    all slots of a row, so they get windows."""
+    all slots of a row, so they get packed rows."""
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    return rows_on(capability, model.packed, model.model.config, dtype)
+    return row_kind_on(capability, model.packed, model.model.config, dtype)
 
 
-def rows_on(capability: Capability | None, packed: bool, config: PreTrainedConfig, dtype: torch.dtype) -> Rows:
-    """Like `choose_rows`, on a device of this capability (None: a CPU)."""
+def row_kind_on(capability: Capability | None, packed: bool, config: PreTrainedConfig, dtype: torch.dtype) -> RowKind:
+    """Like `choose_row_kind`, on a device of this capability (None: a CPU)."""
     if not packed:
         return "padded"
-    return "flat" if uses_flash(config, capability, dtype) else "windows"
+    return "flat" if uses_flash(config, capability, dtype) else "packed"

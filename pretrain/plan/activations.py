@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.batching.batch import Microbatch
-from pretrain.batching.packing import Rows
+from pretrain.batching.packing import RowKind
 from pretrain.modeling.attention import Predicted, interruptible, use_packed_attention
 from pretrain.modeling.build import checkpoint_activations
 from pretrain.modeling.fused_cross_entropy import chunk_rows, padded_columns
@@ -60,7 +60,7 @@ class Computation:
     """The computation of a microbatch."""
 
     dtype: torch.dtype  # of weights and activations
-    rows: Rows
+    kind: RowKind  # of rows
     on_gpu: bool
     checkpointed: bool  # model.activation_checkpointing
     gradients_stay: bool = False  # in `parameter.grad` until the step
@@ -68,7 +68,7 @@ class Computation:
 
     @property
     def packed(self) -> bool:
-        return self.rows != "padded"
+        return self.kind != "padded"
 
 
 def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computation: Computation) -> MicrobatchMemory:
@@ -104,7 +104,7 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
     wrapped = MaskedLanguageModel(model, computation.packed, head=head).train()
     if computation.on_gpu:
         _use_gpu_kernels(model, computation.packed)
-    if computation.rows == "flat":
+    if computation.kind == "flat":
         wrapped.windows = set()  # flash attention needs no masks, which have an entry for each pair of slots
     if computation.checkpointed:
         # The meta device has no generator; its state takes no memory worth counting.

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from experiment.errors import UserError, first_line
 from experiment.process.hardware import peak_flops
-from pretrain.batching.packing import Rows
+from pretrain.batching.packing import RowKind
 from pretrain.engine.deepspeed_settings import unsupported_precision, uses_zero1_optimizer
-from pretrain.modeling.build import rows_on
+from pretrain.modeling.build import row_kind_on
 from pretrain.modeling.packability import is_packed
 from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.structure import FlopsModel, ParameterCounts, count_parameters, flops_model, hidden_matrices
@@ -97,17 +97,17 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
     skeleton = meta_model(run.model_config)
     packed = is_packed(run.model_config)
     counts, flops = count_parameters(skeleton), flops_model(skeleton)
-    rows = rows_on(device.capability, packed, run.model_config, run.deepspeed.dtype)
+    kind = row_kind_on(device.capability, packed, run.model_config, run.deepspeed.dtype)
     ratio = None if device.is_gpu or flops is None else flops.attention_ratio
     # The first position does not matter: batches get no tensors.
-    stream = open_stream(run, World(0, ranks), run_layout(run, rows), ratio)
+    stream = open_stream(run, World(0, ranks), run_layout(run, kind), ratio)
     stages = stage_work(stream, run.config.masking)
     settings = memory_settings(run.config, run.deepspeed, ranks, host_ranks, device.is_gpu)
     if rates.peak_flops is None:
         rates = replace(rates, peak_flops=peak_flops(device.name, run.deepspeed.precision))
     alternatives = _alternatives(settings)
     largest = {
-        stay: _largest_microbatch(run, stages, rows, device.is_gpu, stay)
+        stay: _largest_microbatch(run, stages, kind, device.is_gpu, stay)
         for stay in {each.gradients_stay for each in alternatives}
     }
     longest = max(stages, key=lambda stage: stage.steps or math.inf)
@@ -183,14 +183,14 @@ def _alternatives(settings: MemorySettings) -> list[MemorySettings]:
 
 
 def _largest_microbatch(
-    run: ResolvedRun, stages: tuple[StageWork, ...], rows: Rows, on_gpu: bool, gradients_stay: bool
+    run: ResolvedRun, stages: tuple[StageWork, ...], kind: RowKind, on_gpu: bool, gradients_stay: bool
 ) -> MicrobatchMemory:
     """Return the memory of the microbatch that takes the most. Raises UserError for a model that cannot run without
     values."""
     shapes = {(stage.batch.largest, stage.batch.microbatches > 1) for stage in stages}
     computation = Computation(
         dtype=run.deepspeed.dtype,
-        rows=rows,
+        kind=kind,
         on_gpu=on_gpu,
         checkpointed=run.config.model.activation_checkpointing,
         gradients_stay=gradients_stay,

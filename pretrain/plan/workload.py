@@ -136,7 +136,7 @@ def _batch_shape(maker: BatchMaker, step: int, rate: float) -> BatchShape:
     largest = MicrobatchShape(  # padded ones become narrower
         rows=rows,
         width=int(assignment.widths[0]),
-        predicted=padded_predictions(int(predicted), maker.layout.rows),
+        predicted=padded_predictions(int(predicted), maker.layout.kind),
         sequences=int(np.bincount(microbatch, minlength=count).max()) + rows,
     )
     tokens = int(lengths.sum())

@@ -132,7 +132,7 @@ def batch_hashes(tree: Tree, first: int, last: int) -> list[str]:
     """Hashes of the batches (inputs, positions, labels) of the steps from `first` up to, not including, `last`."""
     config = build_config(PretrainConfig, tree)
     run = resolve(config, 1)
-    stream = open_stream(run, World(), run_layout(run, "windows"))
+    stream = open_stream(run, World(), run_layout(run, "packed"))
     return [hash_batch(stream[step]) for step in range(first, last)]
 
 

@@ -17,7 +17,7 @@ from experiment.config import build_config
 from experiment.run_files.checkpoints import checkpoint_path
 from plain_torch import all_labels, plain_loss, plain_model
 from pretrain.batching.batch import IGNORED, RankBatch
-from pretrain.batching.packing import Rows
+from pretrain.batching.packing import RowKind
 from pretrain.config import PretrainConfig
 from pretrain.resolve import resolve
 from pretrain.training_stream import open_stream, run_layout
@@ -39,13 +39,13 @@ SAMPLE = [
 
 
 def global_batch(
-    corpus: Path, width: int, microbatch_tokens: int, world: World, rows: Rows, sequences: int = SEQUENCES
+    corpus: Path, width: int, microbatch_tokens: int, world: World, kind: RowKind, sequences: int = SEQUENCES
 ) -> RankBatch:
     """A rank's share of the first global batch of a run with these settings."""
     batch = {"sequences": sequences, "max_seq_length": width, "microbatch_tokens": microbatch_tokens}
     config = build_config(PretrainConfig, run_config(Path("unused"), corpus, run__seed=SEED) | {"batch": batch})
     run = resolve(config, world.size)
-    return open_stream(run, world, run_layout(run, rows))[0]
+    return open_stream(run, world, run_layout(run, kind))[0]
 
 
 def plain_gradients(corpus: Path, sequences: int, model_config: Tree) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def plain_gradients(corpus: Path, sequences: int, model_config: Tree) -> dict[st
     model = plain_model(run)
 
     width = config.batch.max_seq_length
-    batch = global_batch(corpus, width, width * sequences, World(), rows="padded", sequences=sequences)
+    batch = global_batch(corpus, width, width * sequences, World(), kind="padded", sequences=sequences)
     (padded,) = batch.microbatches
     labels = all_labels(padded)
 
@@ -105,7 +105,7 @@ def test_layouts_have_the_expected_microbatches(wordpiece_corpus: Path, world_si
     """Catches test cases that do not differ: equal microbatches and equal ranks would hide a wrong average."""
     for expected, microbatch_tokens in ((1, ONE_MICROBATCH), (3, THREE_MICROBATCHES[world_size])):
         shares = [
-            global_batch(wordpiece_corpus, 40, microbatch_tokens, World(rank, world_size), rows="windows")
+            global_batch(wordpiece_corpus, 40, microbatch_tokens, World(rank, world_size), "packed")
             for rank in range(world_size)
         ]
         assert [len(share.microbatches) for share in shares] == [expected] * world_size
@@ -151,7 +151,7 @@ def test_each_gradient_of_a_full_microbatch_in_bf16(
     """Catches sums over tokens that are rounded to bf16 after each addition, as torch's for norms and embeddings on a
     CPU: the gradients of weights hide their error in that of the whole gradient."""
     model = SHALLOW | NO_DROPOUT
-    batch = global_batch(wordpiece_corpus, 40, MANY_SLOTS, World(), "windows", MANY_SEQUENCES)
+    batch = global_batch(wordpiece_corpus, 40, MANY_SLOTS, World(), "packed", MANY_SEQUENCES)
     (microbatch,) = batch.microbatches
     assert 8000 < (microbatch.segments > 0).sum() < 8400
     expected = plain_gradients(wordpiece_corpus, MANY_SEQUENCES, model)

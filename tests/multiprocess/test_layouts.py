@@ -9,7 +9,7 @@ import pytest
 
 from experiment.config import build_config
 from experiment.run_files.checkpoints import checkpoint_path
-from pretrain.batching.packing import Rows
+from pretrain.batching.packing import RowKind
 from pretrain.config import PretrainConfig
 from pretrain.world import World
 from rank_pool import RankPool
@@ -130,21 +130,21 @@ def test_batches_without_masked_tokens_update_nothing(
     assert_same_tensors(first, second)
 
 
-def taken_case(world: World, tree: Tree, flat: AbstractSet[int]) -> tuple[Rows, list[int]]:
+def taken_case(world: World, tree: Tree, flat: AbstractSet[int]) -> tuple[RowKind, list[int]]:
     """The rows of a run on devices of which only those of the ranks `flat` compute flat rows, and the sequences of the
     first batch that this rank takes."""
     from pretrain import preparation
     from pretrain.training.cpu_group import CpuGroup
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "choose_rows", lambda *_: "flat" if world.rank in flat else "windows")
+        patch.setattr(preparation, "choose_row_kind", lambda *_: "flat" if world.rank in flat else "packed")
         *_, stream = preparation.prepare(build_config(PretrainConfig, tree), world, CpuGroup(timedelta(seconds=60)))
-    return stream.layout.rows, stream[0].origins.ids.tolist()
+    return stream.layout.kind, stream[0].origins.ids.tolist()
 
 
-@pytest.mark.parametrize(("flat", "rows"), [({0, 1}, "flat"), ({0}, "windows"), ({1}, "windows")])
+@pytest.mark.parametrize(("flat", "rows"), [({0, 1}, "flat"), ({0}, "packed"), ({1}, "packed")])
 def test_ranks_on_different_devices_use_the_same_rows(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, flat: set[int], rows: Rows
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, flat: set[int], rows: RowKind
 ) -> None:
     """Catches sequences that two ranks train on, and others that none does, where GPUs are of different types."""
     tree = run_config(tmp_path, wordpiece_corpus)

@@ -182,7 +182,7 @@ def test_the_machine_with_the_most_ranks_counts(
 def test_plans_the_rows_of_the_device(
     config: Path, capsys: pytest.CaptureFixture[str], device: str, ds_config: str, flat: bool
 ) -> None:
-    """Catches windows, and a warning of their padding, for a GPU that computes flat rows, and flat rows for others."""
+    """Catches packed rows, and a warning of padding, for a GPU that computes flat ones, and flat ones for others."""
     flags = ("--device", device, f"--engine.ds_config=ds_configs/{ds_config}.json")
     (stage,) = plan(capsys, config, "--num_gpus=1", *flags)["stages"]
     assert (stage["batch"]["largest"]["rows"] == 1) == flat

@@ -73,7 +73,7 @@ def test_scores_are_exact_at_any_microbatch_size(heldout_corpus: Path) -> None:
     """Catches means of means, fillers that count, and scores that depend on the microbatch size or packing."""
     scores = [
         evaluate(held_out(heldout_corpus, MicrobatchLayout(40, tokens, rows)), predict)
-        for tokens, rows in ((40, "windows"), (400, "windows"), (4000, "padded"), (400, "flat"))
+        for tokens, rows in ((40, "packed"), (400, "packed"), (4000, "padded"), (400, "flat"))
     ]
     first = scores[0]
     assert first.masked_tokens > 50
@@ -178,7 +178,7 @@ def test_evaluate_scores_any_hugging_face_folder(
         assert set(scores) == {"loss", "perplexity", "accuracy", "masked_tokens"}
 
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
-    held = held_out(heldout_corpus, MicrobatchLayout(48, 48, rows="padded"))
+    held = held_out(heldout_corpus, MicrobatchLayout(48, 48, kind="padded"))
     loss_sum = 0.0
     for step in range(held.batches):
         for micro in held.maker[step].microbatches:

@@ -420,7 +420,7 @@ def test_a_run_with_checkpoints_does_not_need_the_storage(
         restore(RunFolder(tmp_path / "new"), mirror)
 
 
-@pytest.mark.parametrize(("others", "agreed"), [((0, 0), "windows"), ((1, 0), "flat"), ((0, 1), None)])
+@pytest.mark.parametrize(("others", "agreed"), [((0, 0), "packed"), ((1, 0), "flat"), ((0, 1), None)])
 def test_all_ranks_have_the_same_rows(others: tuple[int, int], agreed: str | None) -> None:
     """Catches ranks that take other sequences of a batch than the rest, on a host with another GPU or CPU.
 
@@ -432,7 +432,7 @@ def test_all_ranks_have_the_same_rows(others: tuple[int, int], agreed: str | Non
             return [own + other for own, other in zip(values, others, strict=True)]
 
     if agreed is not None:
-        assert preparation.agreed_rows("flat", World(size=2), TwoRanks()) == agreed
+        assert preparation.agreed_row_kind("flat", World(size=2), TwoRanks()) == agreed
         return
     with pytest.raises(UserError, match="1 of 2 ranks find that packed sequences would get other logits"):
-        preparation.agreed_rows("flat", World(size=2), TwoRanks())
+        preparation.agreed_row_kind("flat", World(size=2), TwoRanks())

@@ -45,7 +45,7 @@ def open_run_stream(wordpiece_corpus: Path, heldout_corpus: Path) -> OpenStream:
         **sections: Any,
     ) -> TrainingStream:
         run = resolve_run(wordpiece_corpus, heldout_corpus, mixed, sections)
-        return open_stream(run, world, run_layout(run, "windows"), attention_ratio)
+        return open_stream(run, world, run_layout(run, "packed"), attention_ratio)
 
     return open_with
 
@@ -321,12 +321,12 @@ def test_a_fork_ends_after_its_parents_step(
 ) -> None:
     """Catches a fork that trains nothing and counts as done because its length in epochs or tokens is a total."""
     run = resolve_run(wordpiece_corpus, heldout_corpus, False, {"schedule": length})
-    steps = open_stream(run, World(), run_layout(run, "windows")).steps
+    steps = open_stream(run, World(), run_layout(run, "packed")).steps
     assert steps is not None
 
     def open_fork(step: int) -> TrainingStream:
         fork = dataclasses.replace(run, resume_plan=ResumePlan(tmp_path, step, fork=True))
-        return open_stream(fork, World(), run_layout(run, "windows"))
+        return open_stream(fork, World(), run_layout(run, "packed"))
 
     assert open_fork(steps - 1).steps == steps
     for step in (steps, steps + 5):
@@ -344,7 +344,7 @@ def test_the_tokens_of_a_fork_are_those_that_its_parent_leaves(
     planned = ResumePlan(tmp_path, step=8, fork=True, forked_at=8, forked_tokens=45_000)
 
     def open_with(plan: ResumePlan) -> TrainingStream:
-        return open_stream(dataclasses.replace(run, resume_plan=plan), World(), run_layout(run, "windows"))
+        return open_stream(dataclasses.replace(run, resume_plan=plan), World(), run_layout(run, "packed"))
 
     stream = open_with(planned)
     assert stream.steps is not None

@@ -42,27 +42,27 @@ def by_unit(maker, unit):
     return dataclasses.replace(maker, corpora=(dataclasses.replace(source, masker=masker),))
 
 
-ROWS_AND_UNITS = (
-    ("windows", "token"),
+KINDS_AND_UNITS = (
+    ("packed", "token"),
     ("padded", "token"),
     ("flat", "token"),
-    ("windows", "word"),
-    ("windows", "span"),
+    ("packed", "word"),
+    ("packed", "span"),
 )
 
 
 @pytest.mark.parametrize(
-    ("world_size", "rows", "unit"),
+    ("world_size", "kind", "unit"),
     [
-        *((world_size, *case) for world_size in (1, 2, 3, 8) for case in ROWS_AND_UNITS),
-        (64, "windows", "span"),  # more ranks than sequences
-        *soak(*((1024, *case) for case in ROWS_AND_UNITS)),
+        *((world_size, *case) for world_size in (1, 2, 3, 8) for case in KINDS_AND_UNITS),
+        (64, "packed", "span"),  # more ranks than sequences
+        *soak(*((1024, *case) for case in KINDS_AND_UNITS)),
     ],
 )
-def test_a_global_batch_is_the_same_at_every_world_size(maker, world_size, rows, unit):
+def test_a_global_batch_is_the_same_at_every_world_size(maker, world_size, kind, unit):
     """Catches sequences or masks that depend on the world size, and tokens lost or duplicated between ranks."""
     maker = by_unit(maker, unit)
-    layout = dataclasses.replace(maker.layout, rows=rows)
+    layout = dataclasses.replace(maker.layout, kind=kind)
     reference = sorted(sequences_of([maker[3]]))
     share = [dataclasses.replace(maker, layout=layout, world=World(rank, world_size))[3] for rank in range(world_size)]
     assert sorted(sequences_of(share)) == reference
@@ -109,7 +109,7 @@ def test_microbatch_layout(maker):
 
 
 @pytest.mark.parametrize("rate", [0.3, 1e-9])
-def test_predicted_columns_of_windows(maker, rate):
+def test_predicted_columns_of_packed_rows(maker, rate):
     """Catches a predicted slot in another row or column than its position, and microbatches without any."""
     batch = dataclasses.replace(maker, masking_schedule=MaskingSchedule((rate,), "stepped", steps=1))[0]
     assert (batch.masked_tokens > 0) == (rate == 0.3)
@@ -127,7 +127,7 @@ def test_predicted_columns_of_windows(maker, rate):
 
 def flat(maker, microbatch_tokens=90):
     """The maker with flat microbatches."""
-    layout = dataclasses.replace(maker.layout, rows="flat", microbatch_tokens=microbatch_tokens, first_position=2)
+    layout = dataclasses.replace(maker.layout, kind="flat", microbatch_tokens=microbatch_tokens, first_position=2)
     return dataclasses.replace(maker, layout=layout)
 
 

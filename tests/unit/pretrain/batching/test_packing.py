@@ -71,7 +71,7 @@ def test_rows_are_nearly_full():
 def test_every_sequence_is_assigned_one_place(lengths, world_size, max_rows, packed):
     """Catches sequences lost or computed twice at any world size, and ranks with unequal numbers of microbatches."""
     packed_rows = pack(lengths, 32) if packed else one_per_row(lengths)
-    layout = MicrobatchLayout(32, 32 * max_rows, "windows" if packed else "padded")
+    layout = MicrobatchLayout(32, 32 * max_rows, "packed" if packed else "padded")
     assignment = assign_to_ranks(lengths, packed_rows, world_size, layout)
     assert (assignment.rows * assignment.widths <= 32 * max_rows).all()
     assert (assignment.offset + lengths <= assignment.widths[assignment.microbatch]).all()
@@ -87,7 +87,7 @@ def test_every_sequence_is_assigned_one_place(lengths, world_size, max_rows, pac
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-@pytest.mark.parametrize(("rows", "difference"), [("windows", 128), ("padded", 24)])
+@pytest.mark.parametrize(("rows", "difference"), [("packed", 128), ("padded", 24)])
 def test_ranks_get_equal_tokens(world_size, rows, difference):
     """Catches an assignment that makes one rank wait for another: within one row of each other. Where rows are not
     equally full, a rank that gets the fullest one of each round would be far ahead."""
@@ -140,7 +140,7 @@ def test_few_rows_are_empty(count):
     assert rows.max() - rows.min() <= 1, "a second microbatch that is nearly empty"
 
 
-@pytest.mark.parametrize("rows", ["padded", "windows"])
+@pytest.mark.parametrize("rows", ["padded", "packed"])
 @pytest.mark.parametrize(("sequences", "world_size"), [(1024, 64), (16, 1), (1000, 8), (1, 4)])
 def test_rows_of_a_batch_smaller_than_a_microbatch(rows, sequences, world_size):
     """Catches rows that are rounded up to a part of a microbatch that the batch cannot fill."""

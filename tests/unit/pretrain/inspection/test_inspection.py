@@ -91,7 +91,7 @@ def test_packing_is_that_of_training() -> None:
     # 72 slots of 128; a second sequence never fits.
     found = packing_efficiency(np.array([70]), np.array([1000]), 128, 2, seed=1)
     assert found.special_tokens == pytest.approx(2 / 72)
-    assert found.filled["windows"] == pytest.approx(72 / 128, rel=0.01)
+    assert found.filled["packed"] == pytest.approx(72 / 128, rel=0.01)
     assert found.filled["padded"] == pytest.approx(72 / 80, rel=0.01)
     assert found.filled["flat"] > 0.97
     # Short sequences share microbatches that are narrower than the longest sequence.

@@ -113,6 +113,6 @@ def make_example(model_type: str, corpus_folder: Path) -> Example:
         (MaskedCorpus(corpus, index, Masker(vocabulary, MaskingConfig(), seed=5, corpus=corpus.fingerprint)),),
         ShuffledOrder((CorpusStream(len(index), seed=5),), BatchSizes(23)),
         vocabulary,
-        MicrobatchLayout(WIDTH, 4 * WIDTH, "windows" if built.packed else "padded", built.first_position),
+        MicrobatchLayout(WIDTH, 4 * WIDTH, "packed" if built.packed else "padded", built.first_position),
     )
     return Example(built, plain.eval(), maker[0].microbatches, maker)

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from experiment.errors import UserError
-from pretrain.batching.packing import Rows
+from pretrain.batching.packing import RowKind
 from pretrain.config import ModelConfig
-from pretrain.modeling.build import build_model, choose_rows
+from pretrain.modeling.build import build_model, choose_row_kind
 from pretrain.modeling.model_config import resolve_model_config
 from pretrain.modeling.random_model import meta_model
 from tiny_models import tiny_fields
@@ -244,11 +244,11 @@ HEADS_OF_26 = BertConfig(hidden_size=312, num_attention_heads=12)
         (True, DistilBertConfig(dim=128, n_heads=4), torch.float16, (8, 0), "flat"),
         (False, HEADS_OF_32, torch.bfloat16, (9, 0), "padded"),
         (False, HEADS_OF_32, torch.bfloat16, None, "padded"),
-        (True, HEADS_OF_32, torch.float32, (9, 0), "windows"),
-        (True, HEADS_OF_26, torch.bfloat16, (9, 0), "windows"),
-        (True, HEADS_OF_32, torch.float16, (7, 0), "windows"),
-        (True, HEADS_OF_32, torch.bfloat16, None, "windows"),
-        (True, PreTrainedConfig(), torch.bfloat16, (9, 0), "windows"),
+        (True, HEADS_OF_32, torch.float32, (9, 0), "packed"),
+        (True, HEADS_OF_26, torch.bfloat16, (9, 0), "packed"),
+        (True, HEADS_OF_32, torch.float16, (7, 0), "packed"),
+        (True, HEADS_OF_32, torch.bfloat16, None, "packed"),
+        (True, PreTrainedConfig(), torch.bfloat16, (9, 0), "packed"),
     ],
 )
 def test_rows_are_flat_only_for_flash_attention(
@@ -257,14 +257,14 @@ def test_rows_are_flat_only_for_flash_attention(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
-    rows: Rows,
+    rows: RowKind,
 ) -> None:
-    """Catches flat rows for a kernel that compares all slots of a row, whose memory would not suffice, and windows
-    where flash attention would do. `capability` None: no CUDA device."""
+    """Catches flat rows for a kernel that compares all slots of a row, whose memory would not suffice, and packed
+    ones where flash attention would do. `capability` None: no CUDA device."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
     built: Any = SimpleNamespace(packed=packed, model=SimpleNamespace(config=config))
-    assert choose_rows(built, dtype) == rows
+    assert choose_row_kind(built, dtype) == rows
 
 
 @pytest.mark.parametrize(("token_dropout", "packed"), [(False, True), (True, False)])

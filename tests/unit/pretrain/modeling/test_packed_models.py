@@ -164,11 +164,13 @@ def test_a_model_whose_tokenizer_has_neither_cls_nor_sep_trains(
 
 
 @pytest.mark.parametrize("model_type", PACKED)
-def test_flat_rows_have_the_loss_and_gradients_of_windows(example: Callable[[str], Example], model_type: str) -> None:
+def test_flat_and_packed_rows_have_the_same_loss_and_gradients(
+    example: Callable[[str], Example], model_type: str
+) -> None:
     """Catches another order, other masks or other positions in flat rows, sequences that influence each other there,
     and a model that fails on rows with more slots than it has positions."""
     case = example(model_type)
-    layout = dataclasses.replace(case.maker.layout, rows="flat", microbatch_tokens=8 * WIDTH)
+    layout = dataclasses.replace(case.maker.layout, kind="flat", microbatch_tokens=8 * WIDTH)
     flat = dataclasses.replace(case.maker, layout=layout)[0]
     assert flat.masked_tokens == case.maker[0].masked_tokens
     assert min(microbatch.input_ids.shape[1] for microbatch in flat.microbatches) > 4 * 70, "of 70 positions"
@@ -179,8 +181,8 @@ def test_flat_rows_have_the_loss_and_gradients_of_windows(example: Callable[[str
         loss = torch.stack([module(*microbatch).loss_sum for microbatch in microbatches]).sum()
         loss.backward()
         results.append((loss.item(), [p.grad.clone() for p in module.parameters() if p.grad is not None]))
-    (windows_loss, expected), (flat_loss, found) = results
-    assert flat_loss == pytest.approx(windows_loss, rel=1e-5)
+    (packed_loss, expected), (flat_loss, found) = results
+    assert flat_loss == pytest.approx(packed_loss, rel=1e-5)
     assert relative([ours - theirs for ours, theirs in zip(found, expected, strict=True)], expected) < 1e-5
 
 

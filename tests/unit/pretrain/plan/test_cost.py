@@ -73,7 +73,7 @@ NEWER = (
 
 @pytest.mark.parametrize(("names", "older"), [(OLDER, True), (NEWER, False)])
 def test_older_gpus_are_known_by_their_names(names: tuple[str, ...], older: bool) -> None:
-    """Catches a plan of flat rows for a GPU without flash attention, and of windows for one whose name is similar."""
+    """Catches flat rows for a GPU without flash attention, and packed ones for one whose name is similar."""
     assert [name for name in names if (Device(name, None, None).capability < (8, 0)) != older] == []
 
 

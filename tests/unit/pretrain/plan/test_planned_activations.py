@@ -18,7 +18,7 @@ from pretrain.plan.activations import (
 from runs import sampled
 
 SHAPE = MicrobatchShape(rows=4, width=32, predicted=64, sequences=9)
-FP32 = Computation(torch.float32, "windows", on_gpu=False, checkpointed=False)
+FP32 = Computation(torch.float32, "packed", on_gpu=False, checkpointed=False)
 VOCABULARY = 300
 
 
@@ -100,7 +100,7 @@ def test_a_gpu_keeps_no_scores() -> None:
     """Catches a GPU that is planned with the attention of a CPU, and flat rows with masks for each pair of slots."""
     long = MicrobatchShape(rows=1, width=512, predicted=64, sequences=1)
     assert memory(replace(FP32, on_gpu=True), long).activations < 0.3 * memory(FP32, long).activations
-    flat = replace(FP32, on_gpu=True, rows="flat")
+    flat = replace(FP32, on_gpu=True, kind="flat")
     wide, twice = (memory(flat, replace(SHAPE, rows=1, width=width)).activations for width in (8192, 16384))
     assert twice == pytest.approx(2 * wide, rel=0.1)
 
@@ -164,7 +164,7 @@ def test_several_architectures_run_on_the_meta_device(model_type: str, on_gpu: b
         pad_token_id=0,
     )
     found = memory(
-        Computation(torch.bfloat16, "padded" if model_type in PADDED else "windows", on_gpu, checkpointed),
+        Computation(torch.bfloat16, "padded" if model_type in PADDED else "packed", on_gpu, checkpointed),
         config=config,
     )
     assert found.total > 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiment.config import build_config
-from pretrain.batching.packing import Rows
+from pretrain.batching.packing import RowKind
 from pretrain.config import MaskingConfig, PretrainConfig
 from pretrain.plan.text import _batches_warnings
 from pretrain.plan.workload import StageWork, stage_work
@@ -26,7 +26,7 @@ OpenWork = Callable[..., Work]
 @pytest.fixture
 def open_work(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> OpenWork:
     def open_with(
-        mixed: bool = False, ranks: int = 2, rows: Rows = "windows", ratio: float | None = None, **sections: Any
+        mixed: bool = False, ranks: int = 2, kind: RowKind = "packed", ratio: float | None = None, **sections: Any
     ) -> Work:
         mixture = [{"path": str(wordpiece_corpus), "weight": 3.0}, {"path": str(heldout_corpus), "weight": 1.0}]
         tree = {
@@ -39,7 +39,7 @@ def open_work(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> O
         }
         config = build_config(PretrainConfig, tree | sections)
         run, world = resolve(config, ranks), World(0, ranks)
-        stream = open_stream(run, world, run_layout(run, rows), ratio)
+        stream = open_stream(run, world, run_layout(run, kind), ratio)
         return stream, stage_work(stream, config.masking)
 
     return open_with
@@ -93,11 +93,11 @@ def test_warnings_name_the_stages_of_the_config() -> None:
     assert found == ["microbatches of 8 tokens in stage 2", "microbatches of 8 tokens in stage 3"]
 
 
-@pytest.mark.parametrize(("rows", "ratio"), [("windows", None), ("windows", 0.0), ("flat", None)])
-def test_the_largest_batch_is_one_of_the_run(open_work: OpenWork, rows: Rows, ratio: float | None) -> None:
+@pytest.mark.parametrize(("kind", "ratio"), [("packed", None), ("packed", 0.0), ("flat", None)])
+def test_the_largest_batch_is_one_of_the_run(open_work: OpenWork, kind: RowKind, ratio: float | None) -> None:
     """Catches microbatches of another shape than those that a rank computes, whose rows may be wider than a sequence
     (0.0: attention takes no time)."""
-    stream, (stage,) = open_work(ranks=1, rows=rows, ratio=ratio)
+    stream, (stage,) = open_work(ranks=1, kind=kind, ratio=ratio)
     assert (stream.makers[0].layout.row_width > 32) == (ratio is not None)
     batches = [stream[step] for step in range(15)]  # the sample has all of so few
     shape = max(batch.microbatches[0].input_ids.shape for batch in batches)
@@ -112,7 +112,7 @@ def test_the_largest_batch_is_one_of_the_run(open_work: OpenWork, rows: Rows, ra
 def test_padded_microbatches_are_as_wide_as_their_longest_sequence(open_work: OpenWork) -> None:
     """Catches a plan in which all microbatches are as wide as the longest sequence of the batch: twice the padding."""
     sizes = {"sequences": 29, "max_seq_length": 64, "microbatch_tokens": 256}
-    stream, (stage,) = open_work(ranks=1, rows="padded", batch=sizes)
+    stream, (stage,) = open_work(ranks=1, kind="padded", batch=sizes)
     (batch,) = [batch for batch in map(stream.__getitem__, range(15)) if batch.tokens == stage.batch.tokens]
     shapes = [microbatch.input_ids.shape for microbatch in batch.microbatches]
     assert len({width for _, width in shapes}) > 1
