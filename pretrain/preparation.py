@@ -29,29 +29,29 @@ from pretrain.restore import repair_checkpoint, restore_run
 from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import AgreedError, CpuGroup
 from pretrain.training_stream import TrainingStream, open_stream, run_layout
-from pretrain.world import World
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[ResolvedRun, BuiltModel, TrainingStream]:
+def prepare(config: PretrainConfig, group: CpuGroup) -> tuple[ResolvedRun, BuiltModel, TrainingStream]:
     """Resolve the config, verify the corpora, build the model and open the stream of batches. Collective.
 
     Raises AgreedError: a UserError on any rank, such as a host that lacks the corpus, is raised on all.
     """
+    world = group.world
     group.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
     group.from_rank0(lambda: _identify_copy(RunFolder(Path(config.run.dir).absolute())))
-    restore_from_mirror(config, world, group)
-    verify = partial(verify_or_repair, config.checkpoint.mirror, group, world)
-    find_model = partial(download_model_to_hosts, world, group)
-    copy_corpora = partial(copy_corpora_to_hosts, world, group)
+    restore_from_mirror(group, config)
+    verify = partial(verify_or_repair, group, config.checkpoint.mirror)
+    find_model = partial(download_model_to_hosts, group)
+    copy_corpora = partial(copy_corpora_to_hosts, group)
     run = group.call(lambda: resolve(config, world.size, group.from_rank0, verify, find_model, copy_corpora))
     group.call(lambda: check_device_support(run.deepspeed))
     if world.rank == 0:
         warn_of_emulation(run.deepspeed)
-    verify_on_each_host(run.all_corpora, world, group)
+    verify_on_each_host(group, run.all_corpora)
     model = group.call(lambda: _build_model(run))
-    kind = agreed_row_kind(choose_row_kind(model, run.deepspeed.dtype), world, group)
+    kind = agreed_row_kind(group, choose_row_kind(model, run.deepspeed.dtype))
     on_gpu = torch.cuda.is_available()  # where no width has been measured: rows are as wide as the longest sequence
     ratio = None if on_gpu or model.flops is None else model.flops.attention_ratio
     layout = run_layout(run, kind, model.first_position)
@@ -78,29 +78,29 @@ def _build_model(run: ResolvedRun) -> BuiltModel:
     return model
 
 
-def agreed_row_kind(kind: RowKind, world: World, group: CpuGroup) -> RowKind:
+def agreed_row_kind(group: CpuGroup, kind: RowKind) -> RowKind:
     """Return the kind of rows of all ranks: flat only if every rank can compute flat rows; GPUs may differ. Collective.
 
     It decides which sequences of a batch a rank takes. `kind`: the choice of this rank alone. Raises AgreedError if
     only some can pack sequences: a model is tried with its weights, on each host's CPU.
     """
     flat, padded = group.all_reduce_sum([int(kind == "flat"), int(kind == "padded")])
-    if 0 < padded < world.size:
+    if 0 < padded < group.world.size:
         raise AgreedError(
-            f"{padded} of {world.size} ranks find that packed sequences would get other logits in this model, the "
-            "others do not: use hosts with the same CPU"
+            f"{padded} of {group.world.size} ranks find that packed sequences would get other logits in this model, "
+            "the others do not: use hosts with the same CPU"
         )
-    return "packed" if kind == "flat" and flat < world.size else kind
+    return "packed" if kind == "flat" and flat < group.world.size else kind
 
 
-def copy_corpora_to_hosts(world: World, group: CpuGroup, config: CorpusConfig) -> Mapping[str, Path]:
+def copy_corpora_to_hosts(group: CpuGroup, config: CorpusConfig) -> Mapping[str, Path]:
     """Copy the corpora to `corpus.cache` on one rank of each host. Collective; raises AgreedError.
 
     Returns the folder of each corpus, as `CorpusCache.locate` on the host does; nothing without a cache.
     """
     if config.cache is None:
         return {}
-    folder = Path(config.cache)
+    folder, world = Path(config.cache), group.world
 
     def locate(on_progress: Callable[[], None]) -> tuple[str, dict[str, Path] | None]:
         cache = CorpusCache(folder, config.cache_bytes, on_progress, show_progress=world.rank == 0)
@@ -112,14 +112,14 @@ def copy_corpora_to_hosts(world: World, group: CpuGroup, config: CorpusConfig) -
     return next(copies for host, copies in located if host == platform.node() and copies is not None)
 
 
-def download_model_to_hosts(world: World, group: CpuGroup, name: str) -> Path:
+def download_model_to_hosts(group: CpuGroup, name: str) -> Path:
     """Like `local_model`; one rank of each host downloads a model of the Hub. Collective; raises AgreedError.
 
     name: absolute if it is a path.
     """
 
     def download(on_progress: Callable[[], None]) -> None:
-        if world.local_rank == 0:
+        if group.world.local_rank == 0:
             local_model(name, on_progress)
 
     if HubName.parse(name) is not None:
@@ -127,29 +127,31 @@ def download_model_to_hosts(world: World, group: CpuGroup, name: str) -> Path:
     return local_model(name)
 
 
-def restore_from_mirror(config: PretrainConfig, world: World, group: CpuGroup) -> None:
+def restore_from_mirror(group: CpuGroup, config: PretrainConfig) -> None:
     """Like `restore_run`, on rank 0. Collective; raises AgreedError."""
     if config.checkpoint.mirror is not None:
-        group.from_all_ranks_slowly(lambda on_progress: restore_run(config, on_progress) if world.rank == 0 else None)
+        is_first = group.world.rank == 0
+        group.from_all_ranks_slowly(lambda on_progress: restore_run(config, on_progress) if is_first else None)
 
 
-def verify_or_repair(mirror: str | None, group: CpuGroup, world: World, checkpoint: Path) -> str | None:
+def verify_or_repair(group: CpuGroup, mirror: str | None, checkpoint: Path) -> str | None:
     """Like `verify_together`, after a damaged checkpoint is replaced by its copy in the mirror. Collective."""
-    problem = verify_together(group, world, checkpoint)
+    problem = verify_together(group, checkpoint)
     if problem is None or mirror is None:
         return problem
 
     def repair(on_progress: Callable[[], None]) -> bool:
-        return world.rank == 0 and repair_checkpoint(mirror, checkpoint, problem, on_progress)
+        return group.world.rank == 0 and repair_checkpoint(mirror, checkpoint, problem, on_progress)
 
-    return verify_together(group, world, checkpoint) if any(group.from_all_ranks_slowly(repair)) else problem
+    return verify_together(group, checkpoint) if any(group.from_all_ranks_slowly(repair)) else problem
 
 
-def verify_on_each_host(corpora: Sequence[Corpus], world: World, group: CpuGroup) -> None:
+def verify_on_each_host(group: CpuGroup, corpora: Sequence[Corpus]) -> None:
     """Verify the corpora on one rank of each host. Collective; raises AgreedError for a damaged shard.
 
     The ranks meet after every shard: reading all of them may take longer than the timeout of a collective.
     """
-    shards = verified_shards(corpora if world.local_rank == 0 else [], show_progress=world.rank == 0)
+    own = corpora if group.world.local_rank == 0 else []
+    shards = verified_shards(own, show_progress=group.world.rank == 0)
     while group.all_reduce_sum([group.call(lambda: next(shards, None) is not None)]) != [0]:
         pass

@@ -78,9 +78,9 @@ def pretrain(
 ) -> ReportedOutcome:
     """Pretrain, or resume pretraining, on this rank. The process group is connected. Raises UserError."""
     with deadline(_timeout(config), partial(give_up, recorder, "the ranks did not connect to each other's hosts")):
-        group = CpuGroup(_timeout(config), times.make_progress)
+        group = CpuGroup(world, _timeout(config), times.make_progress)
     try:
-        run, model, stream = prepare(config, world, group)
+        run, model, stream = prepare(config, group)
         module = MaskedLanguageModel(model.model, model.packed, run.config.batch.max_seq_length)
         compiled: set[type[nn.Module]] = set()
         if _compiles(run.config.engine):

@@ -40,7 +40,6 @@ from pretrain.training.checkpoint_tensors import (
 )
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.mirror_uploads import MirrorUploads
-from pretrain.world import World
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +101,6 @@ class BackgroundSave:
 
     checkpoints: Path  # folder of the run
     group: CpuGroup
-    world: World
     times: ActivityTimer
     saved_step: int | None  # of the newest checkpoint of the run; None if it has none
     uploads: MirrorUploads | None = None  # to tell of new checkpoints, on rank 0
@@ -134,7 +132,7 @@ class BackgroundSave:
 
         Raises UnwritableError on all ranks after three failed saves in a row, the first one 15 minutes ago or more.
         """
-        if self._snapshot is not None and ranks_done == self.world.size:
+        if self._snapshot is not None and ranks_done == self.group.world.size:
             with self.times.during(CHECKPOINTING, recorded=False):
                 self._advance(self._snapshot)
 
@@ -167,7 +165,7 @@ class BackgroundSave:
 
     def _publish(self, snapshot: Snapshot, shares: Sequence[WrittenShare]) -> str | None:
         """Write the rest of a checkpoint, on rank 0. Returns the problem of `publish`."""
-        if self.world.rank != 0:
+        if self.group.world.rank != 0:
             return None
         run, partial = RunFolder(self.checkpoints.parent), self._partial(snapshot.step)
         complete_checkpoint(partial, shares, snapshot.state, snapshot.write_model)
@@ -184,7 +182,7 @@ class BackgroundSave:
     def _fail(self, step: int, error: UnwritableError) -> None:
         """Leave nothing of the save behind, the disk may be full, and let training continue for a while."""
         partial = self._partial(step)
-        if self.world.rank == 0 and os.path.lexists(partial):
+        if self.group.world.rank == 0 and os.path.lexists(partial):
             discard(partial)
         self._snapshot, self.problem = None, str(error)
         if self._failures == 0:

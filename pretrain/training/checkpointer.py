@@ -48,7 +48,6 @@ from pretrain.training_progress import (
     rename_corpora,
 )
 from pretrain.training_stream import TrainingStream
-from pretrain.world import World
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def _read_progress(checkpoint: Path, run: ResolvedRun) -> TrainingProgress:
     return replace(progress, tokens_by_corpus=rename_corpora(progress.tokens_by_corpus, before["train"], now["train"]))
 
 
-def verify_together(group: CpuGroup, world: World, checkpoint: Path) -> str | None:
+def verify_together(group: CpuGroup, checkpoint: Path) -> str | None:
     """Like `experiment.run_files.checkpoints.verify`, but each rank reads its share of the files. Collective.
 
     All ranks pass the same checkpoint, and get the same result. A rank's share contains the tensors that it saved, and
@@ -83,8 +82,8 @@ def verify_together(group: CpuGroup, world: World, checkpoint: Path) -> str | No
     """
 
     def share(names: list[str]) -> list[str]:
-        first = (world.rank + 1) % world.size  # before the tensors of rank 0 comes engine/index.json
-        return names[first :: world.size]
+        first = (group.world.rank + 1) % group.world.size  # before the tensors of rank 0 comes engine/index.json
+        return names[first :: group.world.size]
 
     problems = group.from_all_ranks_slowly(lambda on_progress: verify(checkpoint, share, on_progress))
     return next((problem for problem in problems if problem is not None), None)
@@ -109,13 +108,13 @@ class Checkpointer:
     alert: Callable[[Alert], None]
 
     def __post_init__(self) -> None:
-        folder, plan, world = self.run.folder, self.run.resume_plan, self.engine.world
+        folder, plan = self.run.folder, self.run.resume_plan
         saved_step = plan.step if plan.checkpoint is not None and not plan.fork else None
         url = self.run.config.checkpoint.mirror
-        self._uploads = MirrorUploads(Mirror(url), folder, self.alert) if url and world.rank == 0 else None
+        self._uploads = MirrorUploads(Mirror(url), folder, self.alert) if url and self.group.world.rank == 0 else None
         if self._uploads is not None:
             self._uploads.begin()
-        self.saves = BackgroundSave(folder.checkpoints, self.group, world, self.times, saved_step, self._uploads)
+        self.saves = BackgroundSave(folder.checkpoints, self.group, self.times, saved_step, self._uploads)
         self._memory = HostMemory()
 
     @property
@@ -127,7 +126,7 @@ class Checkpointer:
         """Load this run's newest checkpoint, to rewind. Collective; no save may be in flight."""
         candidates = self.group.from_rank0(lambda: complete_checkpoints(self.run.folder.checkpoints))
         assert candidates, "the trainer saves a checkpoint before it may rewind"
-        verify_candidate = partial(verify_together, self.group, self.engine.world)
+        verify_candidate = partial(verify_together, self.group)
         newest = self.group.call(lambda: last_usable(candidates, verify_candidate))
         load_checkpoint(self.engine, newest)
         progress = _read_progress(newest, self.run)
@@ -232,12 +231,12 @@ class Checkpointer:
         return Retention(options.keep_last, options.keep_every, progress.evaluations.best_step)
 
     def _on_rank0(self, write: Callable[[], None]) -> None:
-        on_all_ranks(self.group, write if self.engine.world.rank == 0 else lambda: None)
+        on_all_ranks(self.group, write if self.group.world.rank == 0 else lambda: None)
 
     def _snapshot(self, progress: TrainingProgress) -> Snapshot:
         """Return everything that the checkpoint of this step contains, copied."""
         step = progress.step
-        buffers = persistent_buffers(self.model) if self.engine.world.rank == 0 else {}
+        buffers = persistent_buffers(self.model) if self.group.world.rank == 0 else {}
         state = {
             "progress": progress_to_json(progress),
             "config": self.run.config.model_dump(mode="json"),

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from experiment.errors import HostError, UserError, readable_disk_errors
 from experiment.process.daemon_thread import in_daemon_thread
 from experiment.process.own_process import variable_set
+from pretrain.world import World
 
 T = TypeVar("T")
 
@@ -28,13 +29,17 @@ class AgreedError(UserError):
 class CpuGroup:
     """A gloo group of all ranks."""
 
-    def __init__(self, timeout: datetime.timedelta, on_progress: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, world: World, timeout: datetime.timedelta, on_progress: Callable[[], None] = lambda: None
+    ) -> None:
         """Collective.
 
         Args:
+            world: of the process group.
             timeout: of every collective of the group.
             on_progress: called after each collective.
         """
+        self.world = world
         self._on_progress = on_progress
         self._timeout_seconds = timeout.total_seconds()
         self._group = None  # the default one
@@ -68,7 +73,7 @@ class CpuGroup:
         that has made none for the timeout of the group. Polls are counted, so that a suspended job does not time out.
         """
         idle_polls, ranks_done = 0, 0
-        while ranks_done < dist.get_world_size(self._group):
+        while ranks_done < self.world.size:
             wait([part], timeout=_POLL_SECONDS)
             is_done = part.done()
             is_idle = not is_done and not made_progress()
@@ -81,7 +86,7 @@ class CpuGroup:
 
     def all_gather_objects(self, value: T) -> list[T]:
         """Return the picklable value of every rank, by rank. Collective."""
-        gathered: list[Any] = [None] * dist.get_world_size(self._group)
+        gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, value, group=self._group)
         self._on_progress()
         return gathered
@@ -100,7 +105,7 @@ class CpuGroup:
     def from_rank0(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 and return its result on all ranks. Errors are raised on all as by `call`."""
         self._raise_any(None)
-        box: list[Any] = list(_call(function)) if dist.get_rank() == 0 else [None, None]
+        box: list[Any] = list(_call(function)) if self.world.rank == 0 else [None, None]
         dist.broadcast_object_list(box, src=0, group=self._group)
         self._on_progress()
         if box[1] is not None:

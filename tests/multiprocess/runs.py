@@ -183,9 +183,8 @@ def save_engine(
     from pretrain.training.cpu_group import CpuGroup
 
     state = {"step": step, "loss_scaler": engine.loss_scaler_state()}
-    saves = BackgroundSave(
-        checkpoints, CpuGroup(timedelta(seconds=100)), engine.world, ActivityTimer(time.time()), None
-    )
+    group = CpuGroup(engine.world, timedelta(seconds=100))
+    saves = BackgroundSave(checkpoints, group, ActivityTimer(time.time()), None)
     saves.begin(Snapshot(step, HostMemory().copy(engine), state, write_model, keep))
     saves.wait()
     RunFolder(checkpoints.parent).saved.unlink(missing_ok=True)  # else a run in this folder could not start

@@ -245,14 +245,14 @@ def test_resuming_skips_damaged_checkpoints(
 
 def chosen_case(world: World, tree: Tree) -> tuple[str, str]:
     """The checkpoint that a run would resume, or why it would not start, and what rank 0 logs."""
-    hosts = CpuGroup(timedelta(seconds=60))
+    hosts = CpuGroup(world, timedelta(seconds=60))
     config = build_config(PretrainConfig, tree)
     logged = io.StringIO()
     handler = logging.StreamHandler(logged)
     logging.getLogger().addHandler(handler)
     try:
         candidates = hosts.from_rank0(lambda: find_resume_candidates(config.run, RunFolder(Path(config.run.dir))))
-        point = candidates.choose(partial(verify_together, hosts, world))
+        point = candidates.choose(partial(verify_together, hosts))
     except UserError as error:
         return str(error), ""
     finally:

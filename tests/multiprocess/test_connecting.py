@@ -146,7 +146,7 @@ def sockets_case(world: World) -> tuple[list[str], list[int]]:
         patch.delenv("TORCH_GLOO_LAZY_INIT")
         patch.setattr(dist, "get_backend", lambda: "nccl")
         before = connections()
-        group = CpuGroup(timedelta(seconds=LIMIT))
+        group = CpuGroup(world, timedelta(seconds=LIMIT))
         opened = [status for addresses, status in connections().items() if addresses not in before]
     dist.barrier()  # of the default group: the first collective of a faster rank would connect it to this one
     results = [*group.all_reduce_sum([world.rank]), *group.all_gather_objects(world.rank)]

@@ -138,7 +138,8 @@ def taken_case(world: World, tree: Tree, flat: AbstractSet[int]) -> tuple[RowKin
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "choose_row_kind", lambda *_: "flat" if world.rank in flat else "packed")
-        *_, stream = preparation.prepare(build_config(PretrainConfig, tree), world, CpuGroup(timedelta(seconds=60)))
+        group = CpuGroup(world, timedelta(seconds=60))
+        *_, stream = preparation.prepare(build_config(PretrainConfig, tree), group)
     return stream.layout.kind, stream[0].origins.ids.tolist()
 
 

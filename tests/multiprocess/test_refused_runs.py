@@ -75,7 +75,7 @@ def test_a_mistake_on_one_rank_is_raised_on_all(
 
 def slow_part_case(world: World) -> str:
     """Call a function that fails on rank 1 before a slow part of all ranks, and return the error."""
-    group = CpuGroup(timedelta(seconds=LIMIT))
+    group = CpuGroup(world, timedelta(seconds=LIMIT))
 
     def call() -> list[int]:
         if world.rank == 1:
@@ -180,13 +180,13 @@ def verification_case(world: World, corpus: Path, fails_on: int | None) -> tuple
             self.calls += 1
             return super().call(function)
 
-    hosts = Counting(timedelta(seconds=20))
+    hosts = Counting(dataclasses.replace(world, local_rank=0), timedelta(seconds=20))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(platform, "node", lambda: f"host-{world.rank}")
         if world.rank == fails_on:
             patch.setattr(Corpus, "find_damage", lambda corpus, shard: f"{shard.file} is damaged")
         try:
-            verify_on_each_host([open_corpus(corpus)], dataclasses.replace(world, local_rank=0), hosts)
+            verify_on_each_host(hosts, [open_corpus(corpus)])
         except UserError as error:
             return str(error), hosts.calls
     return "", hosts.calls

@@ -38,8 +38,8 @@ T = TypeVar("T")
 class OneRank(CpuGroup):
     """A group of one rank, without a process group."""
 
-    def __init__(self) -> None:
-        pass
+    def __init__(self, world: World = World()) -> None:  # noqa: B008 (it is frozen)
+        self.world = world
 
     def call(self, function: Callable[[], T]) -> T:
         return function()
@@ -61,7 +61,7 @@ def test_progress_is_made_while_a_checkpoint_is_verified(tmp_path: Path) -> None
         def from_all_ranks_slowly(self, function: Callable[[Callable[[], None]], T]) -> list[T]:
             return [function(lambda: progress.append(1))]
 
-    assert verify_together(Slow(), World(rank=0, size=1, local_rank=0), checkpoint) is None
+    assert verify_together(Slow(), checkpoint) is None
     assert len(progress) > 2, "also while a file is read"
 
 
@@ -105,7 +105,7 @@ def run_config(folder: RunFolder, mirror: Mirror, resume: str = "auto") -> Pretr
 
 def restore(folder: RunFolder, mirror: Mirror, resume: str = "auto") -> list[Path]:
     """Prepare a run in this folder, and return its checkpoints."""
-    preparation.restore_from_mirror(run_config(folder, mirror, resume), World(), OneRank())
+    preparation.restore_from_mirror(OneRank(), run_config(folder, mirror, resume))
     return complete_checkpoints(folder.checkpoints)
 
 
@@ -334,7 +334,7 @@ def test_a_damaged_checkpoint_is_copied_from_the_mirror(
         monkeypatch.setattr(mirror_module, "fetch", Mock(side_effect=errors[fault]))
     before = (checkpoint / "state.json").read_bytes()
     (checkpoint / "state.json").write_bytes(b"{}")
-    problem = preparation.verify_or_repair(mirror.url, OneRank(), World(), checkpoint)
+    problem = preparation.verify_or_repair(OneRank(), mirror.url, checkpoint)
     if fault is None:
         assert (problem, (checkpoint / "state.json").read_bytes()) == (None, before)
         assert f"the checkpoint {checkpoint} was damaged: state.json has checksum" in caplog.text
@@ -343,7 +343,7 @@ def test_a_damaged_checkpoint_is_copied_from_the_mirror(
     assert problem.startswith("state.json has checksum")
     assert (checkpoint / "state.json").read_bytes() == b"{}"
     assert ("cannot be copied again" in caplog.text) == (fault in ("damaged", *errors))
-    assert preparation.verify_or_repair(None, OneRank(), World(), checkpoint) == problem
+    assert preparation.verify_or_repair(OneRank(), None, checkpoint) == problem
 
 
 def test_ranks_copy_a_damaged_checkpoint_before_they_skip_it(
@@ -361,7 +361,7 @@ def test_ranks_copy_a_damaged_checkpoint_before_they_skip_it(
     monkeypatch.setattr(preparation, "set_up_logging", lambda *_: None)
     monkeypatch.setattr(preparation, "resolve", resolve)
     with pytest.raises(UserError, match="enough"):
-        preparation.prepare(run_config(folder, mirror), World(), OneRank())
+        preparation.prepare(run_config(folder, mirror), OneRank())
     assert found == [None]
 
 
@@ -431,8 +431,9 @@ def test_all_ranks_have_the_same_rows(others: tuple[int, int], agreed: str | Non
         def all_reduce_sum(self, values: Sequence[int]) -> list[int]:
             return [own + other for own, other in zip(values, others, strict=True)]
 
+    group = TwoRanks(World(size=2))
     if agreed is not None:
-        assert preparation.agreed_row_kind("flat", World(size=2), TwoRanks()) == agreed
+        assert preparation.agreed_row_kind(group, "flat") == agreed
         return
     with pytest.raises(UserError, match="1 of 2 ranks find that packed sequences would get other logits"):
-        preparation.agreed_row_kind("flat", World(size=2), TwoRanks())
+        preparation.agreed_row_kind(group, "flat")

@@ -22,6 +22,8 @@ from pretrain.world import World
 class OneRank:
     """The group of a run with one rank."""
 
+    world = World()
+
     def from_rank0(self, function: Any) -> Any:
         return function()
 
@@ -48,7 +50,7 @@ def test_the_metrics_are_on_disk_before_a_checkpoint(
     monkeypatch.setattr(background_save, "fsync", fsync)
     monkeypatch.setattr(background_save, "complete_checkpoint", lambda *_: None)
     monkeypatch.setattr(background_save, "publish", lambda partial, final, keep, before: order.append(final))
-    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), ActivityTimer(0.0), None)  # type: ignore[arg-type]
+    saves = BackgroundSave(folder.checkpoints, OneRank(), ActivityTimer(0.0), None)  # type: ignore[arg-type]
     saves.begin(Snapshot(7, Share(0, {}, {}), {}, lambda *_: None, Retention(keep_last=1)))
     saves.wait()
     assert (saves.saved_step, saves.problem) == (7, "")
@@ -81,7 +83,7 @@ def test_a_checkpoint_that_has_its_name_is_saved(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), ActivityTimer(0.0), None)  # type: ignore[arg-type]
+    saves = BackgroundSave(folder.checkpoints, OneRank(), ActivityTimer(0.0), None)  # type: ignore[arg-type]
     assert not folder.saved.exists()
     save(saves, 3)
     assert folder.saved.exists()
@@ -108,7 +110,7 @@ def test_an_outage_of_a_few_minutes_is_survived(folder: RunFolder, monkeypatch: 
 
     monkeypatch.setattr(background_save, "publish", publish)
     monkeypatch.setattr(background_save.time, "monotonic", lambda: now)
-    saves = BackgroundSave(folder.checkpoints, OneRank(), World(), ActivityTimer(0.0), None)  # type: ignore[arg-type]
+    saves = BackgroundSave(folder.checkpoints, OneRank(), ActivityTimer(0.0), None)  # type: ignore[arg-type]
     for step in range(1, 10):
         save(saves, step)
         now += 99.0

@@ -8,6 +8,7 @@ import pytest
 from experiment.errors import HostError
 from pretrain.training import cpu_group
 from pretrain.training.cpu_group import CpuGroup
+from pretrain.world import World
 
 
 class Meeting(NamedTuple):
@@ -38,11 +39,10 @@ def progress_at(meetings: Sequence[Meeting], monkeypatch: pytest.MonkeyPatch) ->
         return [numbers[0] + meeting.other_done, numbers[1] + meeting.other_stuck]
 
     monkeypatch.setattr(cpu_group.dist, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(cpu_group.dist, "get_world_size", lambda _: 2)
     monkeypatch.setattr(cpu_group, "wait", wait)
     monkeypatch.setattr(CpuGroup, "all_reduce_sum", all_reduce_sum)
     monkeypatch.setattr(CpuGroup, "first_message", lambda _, here, always_name_rank: here or "rank 1: no progress")
-    group = CpuGroup(datetime.timedelta(seconds=2), lambda: progress.append(held[-1]))
+    group = CpuGroup(World(size=2), datetime.timedelta(seconds=2), lambda: progress.append(held[-1]))
     try:
         group.wait_for_all(part, lambda: meetings[len(held)].here_progressed)
     finally:
@@ -93,4 +93,4 @@ def test_a_problem_of_one_host_is_no_mistake(
     monkeypatch.setattr(CpuGroup, "all_gather_objects", lambda _, value: [value])
     monkeypatch.setattr(CpuGroup, "wait_for_all", lambda _group, part, _made_progress: part.exception())
     with pytest.raises(HostError):
-        method(CpuGroup(datetime.timedelta(seconds=2)), fail)
+        method(CpuGroup(World(), datetime.timedelta(seconds=2)), fail)

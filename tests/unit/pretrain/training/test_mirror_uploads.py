@@ -312,7 +312,8 @@ def test_a_mirror_that_cannot_be_written_is_found_at_the_start(
     run.config.touch()
     settings = SimpleNamespace(checkpoint=SimpleNamespace(mirror=mirror.url))
     resolved = SimpleNamespace(folder=run, resume_plan=ResumePlan(), config=settings)
-    others = dict.fromkeys(["model", "stream", "group", "interval", "clock", "times", "provenance"])
+    others: Any = dict.fromkeys(["engine", "model", "stream", "interval", "clock", "times", "provenance"])
+    group: Any = SimpleNamespace(world=World())
 
     def refuse(path: Path, url: str) -> None:
         raise DeniedError("access denied")
@@ -320,7 +321,7 @@ def test_a_mirror_that_cannot_be_written_is_found_at_the_start(
     with monkeypatch.context() as patch:
         patch.setattr(checkpointer, "BackgroundSave", lambda *_: None)
         patch.setattr(mirror_module, "upload", refuse)
-        made: Any = Checkpointer(resolved, SimpleNamespace(world=World()), **others, alert=alerts.append)  # type: ignore
+        made: Any = Checkpointer(resolved, group=group, **others, alert=alerts.append)  # type: ignore
         wait_until(lambda: alerts)
     assert "access denied" in alerts[0].text
     made._uploads.begin()
