@@ -47,8 +47,8 @@ from finetune.results.tables import print_results
 from finetune.seed_run import describe_differences, finished_seeds, state_file, train_seed
 from finetune.training.fit import DivergedError, Log
 
-# Sections and keys of a config that do not change the curves of a run.
-_SAME_RESULT = ("run", "tracking", *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY))
+# Beginnings of the keys of a config that do not change the curves of a run.
+_SAME_RESULT = ("run.", "tracking.", *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY))
 
 
 def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry_run: bool = False) -> None:

@@ -20,7 +20,7 @@ import secrets
 import socket
 import subprocess
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,17 +80,15 @@ def write_provenance(
     return record
 
 
-def has_logged_with_other_config(folder: RunFolder, config: Section, same_result: Collection[str]) -> bool:
+def has_logged_with_other_config(folder: RunFolder, config: Section, same_result: tuple[str, ...]) -> bool:
     """Return whether the run has logged events with another RUN/config.yaml. Call it before the file is written.
 
-    same_result: keys, or sections, that may differ.
+    same_result: beginnings of keys that may differ.
     """
     with suppress(OSError, yaml.YAMLError):
         before, now = (flatten(read_yaml(text)) for text in (folder.config.read_text("utf-8"), dump_config(config)))
-        changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-        return folder.metrics.stat().st_size > 0 and any(
-            key not in same_result and key.partition(".")[0] not in same_result for key in changed
-        )
+        changed = (key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        return folder.metrics.stat().st_size > 0 and not all(key.startswith(same_result) for key in changed)
     return False
 
 

@@ -32,6 +32,7 @@ from experiment.tracking.alerts import Alert
 from experiment.tracking.downstream import DownstreamLog, drop_results
 from experiment.tracking.jsonl import SLOW_RATIO, Metrics
 from experiment.tracking.tracker import CLOSE_SECONDS, TrackedRun, Trackers, open_trackers
+from pretrain.config import CHANGE_ROUNDING_ONLY
 from pretrain.engine.engine import Engine
 from pretrain.engine.host_copy import read_numbers
 from pretrain.modeling.structure import FlopsModel
@@ -45,11 +46,8 @@ log = logging.getLogger(__name__)
 
 _HOUR = 3600.0
 _SLOW_INTERVALS = 5  # in a row
-# Sections and keys of a config that do not change the curves of a run.
-_SAME_RESULT = (
-    *("tracking", "checkpoint", "health"),
-    *("run.dir", "run.resume", "run.log_every", "run.profile", "batch.microbatch_tokens"),
-)
+# Beginnings of the keys of a config that do not change the curves of a run.
+_SAME_RESULT = (*CHANGE_ROUNDING_ONLY, "health.", "run.dir", "run.resume", "run.log_every", "run.profile")
 
 
 def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, Any]:

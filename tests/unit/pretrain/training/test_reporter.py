@@ -33,15 +33,15 @@ def test_a_run_that_starts_over_with_another_config_is_another_one_in_wandb(
     tmp_path: Path, logged: bool, resumed: bool, starts_over: bool
 ) -> None:
     """Catches W&B that keeps the curve of an attempt without a checkpoint, because it ignores steps that it has; and
-    another W&B run for a config that is the same, or for a resumed run."""
+    another W&B run for a config that gives the same result, or for a resumed run."""
     folder, plan = RunFolder(tmp_path), ResumePlan(tmp_path if resumed else None)
     found = []
     for lr, halved in ((1e-3, False), (1e-4, False), (1e-4, True)):  # as after running out of memory
         tree: dict[str, Any] = {
             "run": {"dir": str(tmp_path), "resume": "auto" if halved else "never"},
             "batch": {"microbatch_tokens": 512 if halved else 1024},
-            "model": {"config": {"model_type": "bert"}},
-            "corpus": {"train": "c"},
+            "model": {"config": {"model_type": "bert"}, "activation_checkpointing": halved},
+            "corpus": {"train": "c", "cache": str(tmp_path) if halved else None},
             "optimizer": {"lr": lr},
         }
         config = build_config(PretrainConfig, {**tree, "schedule": {"steps": 1}})
