@@ -32,7 +32,7 @@ from benchmarks.measuring import describe_machine
 from experiment.process.hardware import keep_freed_memory
 from pretrain.batching.batch import flatten_batch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
-from pretrain.batching.loader import load_batches
+from pretrain.batching.loader import BatchLoader
 from pretrain.batching.masking import Masker
 from pretrain.batching.order import BatchSequences, BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, RowKind
@@ -193,7 +193,7 @@ def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 def _rate(maker: BatchMaker, seconds: float) -> float:
     """Return tokens per second that one worker makes of this rank's shares."""
-    batches = load_batches(maker, 0, None, workers=1)
+    batches = BatchLoader(maker, 0, None, workers=1)
     next(batches)
     start, tokens = time.perf_counter(), 0
     for batch in batches:
@@ -205,7 +205,7 @@ def _rate(maker: BatchMaker, seconds: float) -> float:
 
 def _wait(maker: BatchMaker, consumption: int, seconds: float) -> float:
     """Share of the time that a rank waits for one worker, if it trains on `consumption` tokens per second."""
-    batches = load_batches(maker, 0, None, workers=1)
+    batches = BatchLoader(maker, 0, None, workers=1)
     waited, trained = 0.0, next(batches).tokens / consumption
     time.sleep(trained)
     while waited + trained < seconds:

@@ -59,32 +59,15 @@ class DataWorkerError(Exception):
     which, and why."""
 
 
-def load_batches(
-    batches: Batches,
-    first: int,
-    last: int | None,
-    workers: int,
-    *,
-    timeout: float | None = None,
-    pin_memory: bool = False,
-    unused: Sequence[Tensor] = (),
-) -> Iterator[RankBatch]:
-    """Yield batches first, first + 1, … up to `last` (exclusive; None: endless), prefetched by `workers` processes.
-
-    timeout: seconds to wait for a batch; None: no limit. pin_memory: of the current CUDA device. unused: tensors that
-    `batches` does not use, see `_drop_memory`. Raises DataWorkerError instead of waiting for a worker that died, or
-    longer than `timeout`.
-    """
-    device = torch.cuda.current_device() if pin_memory else None
-    return _Prefetcher(batches, first, last, workers, timeout, device, unused)
-
-
 def _steps(first: int, last: int | None, stride: int = 1) -> Iterator[int]:
     return itertools.count(first, stride) if last is None else iter(range(first, last, stride))
 
 
-class _Prefetcher(Iterator[RankBatch]):
-    """Ends its worker processes when it is deleted, or when the interpreter exits."""
+class BatchLoader(Iterator[RankBatch]):
+    """Yields batches that worker processes make. They end when it is deleted, or when the interpreter exits.
+
+    Raises DataWorkerError instead of waiting for a worker that died, or longer than the timeout.
+    """
 
     def __init__(
         self,
@@ -92,11 +75,18 @@ class _Prefetcher(Iterator[RankBatch]):
         first: int,
         last: int | None,
         workers: int,
-        timeout: float | None,
-        device: int | None,
-        unused: Sequence[Tensor],
+        *,
+        timeout: float | None = None,
+        pin_memory: bool = False,
+        unused: Sequence[Tensor] = (),
     ) -> None:
-        """`device`: CUDA device for which the batches are copied to pinned memory; None: they are not."""
+        """Args:
+        first, last: steps; the last is exclusive, None: endless.
+        timeout: seconds to wait for a batch; None: no limit.
+        pin_memory: of the current CUDA device.
+        unused: tensors that `batches` does not use, see `_drop_memory`.
+        """
+        device = torch.cuda.current_device() if pin_memory else None
         self._steps = _steps(first, last)
         self._timeout = timeout
         workers_started: list[BaseProcess] = []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from experiment.run_files.goodput import DATA, ActivityTimer
 from pretrain.batching.batch import RankBatch
-from pretrain.batching.loader import DataWorkerError, load_batches
+from pretrain.batching.loader import BatchLoader, DataWorkerError
 from pretrain.engine.phases import phase
 from pretrain.training.checkpointer import Checkpointer
 from pretrain.training.cpu_group import CpuGroup
@@ -57,7 +57,7 @@ class BatchFeed:
         """Start the stream at a step, counted from 0. unused: this rank's tensors that the stream does not use."""
         on_gpu, timeout = self.device.type == "cuda", _DATA_TIMEOUT * self.hang_seconds
         workers = 2 if on_gpu else 1
-        self._batches = load_batches(
+        self._batches = BatchLoader(
             self.stream, step, self.stream.steps, workers, timeout=timeout, pin_memory=on_gpu, unused=unused
         )
 

@@ -20,7 +20,7 @@ from experiment.run_files.goodput import EVALUATING, ActivityTimer
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder
 from pretrain.batching.batch import Microbatch, RankBatch, flatten_batch, unflatten_batch
-from pretrain.batching.loader import Batches, load_batches
+from pretrain.batching.loader import Batches, BatchLoader
 from pretrain.config import PretrainConfig
 from pretrain.training.checkpoint_tensors import FragmentReader
 from pretrain.training.stop_request import StopRequest
@@ -95,7 +95,7 @@ def pretrain_case(
     config, recorder = build_config(PretrainConfig, tree), RankRecorder(RunFolder(Path(tree["run"]["dir"])), world.rank)
     with pytest.MonkeyPatch.context() as patch:
         if not data_worker:
-            patch.setattr(batch_feed, "load_batches", _load_in_this_process)
+            patch.setattr(batch_feed, "BatchLoader", _load_in_this_process)
         outcome = pretrain(config, world, stop or StopRequest(), recorder, times).outcome.value
     only_layer = (tree["model"].get("config") or {}).get("num_hidden_layers") == 1  # is not compiled, being the last
     if COMPILED and not only_layer:
@@ -106,9 +106,9 @@ def pretrain_case(
 def _load_in_this_process(
     batches: Batches, first: int, last: int | None, workers: int, *, timeout: float, pin_memory: bool, unused: Any
 ) -> Iterator[RankBatch]:
-    """`load_batches`, without workers unless they serve a GPU: they take longer to start than to make a few batches."""
+    """`BatchLoader`, without workers unless they serve a GPU: they take longer to start than to make a few batches."""
     if pin_memory:
-        return load_batches(batches, first, last, workers, timeout=timeout, pin_memory=True, unused=unused)
+        return BatchLoader(batches, first, last, workers, timeout=timeout, pin_memory=True, unused=unused)
     steps = itertools.count(first) if last is None else range(first, last)
     flat = (flatten_batch(batches[step]) for step in steps)
     return (unflatten_batch(each, torch.from_numpy(each.data)) for each in flat)

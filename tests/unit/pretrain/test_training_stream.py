@@ -14,7 +14,7 @@ import torch
 from experiment.config import build_config
 from experiment.errors import UserError
 from pretrain.batching.batch import IGNORED, RankBatch
-from pretrain.batching.loader import load_batches
+from pretrain.batching.loader import BatchLoader
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.config import PretrainConfig
 from pretrain.resolve import ResolvedRun, resolve
@@ -83,11 +83,11 @@ def equal(one: RankBatch, other: RankBatch) -> bool:
 def test_batches_are_the_same_alone_and_in_order(open_run_stream: OpenStream) -> None:
     """Catches a batch that depends on what was read before, in stages, warmup, mixture or masking rate."""
     stream = open_run_stream(**changing_batches())
-    in_order = list(load_batches(stream, 0, stream.steps, workers=1, timeout=LIMIT))
+    in_order = list(BatchLoader(stream, 0, stream.steps, workers=1, timeout=LIMIT))
     assert [batch.step for batch in in_order] == list(range(16))
     for step in (0, 5, 6, 10, 11, 15):
         assert equal(open_run_stream(**changing_batches())[step], in_order[step])
-    later = load_batches(open_run_stream(**changing_batches()), 6, stream.steps, workers=1, timeout=LIMIT)
+    later = BatchLoader(open_run_stream(**changing_batches()), 6, stream.steps, workers=1, timeout=LIMIT)
     assert equal(next(later), in_order[6])
 
 

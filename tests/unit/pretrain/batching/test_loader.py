@@ -20,7 +20,7 @@ import torch
 from experiment.process.signals import STOP_SIGNALS, signals_blocked
 from pretrain.batching import loader
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
-from pretrain.batching.loader import DataWorkerError, load_batches
+from pretrain.batching.loader import BatchLoader, DataWorkerError
 from pretrain.batching.order import BatchSequences
 from rank_pool import RankPool
 from waiting import LIMIT, wait_until
@@ -28,7 +28,7 @@ from waiting import LIMIT, wait_until
 
 def test_worker_processes_give_the_same_batches_and_seek(maker):
     """Catches prefetching that changes the order, and a loader that starts at the wrong step."""
-    ahead = list(load_batches(maker, 5, 9, workers=2))
+    ahead = list(BatchLoader(maker, 5, 9, workers=2))
     assert [batch.step for batch in ahead] == [5, 6, 7, 8]
     for batch in ahead:
         for micro, expected in zip(batch.microbatches, maker[batch.step].microbatches, strict=True):
@@ -60,7 +60,7 @@ class ManyMicrobatches:
 def test_nothing_of_a_batch_changes_on_the_way():
     """Catches tensors that get another value, type, shape or order when a batch is flattened for the rank."""
     source = ManyMicrobatches()
-    for step, batch in enumerate(load_batches(source, 0, 3, workers=1)):
+    for step, batch in enumerate(BatchLoader(source, 0, 3, workers=1)):
         expected = source[step]
         assert batch._replace(microbatches=[], origins=None) == expected._replace(microbatches=[], origins=None)
         assert all(map(np.array_equal, batch.origins, expected.origins))
@@ -109,7 +109,7 @@ def test_a_worker_that_dies_or_hangs_is_named(workers, number, timeout, message)
     """Catches a rank that waits for its data forever, an error without the worker and the cause, and workers that are
     left over."""
     others = set(active_children())
-    batches = load_batches(LargeBatches(number, bad_step=5), 3, None, workers)
+    batches = BatchLoader(LargeBatches(number, bad_step=5), 3, None, workers)
     started = sorted(set(active_children()) - others, key=lambda worker: int(worker.name.rpartition("-")[2]))
     assert len(started) == workers
     assert [next(batches).step, next(batches).step] == [3, 4]
@@ -124,7 +124,7 @@ def test_a_worker_that_dies_or_hangs_is_named(workers, number, timeout, message)
 def test_a_worker_killed_within_a_batch_is_named():
     """Catches a rank that waits for the rest of a batch, of which it has read the beginning."""
     others = set(active_children())
-    batches = load_batches(LargeBatches(), 0, None, workers=1)
+    batches = BatchLoader(LargeBatches(), 0, None, workers=1)
     (worker,) = set(active_children()) - others
     assert next(batches).step == 0
     os.kill(worker.pid, signal.SIGKILL)
@@ -137,7 +137,7 @@ def load_and_signal() -> tuple[Iterator[RankBatch], BaseProcess]:
     others = set(active_children())
     of_pytest = signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with signals_blocked(STOP_SIGNALS):  # as a rank does
-        batches = load_batches(LargeBatches(), 0, None, workers=1)
+        batches = BatchLoader(LargeBatches(), 0, None, workers=1)
     signal.signal(signal.SIGALRM, of_pytest)
     (worker,) = set(active_children()) - others
     for number in STOP_SIGNALS:
@@ -183,7 +183,7 @@ def test_a_rank_that_cannot_receive_a_batch_blames_no_worker(failing, monkeypatc
     monkeypatch.setattr(torch.cuda, "set_device", out_of_memory if failing == "set_device" else lambda _: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", out_of_memory)
     source = UnreadableBatches() if failing == "unpickling" else LargeBatches()
-    batches = load_batches(source, 0, None, workers=2, timeout=LIMIT, pin_memory=failing != "unpickling")
+    batches = BatchLoader(source, 0, None, workers=2, timeout=LIMIT, pin_memory=failing != "unpickling")
     with pytest.raises(DataWorkerError, match="the batch of step 1 cannot be received: MemoryError: no pinned memory"):
         next(batches)
     assert set(active_children()) <= others
@@ -192,7 +192,7 @@ def test_a_rank_that_cannot_receive_a_batch_blames_no_worker(failing, monkeypatc
 def test_workers_end_with_the_loader():
     """Catches worker processes that outlive a rewind."""
     others = set(active_children())
-    batches = load_batches(LargeBatches(), 0, None, workers=2)
+    batches = BatchLoader(LargeBatches(), 0, None, workers=2)
     assert len(set(active_children()) - others) == 2
     del batches
     assert set(active_children()) <= others
@@ -213,7 +213,7 @@ class Edges:
 def test_workers_keep_no_pages_of_unused_tensors():
     """Catches workers that hold the weights as they were at their start, and ones that lose what is beside a tensor."""
     others, source = set(active_children()), Edges()
-    batches = load_batches(source, 0, None, workers=1, unused=[source.tensor])
+    batches = BatchLoader(source, 0, None, workers=1, unused=[source.tensor])
     (worker,) = set(active_children()) - others
     assert next(batches).step == 0
 
@@ -239,7 +239,7 @@ def test_a_worker_that_hangs_at_its_start_is_replaced(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(loader, "_make_batches", hang_once)
     monkeypatch.setattr(loader, "_START_SECONDS", 1.0)
-    batches = load_batches(ManyMicrobatches(), 0, 3, workers=2)
+    batches = BatchLoader(ManyMicrobatches(), 0, 3, workers=2)
     assert len(list(itertools.islice(batches, 3))) == 3
     assert "did not start within 1 s: starting another" in caplog.text
 
@@ -257,7 +257,7 @@ def test_workers_end_when_one_cannot_start(monkeypatch):
 
     monkeypatch.setattr(BaseProcess, "start", start_once)
     with pytest.raises(BlockingIOError, match="no more processes"):
-        load_batches(LargeBatches(), 0, None, workers=2)
+        BatchLoader(LargeBatches(), 0, None, workers=2)
     assert len(started) == 1
     assert set(active_children()) <= others
 
@@ -268,7 +268,7 @@ def test_workers_end_with_the_rank(tmp_path):
     rank = os.fork()
     if rank == 0:
         try:
-            kept = load_batches(LargeBatches(), 0, None, workers=2)
+            kept = BatchLoader(LargeBatches(), 0, None, workers=2)
             pids = [str(worker.pid) for worker in set(active_children()) - others]
             (tmp_path / "partial").write_text(" ".join(pids))
             (tmp_path / "partial").rename(tmp_path / "pids")
@@ -289,8 +289,8 @@ EXIT = """
 import tempfile
 folder = tempfile.TemporaryDirectory()  # the first weakref.finalize fixes when all of them run
 from test_loader import LargeBatches
-from pretrain.batching.loader import load_batches
-batches = load_batches(LargeBatches(), 0, None, workers=2)
+from pretrain.batching.loader import BatchLoader
+batches = BatchLoader(LargeBatches(), 0, None, workers=2)
 print(next(batches).step)
 """
 
@@ -307,7 +307,7 @@ def started_as_case(_, method):
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method(method, force=True)
     others = set(active_children())
-    kept = load_batches(LargeBatches(), 0, 2, workers=1)
+    kept = BatchLoader(LargeBatches(), 0, 2, workers=1)
     multiprocessing.set_start_method(before, force=True)
     found = {type(child).__name__ for child in set(active_children()) - others}
     del kept
@@ -328,13 +328,13 @@ def small_shared_memory_case(_):
         return None
     size = os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize
     assert size <= 1 << 16, f"/dev/shm has {size} bytes"
-    return [batch.step for batch in load_batches(LargeBatches(), 0, 5, workers=2, timeout=500)]
+    return [batch.step for batch in BatchLoader(LargeBatches(), 0, 5, workers=2, timeout=500)]
 
 
 def few_descriptors_case(_):
     """The steps of batches, all of which are kept, with the limit of `ulimit -n 64`. Changes the process."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    kept = list(load_batches(ManyMicrobatches(), 0, 12, workers=2))
+    kept = list(BatchLoader(ManyMicrobatches(), 0, 12, workers=2))
     return [batch.step for batch in kept]
 
 
