@@ -176,11 +176,10 @@ def _phases(maker: BatchMaker, step: int) -> dict[str, float]:
 
 def _read_and_mask(source: MaskedCorpus, number: int, origins: BatchSequences) -> tuple[float, float]:
     """Return the milliseconds to read and to mask the sequences of corpus `number`."""
-    own = BatchSequences(*(column[origins.corpora == number] for column in origins))
+    own = origins.select(origins.corpora == number)
     starts, lengths = np.asarray(source.index.starts[own.ids]), source.index.lengths(own.ids)
     read, ids = _timed(lambda: source.corpus.read(starts, lengths))
-    keys = source.masker.keys(own)
-    mask, _ = _timed(lambda: source.masker.mask(ids.astype(np.int64), lengths, keys))
+    mask, _ = _timed(lambda: source.masker.mask(ids.astype(np.int64), lengths, own))
     return read, mask
 
 

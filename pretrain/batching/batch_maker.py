@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
-from pretrain.batching.masking import Masker, MaskingSchedule, Ranges
+from pretrain.batching.masking import MaskedText, Masker, MaskingSchedule, Ranges
 from pretrain.batching.order import BatchSequences, SequentialOrder, ShuffledOrder
 from pretrain.batching.packing import Assignment, MicrobatchLayout, RowKind, assign, next_multiple, round_up
 from pretrain.batching.sequences import SequenceIndex
@@ -32,14 +32,6 @@ _FLAT_PARTS = 32
 _SEQUENCE_PARTS = 8
 
 
-class MaskedText(NamedTuple):
-    """The T text tokens of several sequences, concatenated."""
-
-    tokens: NDArray[np.int64]  # [T]
-    inputs: NDArray[np.int64]  # [T] of the model
-    masked: NDArray[np.int64]  # [M] indices of the predicted tokens
-
-
 @dataclass(frozen=True)
 class MaskedCorpus:
     """A corpus split into sequences, and the masker of its tokens."""
@@ -50,11 +42,10 @@ class MaskedCorpus:
 
     def read_and_mask(self, sequences: BatchSequences, lengths: NDArray[np.int64], rate: float | None) -> MaskedText:
         """Return the text of sequences with these text lengths [S], masked. `rate` None: the masker's."""
-        masker = self.masker if rate is None else self.masker.with_rate(rate)
         starts = np.asarray(self.index.starts[sequences.ids])
         tokens = self.corpus.read(starts, lengths).astype(np.int64)
-        word_starts = None if masker.masking.unit == "token" else self.corpus.read_word_starts(starts, lengths)
-        return MaskedText(tokens, *masker.mask(tokens, lengths, masker.keys(sequences), word_starts))
+        word_starts = None if self.masker.masking.unit == "token" else self.corpus.read_word_starts(starts, lengths)
+        return self.masker.mask(tokens, lengths, sequences, word_starts, rate)
 
 
 class _OwnSequences(NamedTuple):
@@ -123,7 +114,7 @@ class BatchMaker:
     def _own(self, sequences: BatchSequences, text_lengths: NDArray[np.int64], assignment: Assignment) -> _OwnSequences:
         own = np.flatnonzero(assignment.rank == self.world.rank)
         own = own[np.argsort(sequences.corpora[own], kind="stable")]
-        origins, own_lengths = BatchSequences(*(column[own] for column in sequences)), text_lengths[own]
+        origins, own_lengths = sequences.select(own), text_lengths[own]
         lengths = own_lengths + self.vocabulary.num_special_tokens
         return _OwnSequences(origins, lengths, own_lengths, assignment.first_slots(own))
 
@@ -132,8 +123,7 @@ class BatchMaker:
         texts, before = [], 0
         for number, corpus in enumerate(self.corpora):
             selected = own.origins.corpora == number
-            sequences = BatchSequences(*(column[selected] for column in own.origins))
-            text = corpus.read_and_mask(sequences, own.text_lengths[selected], rate)
+            text = corpus.read_and_mask(own.origins.select(selected), own.text_lengths[selected], rate)
             texts.append(text._replace(masked=text.masked + before))
             before += len(text.tokens)
         return MaskedText(*map(np.concatenate, zip(*texts, strict=True)))

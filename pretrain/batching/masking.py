@@ -6,8 +6,8 @@ section 3.1), a whole word, or a span of words (Joshi et al. 2020, section 3.1).
 same probability of being predicted, in sequences of any length.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,11 +53,12 @@ class MaskingSchedule:
         return float(np.interp(at, np.arange(len(self.rates)), self.rates))
 
 
-class MaskedTokens(NamedTuple):
-    """The text tokens [T] of several sequences after masking."""
+class MaskedText(NamedTuple):
+    """The T text tokens of several sequences, concatenated."""
 
+    tokens: NDArray[np.int64]  # [T]
     inputs: NDArray[np.int64]  # [T] of the model
-    indices: NDArray[np.int64]  # [M] which tokens are predicted, ascending
+    masked: NDArray[np.int64]  # [M] indices of the predicted tokens, ascending
 
 
 class _TokenStreams(NamedTuple):
@@ -85,16 +86,7 @@ class Masker:
     corpus: str  # fingerprint
     stage: int = 0
 
-    @property
-    def rate(self) -> float:
-        """The masking rate for held-out text, and for training unless a schedule changes it. Of several, the last."""
-        return self.masking.rates[-1]
-
-    def with_rate(self, rate: float) -> Self:
-        """Return the same masker with another masking rate."""
-        return replace(self, masking=self.masking.model_copy(update={"rate": rate}))
-
-    def keys(self, sequences: BatchSequences) -> U64:
+    def _keys(self, sequences: BatchSequences) -> U64:
         """Return the key of each sequence's random stream [S]."""
         stream = make_key(("masks", self.seed, self.corpus, self.stage))
         return fold_in(fold_in(stream, sequences.epochs), sequences.ids)
@@ -103,25 +95,30 @@ class Masker:
         self,
         tokens: NDArray[np.int64],
         lengths: NDArray[np.int64],
-        keys: U64,
+        sequences: BatchSequences,
         word_starts: NDArray[np.bool_] | None = None,
-    ) -> MaskedTokens:
-        """Mask the text tokens [T] of sequences with these lengths [S] (sum: T) and keys [S].
+        rate: float | None = None,
+    ) -> MaskedText:
+        """Mask the text tokens [T] of S sequences with these lengths [S] (sum: T).
 
-        word_starts [T]: which tokens begin a word; None: as the tokenizer's word boundaries say. The first token of a
-        sequence always does. Special tokens (text contains only the unknown token) are never predicted, even inside a
-        chosen unit.
+        Special tokens (text contains only the unknown token) are never predicted, even inside a chosen unit.
+
+        Args:
+            word_starts: [T], which tokens begin a word; None: as the tokenizer's word boundaries say. The first token
+                of a sequence always does.
+            rate: of masking; None: that of the config, of several the last.
         """
+        rate, keys = self.masking.rates[-1] if rate is None else rate, self._keys(sequences)
         starts = np.cumsum(lengths) - lengths
         streams = _TokenStreams(np.repeat(keys, lengths), np.arange(len(tokens)) - np.repeat(starts, lengths))
         if self.masking.unit == "token":
-            units = self._choose_tokens(streams)
+            units = _choose_tokens(streams, rate)
         else:
             words = self._words(tokens, starts, word_starts)
             if self.masking.unit == "word":
-                units = self._choose_words(words, streams)
+                units = _choose_words(words, streams, rate)
             else:
-                units = self._choose_spans(words, len(tokens), starts, keys)
+                units = _choose_spans(words, len(tokens), starts, keys, rate)
 
         indices = units.indices()
         maskable = ~self.vocabulary.unmaskable[tokens[indices]]
@@ -133,21 +130,7 @@ class Masker:
         action = uniform(bits)
         if self.masking.unit == "span":
             action = uniform(streams.replacement_bits(np.repeat(units.starts, units.sizes)[maskable]))
-        return MaskedTokens(self._replace(tokens, indices, action, bits), indices)
-
-    def _choose_tokens(self, streams: _TokenStreams) -> Ranges:
-        chosen = np.flatnonzero(uniform(streams.unit_bits(slice(None))) < self.rate)
-        return Ranges(chosen, np.ones_like(chosen))
-
-    def _choose_words(self, words: Ranges, streams: _TokenStreams) -> Ranges:
-        chosen = uniform(streams.unit_bits(words.starts)) < self.rate
-        return Ranges(words.starts[chosen], words.sizes[chosen])
-
-    def _choose_spans(self, words: Ranges, tokens: int, starts: NDArray[np.int64], keys: U64) -> Ranges:
-        first_words = np.searchsorted(words.starts, starts)
-        spans = draw_spans(np.diff(first_words, append=len(words.starts)), keys, self.rate)
-        ends = np.append(words.starts, tokens)[spans.starts + spans.sizes]
-        return Ranges(words.starts[spans.starts], ends - words.starts[spans.starts])
+        return MaskedText(tokens, self._replace(tokens, indices, action, bits), indices)
 
     def _words(
         self, tokens: NDArray[np.int64], starts: NDArray[np.int64], word_starts: NDArray[np.bool_] | None
@@ -172,6 +155,23 @@ class Masker:
         drawn = randint(fold_in(0, bits[random]), len(self.vocabulary.replacements))
         inputs[indices[random]] = self.vocabulary.replacements[drawn]
         return inputs
+
+
+def _choose_tokens(streams: _TokenStreams, rate: float) -> Ranges:
+    chosen = np.flatnonzero(uniform(streams.unit_bits(slice(None))) < rate)
+    return Ranges(chosen, np.ones_like(chosen))
+
+
+def _choose_words(words: Ranges, streams: _TokenStreams, rate: float) -> Ranges:
+    chosen = uniform(streams.unit_bits(words.starts)) < rate
+    return Ranges(words.starts[chosen], words.sizes[chosen])
+
+
+def _choose_spans(words: Ranges, tokens: int, starts: NDArray[np.int64], keys: U64, rate: float) -> Ranges:
+    first_words = np.searchsorted(words.starts, starts)
+    spans = draw_spans(np.diff(first_words, append=len(words.starts)), keys, rate)
+    ends = np.append(words.starts, tokens)[spans.starts + spans.sizes]
+    return Ranges(words.starts[spans.starts], ends - words.starts[spans.starts])
 
 
 def span_lengths() -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ The order does not depend on world size, microbatch size or earlier batches, and
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,10 @@ class BatchSequences(NamedTuple):
     corpora: NDArray[np.int64]  # [S] number of the corpus in the mixture
     epochs: NDArray[np.int64]  # [S] number of the pass over that corpus
     ids: NDArray[np.int64]  # [S] number of the sequence in the corpus
+
+    def select(self, selected: NDArray[np.integer | np.bool_]) -> Self:
+        """Return some of the sequences, by index or by a mask [S]."""
+        return type(self)(*(column[selected] for column in self))
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ def masked_documents(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list
         tokens = document.ids[: lengths[0]].astype(np.int64)
         sequence = BatchSequences(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([document.number]))
         word_starts = sample.corpus.read_word_starts(np.array([_start(document, sample.corpus)]), lengths)
-        masked = masker.mask(tokens, lengths, masker.keys(sequence), word_starts)
-        places = (masked.indices + len(vocabulary.prefix)).tolist()
-        hidden = (token_text(tokenizer, token) for token in tokens[masked.indices].tolist())
+        masked = masker.mask(tokens, lengths, sequence, word_starts)
+        places = (masked.masked + len(vocabulary.prefix)).tolist()
+        hidden = (token_text(tokenizer, token) for token in tokens[masked.masked].tolist())
         answers = dict(zip(places, hidden, strict=True))
         # The last one is the token after the text.
         apart = set() if word_starts is None else {*word_starts.nonzero()[0].tolist(), len(tokens)}

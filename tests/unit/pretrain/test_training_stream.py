@@ -260,7 +260,7 @@ def test_masks_differ_between_stages(open_run_stream: OpenStream) -> None:
     first, second = (maker.corpora[0].masker for maker in stream.makers)
     ids = np.arange(50)
     sequences = stream[0].origins._replace(corpora=ids * 0, epochs=ids * 0, ids=ids)
-    assert not np.intersect1d(first.keys(sequences), second.keys(sequences)).size
+    assert not np.intersect1d(first._keys(sequences), second._keys(sequences)).size
     assert origins(stream[0]) != origins(stream[4])
 
 

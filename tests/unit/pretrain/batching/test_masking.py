@@ -62,7 +62,7 @@ def test_shares_are_those_of_the_config(masker, unit):
     masker = of(masker, unit=unit)
     lengths = np.full(4000, 100)
     tokens = text(lengths.sum())
-    shown, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(4000))))
+    _, shown, chosen = masker.mask(tokens, lengths, sequences(np.arange(4000)))
     before, after = tokens[chosen], shown[chosen]
     # Tokens that share a draw, averaged over tokens: words have 1.5 tokens, spans 3.8 words, long ones count more.
     chosen_together = {"token": 1, "word": 2, "span": 9}[unit]
@@ -83,7 +83,7 @@ def test_the_rate_holds_at_every_place_of_sequences_of_every_length(masker, unit
     masker = of(masker, unit=unit, rate=rate)
     count = 20_000
     lengths = np.full(count, length)
-    _, chosen = masker.mask(text(count * length), lengths, masker.keys(sequences(np.arange(count))))
+    *_, chosen = masker.mask(text(count * length), lengths, sequences(np.arange(count)))
     share = flags(chosen, count * length).reshape(count, length).mean(axis=0)  # sequences are independent
     assert share == pytest.approx(np.full(length, rate), abs=4.5 * (rate * (1 - rate) / count) ** 0.5)
 
@@ -94,7 +94,7 @@ def test_words_are_chosen_as_a_whole_and_end_with_their_sequence(masker, unit, s
     masker = of(masker, unit=unit, rate=0.3)
     lengths = np.random.default_rng(2).integers(1, 30, 3000)
     tokens = text(lengths.sum())
-    _, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(3000))))
+    *_, chosen = masker.mask(tokens, lengths, sequences(np.arange(3000)))
     words = words_of(tokens, lengths)
     share = np.bincount(words, flags(chosen, len(tokens))) / np.bincount(words)
     assert set(share) == {0.0, 1.0}
@@ -112,7 +112,7 @@ def test_word_starts_can_be_given(masker, unit):
     tokens = np.full(lengths.sum(), 7)  # each a word by the marks
     word_starts = np.arange(len(tokens)) % 4 == 2
     given = word_starts.copy()
-    _, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(500))), given)
+    *_, chosen = masker.mask(tokens, lengths, sequences(np.arange(500)), given)
     assert np.array_equal(given, word_starts)
     masked = flags(chosen, len(tokens)).reshape(500, 40)
     inner = masked[:, 2:38].reshape(500, 9, 4)
@@ -144,7 +144,7 @@ def pairs_of_tokens(masker):
     """The inputs, and the token indices of each chosen word of two tokens [n, 2]."""
     lengths = np.full(3000, 40)
     tokens = np.tile([8, 9], lengths.sum() // 2)  # 9 continues the word that 8 begins
-    shown, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(3000))))
+    _, shown, chosen = masker.mask(tokens, lengths, sequences(np.arange(3000)))
     pairs = chosen.reshape(-1, 2)
     assert (np.diff(pairs) == 1).all()
     return shown, pairs
@@ -218,7 +218,7 @@ def test_empty_ranges():
 def test_a_rank_without_sequences(masker, unit):
     """Catches ranks that fail because a small batch has no sequence for them."""
     none = np.zeros(0, dtype=np.int64)
-    shown, chosen = of(masker, unit=unit).mask(none, none, KEYS[:0])
+    _, shown, chosen = of(masker, unit=unit).mask(none, none, sequences(none))
     assert len(shown) == len(chosen) == 0
 
 
@@ -229,7 +229,7 @@ def test_random_replacements_are_real_words_evenly_drawn(masker, stats):
     for unit in UNITS:
         for random_share, bins in ((1.0, 4995), (0.1, 45)):
             often = of(masker, unit=unit, rate=0.5, mask_share=1 - random_share, random_share=random_share)
-            shown, chosen = often.mask(tokens, lengths, masker.keys(sequences(np.arange(5000))))
+            _, shown, chosen = often.mask(tokens, lengths, sequences(np.arange(5000)))
             drawn = shown[chosen][shown[chosen] != MASK]
             assert drawn.min() >= 5
             assert stats.chisquare(np.bincount((drawn - 5) * bins // 4995, minlength=bins)).pvalue > 1e-3
@@ -240,7 +240,7 @@ def test_special_tokens_are_never_chosen(masker, unit):
     """Catches a masked unknown token, which teaches nothing, also inside a word whose other tokens are masked."""
     masker = of(masker, unit=unit, rate=0.9)
     tokens = np.tile([7, UNK, 9], 500)  # a single word by the fixture: neither 3 nor 9 begins one
-    _, chosen = masker.mask(tokens, np.array([1500]), masker.keys(sequences([0])))
+    *_, chosen = masker.mask(tokens, np.array([1500]), sequences([0]))
     assert set(tokens[chosen]) == {7, 9}
 
 
@@ -250,8 +250,8 @@ def test_masks_depend_on_the_sequence_and_epoch_not_on_the_batch(masker, unit):
     masker = of(masker, unit=unit)
     lengths = np.array([40, 160, 3000])
     tokens = text(lengths.sum(), seed=1)
-    shown, _ = masker.mask(tokens, lengths, masker.keys(sequences([8, 3, 5])))
-    alone, _ = masker.mask(tokens[40:200], lengths[1:2], masker.keys(sequences([3])))
+    _, shown, _ = masker.mask(tokens, lengths, sequences([8, 3, 5]))
+    _, alone, _ = masker.mask(tokens[40:200], lengths[1:2], sequences([3]))
     assert np.array_equal(shown[40:200], alone)
     for changed, epoch in (
         (masker, 1),
@@ -259,7 +259,7 @@ def test_masks_depend_on_the_sequence_and_epoch_not_on_the_batch(masker, unit):
         (dataclasses.replace(masker, corpus="other"), 0),
         (dataclasses.replace(masker, stage=1), 0),
     ):
-        other, _ = changed.mask(tokens[40:200], lengths[1:2], changed.keys(sequences([3], epoch)))
+        _, other, _ = changed.mask(tokens[40:200], lengths[1:2], sequences([3], epoch))
         assert not np.array_equal(other, alone)
 
 
@@ -270,8 +270,7 @@ def test_epochs_are_independent(masker, unit):
     lengths = np.full(3000, 40)
     tokens = text(lengths.sum())
     before, after = (
-        flags(masker.mask(tokens, lengths, masker.keys(sequences(np.arange(3000), epoch))).indices, len(tokens))
-        for epoch in (0, 1)
+        flags(masker.mask(tokens, lengths, sequences(np.arange(3000), epoch)).masked, len(tokens)) for epoch in (0, 1)
     )
     together = {"token": 1, "word": 2, "span": 9}[unit]  # tokens that share a draw, as above
     deviation = (0.15 * 0.85 * together / before.sum()) ** 0.5
@@ -282,8 +281,8 @@ def test_epochs_are_independent(masker, unit):
 def test_a_higher_rate_keeps_the_masks_of_a_lower_one(masker, unit):
     """Catches a rate that is part of the key: a masking schedule must not redraw all masks at each step."""
     tokens, lengths = text(1000), np.array([1000])
-    _, low = of(masker, unit=unit).mask(tokens, lengths, masker.keys(sequences([0])))
-    _, high = of(masker, unit=unit, rate=0.3).mask(tokens, lengths, masker.keys(sequences([0])))
+    *_, low = of(masker, unit=unit).mask(tokens, lengths, sequences([0]))
+    *_, high = of(masker, unit=unit, rate=0.3).mask(tokens, lengths, sequences([0]))
     assert set(low) < set(high)
 
 
@@ -294,5 +293,5 @@ def test_masks_are_stable_across_versions(masker, unit, digest):
     """Catches a change of any mask: a run started with another version would resume with different masks."""
     lengths = np.arange(1, 60)
     tokens = 3 + np.arange(lengths.sum()) % 4000
-    shown, chosen = of(masker, unit=unit).mask(tokens, lengths, masker.keys(sequences(np.arange(59), epoch=2)))
+    _, shown, chosen = of(masker, unit=unit).mask(tokens, lengths, sequences(np.arange(59), epoch=2))
     assert hashlib.sha256(shown.tobytes() + chosen.tobytes()).hexdigest()[:16] == digest

@@ -477,10 +477,8 @@ def test_segmented_words_are_masked_whole(tmp_path: Path, chinese: Path, source:
     masker = Masker(build_vocabulary(load_tokenizer(chinese)), MaskingConfig(unit=unit), 1, corpus.fingerprint)
     hits = np.zeros(len(tokens))
     for epoch in range(40):
-        keys = masker.keys(
-            BatchSequences(np.zeros_like(lengths), np.full_like(lengths, epoch), np.arange(len(lengths)))
-        )
-        _, chosen = masker.mask(tokens, lengths, keys, word_starts)
+        sequences = BatchSequences(np.zeros_like(lengths), np.full_like(lengths, epoch), np.arange(len(lengths)))
+        *_, chosen = masker.mask(tokens, lengths, sequences, word_starts)
         hit = np.zeros(len(tokens))
         hit[chosen] = 1
         whole = np.add.reduceat(hit, np.flatnonzero(word_starts)) / np.diff(np.flatnonzero(np.r_[word_starts, True]))
