@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,9 +43,6 @@ from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.modeling.model_config import resolve_model_config
 from pretrain.modeling.packability import least_row_width
 from pretrain.world import World
-
-if TYPE_CHECKING:  # imports DeepSpeed, which `deepcloze evaluate` does not need
-    from pretrain.resolve import ResolvedRun
 
 _SEQUENCES = 256  # of a batch of `evaluate`
 _MAX_LOSS = 700.0  # of which the exponential is a finite number
@@ -121,14 +118,6 @@ def open_held_out(
     return HeldOutEvaluator(opened)
 
 
-def open_evaluator(run: "ResolvedRun", layout: MicrobatchLayout, world: World) -> HeldOutEvaluator:
-    """Return the evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable, and
-    batches as large as in training, so that it needs no more memory."""
-    config, indexes = run.config, run.folder.path / "index"
-    seed, sequences = config.run.seed, config.batch.sequences
-    return open_held_out(run.held_out, run.vocabulary, config.masking, seed, layout, world, indexes, sequences)
-
-
 def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.device, show_progress: bool) -> Scores:
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, masked tokens
     batches = (corpus.maker[step] for step in range(corpus.batches))
@@ -189,8 +178,8 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
         rate = masking.rates[-1]
         terminal().print(f"masks: seed {seed}, unit {masking.unit}, rate {rate:g}, max_seq_length {length}")
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
-    kind, least_width = choose_row_kind(built, torch.float32), least_row_width(config)
-    layout = MicrobatchLayout(length, max(8192, length), kind, built.first_position, least_width)
+    kind, tokens = choose_row_kind(built, torch.float32), max(BatchConfig().microbatch_tokens, length)
+    layout = MicrobatchLayout(length, tokens, kind, built.first_position, least_row_width(config))
 
     @torch.inference_mode()
     def predict(microbatch: Microbatch) -> Predictions:

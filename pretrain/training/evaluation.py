@@ -8,22 +8,30 @@ from itertools import repeat
 
 from experiment.run_files.goodput import EVALUATING, ActivityTimer
 from pretrain.batching.batch import Microbatch
+from pretrain.batching.packing import MicrobatchLayout
 from pretrain.config import EvaluationConfig
 from pretrain.engine.engine import Engine
-from pretrain.evaluate import HeldOutEvaluator
+from pretrain.evaluate import HeldOutEvaluator, open_held_out
 from pretrain.modeling.masked_lm import Predictions
+from pretrain.resolve import ResolvedRun
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.reporter import Reporter
 from pretrain.training.stop_request import StopRequest
 from pretrain.training_progress import EvaluationHistory, TrainingProgress
+from pretrain.world import World
 
 log = logging.getLogger(__name__)
 
 _VOTE_SECONDS = 2.0
 
-EvaluationMetrics = Mapping[str, float | int | None]
-"""Flat: eval/<corpus>/{loss,perplexity,accuracy}; None where not finite."""
+
+def open_evaluator(run: ResolvedRun, layout: MicrobatchLayout, world: World) -> HeldOutEvaluator:
+    """Return the evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable, and
+    batches as large as in training, so that it needs no more memory."""
+    config, indexes = run.config, run.folder.path / "index"
+    seed, sequences = config.run.seed, config.batch.sequences
+    return open_held_out(run.held_out, run.vocabulary, config.masking, seed, layout, world, indexes, sequences)
 
 
 @dataclass(frozen=True)
@@ -118,11 +126,15 @@ def update_history(
     history: EvaluationHistory,
     config: EvaluationConfig,
     step: int,
-    metrics: EvaluationMetrics,
+    metrics: Mapping[str, float | int | None],
     trained: tuple[float, int],
 ) -> EvaluationHistory:
-    """Return the history after the evaluation of `step`. `trained`: summed training loss and masked tokens up to this
-    step."""
+    """Return the history after the evaluation of `step`.
+
+    Args:
+        metrics: as from `HeldOutEvaluator.metrics`.
+        trained: summed training loss and masked tokens up to this step.
+    """
     best, best_step, waited = history.best, history.best_step, history.waited + 1
     if config.best_metric != history.metric:
         best, best_step, waited = None, None, 1

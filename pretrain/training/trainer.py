@@ -18,14 +18,13 @@ from experiment.tracking.alerts import Alert
 from pretrain.batching.batch import RankBatch
 from pretrain.engine.engine import Engine, StepResult
 from pretrain.engine.host_copy import read_numbers
-from pretrain.evaluate import open_evaluator
 from pretrain.modeling.build import BuiltModel
 from pretrain.resolve import ResolvedRun
 from pretrain.training.background_save import UnwritableError
 from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.checkpointer import Checkpointer, load_resumed
 from pretrain.training.cpu_group import CpuGroup
-from pretrain.training.evaluation import RunEvaluator, log_early_stop, should_stop_early
+from pretrain.training.evaluation import RunEvaluator, log_early_stop, open_evaluator, should_stop_early
 from pretrain.training.health import ADVICE, BadBatchWriter, Fault, Recovery, append_norm, diagnose, norm_limit
 from pretrain.training.learning_rate import ends_early, learning_rate
 from pretrain.training.log_interval import LogInterval

@@ -5,8 +5,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ from pretrain.batching.batch import Microbatch
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.vocabulary import build_vocabulary
-from pretrain.config import MaskingConfig, PretrainConfig
+from pretrain.config import MaskingConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import (
     HeldOutCorpus,
@@ -38,11 +37,9 @@ from pretrain.evaluate import (
     Predict,
     Scores,
     evaluate_command,
-    open_evaluator,
     open_held_out,
 )
 from pretrain.modeling.masked_lm import Predictions
-from pretrain.resolve import ResolvedRun
 from pretrain.world import World
 
 MASKING = MaskingConfig()
@@ -87,25 +84,6 @@ def test_scores_are_exact_at_any_microbatch_size(heldout_corpus: Path) -> None:
     assert first.perplexity == pytest.approx(math.exp(first.loss))
     for other in scores[1:]:
         assert other == pytest.approx(first, rel=1e-6)
-
-
-def test_batches_are_as_large_as_in_training(heldout_corpus: Path) -> None:
-    """Catches batches of a fixed size, of which each of many ranks gets a few sequences, and microbatches that need
-    more memory than those of training."""
-    batch = {"sequences": 7, "max_seq_length": 40}
-    sections = {"model": {"init_from": "trained"}, "corpus": {"train": "corpus"}, "batch": batch}
-    run = SimpleNamespace(
-        config=PretrainConfig.model_validate({"run": {"dir": "run"}, "schedule": {"steps": 1}, **sections}),
-        held_out={"held": open_corpus(heldout_corpus)},
-        vocabulary=build_vocabulary(load_tokenizer(heldout_corpus / "tokenizer")),
-        folder=SimpleNamespace(path=heldout_corpus),
-        model_config=BertConfig(),
-    )
-    layout = MicrobatchLayout(40, 8192, "padded")
-    held = open_evaluator(cast(ResolvedRun, run), layout, World(0, 2)).corpora["held"]
-    assignments = [held.maker.assign(step) for step in range(held.batches - 1)]
-    assert [len(lengths) for _, lengths, _ in assignments] == [7] * (held.batches - 1)
-    assert {rows for *_, assignment in assignments for rows in assignment.rows} == {4}
 
 
 def test_masks_depend_only_on_the_seed(heldout_corpus: Path) -> None:

@@ -1,18 +1,28 @@
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from transformers import BertConfig
 
-from pretrain.config import EvaluationConfig
+from experiment.models.tokenizer import load_tokenizer
+from pretrain.batching.vocabulary import build_vocabulary
+from pretrain.config import EvaluationConfig, PretrainConfig
+from pretrain.corpus.reader import open_corpus
+from pretrain.resolve import ResolvedRun
 from pretrain.training.evaluation import (
     forget_replaced,
     log_early_stop,
     newly_overfitting,
+    open_evaluator,
     should_stop_early,
     stop_votes,
     update_history,
 )
 from pretrain.training_progress import EvaluationHistory
+from pretrain.training_stream import run_layout
+from pretrain.world import World
 
 
 def histories_after(
@@ -135,3 +145,22 @@ def test_a_stop_during_an_evaluation_takes_seconds(
         asked.now += seconds  # of a microbatch
     assert asked.now <= 100.0 + max(4.0, seconds)
     assert asked.votes <= most_votes
+
+
+def test_batches_are_as_large_as_in_training(heldout_corpus: Path) -> None:
+    """Catches batches of a fixed size, of which each of many ranks gets a few sequences, and microbatches that need
+    more memory than those of training."""
+    batch = {"sequences": 7, "max_seq_length": 40}
+    sections = {"model": {"init_from": "trained"}, "corpus": {"train": "corpus"}, "batch": batch}
+    run = SimpleNamespace(
+        config=PretrainConfig.model_validate({"run": {"dir": "run"}, "schedule": {"steps": 1}, **sections}),
+        held_out={"held": open_corpus(heldout_corpus)},
+        vocabulary=build_vocabulary(load_tokenizer(heldout_corpus / "tokenizer")),
+        folder=SimpleNamespace(path=heldout_corpus),
+        model_config=BertConfig(),
+    )
+    resolved = cast(ResolvedRun, run)
+    held = open_evaluator(resolved, run_layout(resolved, "padded"), World(0, 2)).corpora["held"]
+    assignments = [held.maker.assign(step) for step in range(held.batches - 1)]
+    assert [len(lengths) for _, lengths, _ in assignments] == [7] * (held.batches - 1)
+    assert {rows for *_, assignment in assignments for rows in assignment.rows} == {4}
