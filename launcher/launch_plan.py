@@ -47,7 +47,7 @@ class LaunchPlan:
     machine: Machine
     target: Target  # requirements for preflight
     summary: str = ""  # model and engine, in words
-    identity: Mapping[str, Any] = field(default_factory=dict)  # see `pretrain.resume.run_identity`
+    identity: Mapping[str, Any] = field(default_factory=dict)  # see `pretrain.run_identity`
     held_out: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the evaluation corpora, by name
 
     @property

@@ -36,8 +36,8 @@ from pretrain.resume import (
     find_resume_candidates,
     locate_model,
     plan_resume,
-    run_identity,
 )
+from pretrain.run_identity import run_identity
 
 log = logging.getLogger(__name__)
 
@@ -311,17 +311,15 @@ def _plan_resume(
     corpora: Sequence[TrainingCorpus],
 ) -> ResumePlan:
     plan = plan_resume(point, identity)
-    _check_fork(plan, config, corpora[0].corpus)
+    _check_fork_tokenizer(plan, corpora[0].corpus)
+    check_fork_length(plan, config.schedule.known_steps)  # `open_stream` knows the steps in epochs or tokens
     if plan.checkpoint is None and model_source.init_from is not None:
         _warn_of_same_seed(config, corpora, Path(model_source.init_from))
     return plan
 
 
-def _check_fork(plan: ResumePlan, config: PretrainConfig, train: Corpus) -> None:
-    """Raise UserError for a fork of a model with another tokenizer, or one whose steps are already done.
-
-    A length in epochs or tokens has to wait for `open_stream`, which knows the steps in it.
-    """
+def _check_fork_tokenizer(plan: ResumePlan, train: Corpus) -> None:
+    """Raise UserError for a fork of a model with another tokenizer."""
     if plan.checkpoint is None or not plan.fork:
         return
     folder = plan.checkpoint / "hf"
@@ -330,7 +328,6 @@ def _check_fork(plan: ResumePlan, config: PretrainConfig, train: Corpus) -> None
             f"run.resume: the model in {plan.checkpoint} has another tokenizer than the corpus {train.path}; "
             f"build the corpus again with `--tokenizer {folder}`"
         )
-    check_fork_length(plan, config.schedule.known_steps)
 
 
 def _warn_of_same_seed(config: PretrainConfig, corpora: Sequence[TrainingCorpus], model: Path) -> None:

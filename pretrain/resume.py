@@ -1,17 +1,15 @@
-"""Find the checkpoint that a run resumes or forks, and check that the config is compatible with it.
+"""Find the checkpoint that a run resumes or forks, and plan how it continues from there.
 
 The checkpoint contains all that the run needs besides the corpora: the files of `model.init_from`, `model.added_tokens`
 and `run.resume` may be deleted once it is there.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.config import flatten, with_defaults
 from experiment.errors import UserError, user_errors_in
 from experiment.models.hub_names import HubName, meant_name
 from experiment.models.model_names import record_model
@@ -28,34 +26,12 @@ from experiment.run_files.checkpoints import (
 from experiment.run_files.provenance import forked_from, read_origin, read_provenance
 from experiment.run_files.run_folder import RunFolder, check_run_folder
 from experiment.storage import is_url
-from pretrain.config import ModelConfig, PretrainConfig, RunConfig
+from pretrain.config import ModelConfig, RunConfig
+from pretrain.run_identity import check_fork, check_resume, describe_changes, keeps_stream, shown
 from pretrain.training_progress import progress_from_json
 
 log = logging.getLogger(__name__)
 
-_SPECIAL_TOKENS = "corpus.special_tokens"
-_DS_CONFIG = "engine.ds_config."
-# Keys that determine which sequences are in a batch.
-_STREAM = (
-    *("run.seed", "batch.sequences", "batch.max_seq_length", "corpus.train", _SPECIAL_TOKENS),
-    *("schedule.batch_warmup_steps", "schedule.stages"),
-)
-# Keys that determine the stream of batches, the masks or the parameters.
-_FIXED = ("model", "masking", "optimizer.name", *_STREAM)
-# Keys below these that only change how the same result is computed.
-_LAYOUT = ("model.activation_checkpointing",)
-# Keys that change nothing in an encoder. Older identities have use_cache as activation checkpointing sets it, and the
-# `auto_map` of a folder.
-_NO_EFFECT = ("model.use_cache", "model.auto_map")
-# Keys that determine masks if the masking rate is a function of the run's length.
-_LENGTH = ("schedule.steps", "schedule.epochs", "schedule.tokens")
-# Keys that name paths, or that `run_identity` resolves.
-_BY_CONTENT = (
-    *("run.dir", "run.resume", "corpus.train", "schedule.stages"),
-    *("model.config", "model.init_from", "model.added_tokens", "model.max_positions"),
-)
-# Keys about the training of a model, not its architecture: a fork may change them.
-_MODEL_TRAINING = tuple(f"model.{field}" for field in ModelConfig.model_fields)
 # Keys of lengths that count from step 0, in a fork too.
 _FROM_STEP_0 = ("model.freeze_steps", "schedule.warmup_steps", "schedule.batch_warmup_steps")
 _ADVICE = "Delete damaged checkpoints to resume from checkpoint.mirror, or choose another run.dir to start over"
@@ -81,6 +57,11 @@ class ResumePlan:
     same_stream: bool = True  # each step has the same batch as before, so known bad batches are still bad
     forked_at: int = 0  # step that the run began with, also if it has resumed since; 0 if it is no fork
     forked_tokens: int | None = None  # tokens that it began with; None if it is no fork, or one of an older version
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run continues from a checkpoint of its own."""
+        return self.checkpoint is not None and not self.fork
 
 
 @dataclass(frozen=True)
@@ -181,8 +162,8 @@ def _check_other_model(init_from: str | None, saved: str | None, point: ResumePo
     if point.fork:
         what, instead = "forked", "remove run.resume to start from the weights of model.init_from"
     raise UserError(
-        f"{point.checkpoint} cannot be {what} with another model.init_from: the run was started with {_shown(saved)}, "
-        f"the config says {_shown(init_from)}. Restore the value, even if the model was moved or deleted, or {instead}"
+        f"{point.checkpoint} cannot be {what} with another model.init_from: the run was started with {shown(saved)}, "
+        f"the config says {shown(init_from)}. Restore the value, even if the model was moved or deleted, or {instead}"
     )
 
 
@@ -210,10 +191,9 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
         progress = progress_from_json(state["progress"])
     step, origin = progress.step, forked_from(state.get("provenance", {}).get("ancestors", ())) or {}
     if point.fork:
-        lines = check_fork(before, identity, where)
+        changed = check_fork(before, identity, where)
     else:
-        lines = check_resume(before, identity, where, f" ({state['config']['corpus']['train']})")
-    changed = _changes(before, identity)
+        changed = check_resume(before, identity, where, f" ({state['config']['corpus']['train']})")
     for key in _FROM_STEP_0 if point.fork else ():
         ends_freeze = key == "model.freeze_steps" and key in changed and identity[key] < changed[key][0]
         if key in changed and 0 < identity[key] <= step and not ends_freeze:
@@ -222,9 +202,9 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
         point.checkpoint,
         step=step,
         fork=point.fork,
-        changes=tuple(lines),
+        changes=tuple(describe_changes(changed)),
         load_optimizer_state="optimizer.name" not in changed,
-        same_stream=not any(_is_below(key, _STREAM) for key in changed),
+        same_stream=keeps_stream(changed),
         forked_at=step if point.fork else int(origin.get("step", 0)),
         forked_tokens=progress.tokens if point.fork else origin.get("tokens"),
     )
@@ -259,50 +239,6 @@ def is_fork_of(ancestors: Sequence[Mapping[str, Any]], parent: str) -> bool:
     return not found or any(all(each[key] == origin.get(key) for key in known) for each in found)
 
 
-def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str, trained_on: str = "") -> list[str]:
-    """Compare identities (see `run_identity`). Returns a line for each key that may differ; raises UserError for one
-    that may not. For messages: `where`: the checkpoint; `trained_on`: its corpora."""
-    changes = _changes(before, now)
-    fixed = _FIXED if before["masking.schedule"] == "constant" else (*_FIXED, *_LENGTH)
-    if _SPECIAL_TOKENS in changes:
-        old, new = map(_shown, changes[_SPECIAL_TOKENS])
-        raise UserError(
-            f"{where} cannot be resumed with another tokenizer: it put the special tokens {old} before and after the "
-            f"text of a sequence, now it puts {new}. Restore the tokenizer of the corpus, or start a new run"
-        )
-    for key, (old, new) in changes.items():
-        if _is_below(key, fixed) and key not in _LAYOUT and not _is_of_other_version(key, before, now):
-            what, which = ("a corpus with the fingerprint ", trained_on) if key == "corpus.train" else ("", "")
-            mirror = now.get("checkpoint.mirror")
-            other = f" and with another checkpoint.mirror: a new run.dir resumes from {mirror}" if mirror else ""
-            fork = " with model.init_from" if _is_architecture(key) else ", or a fork of this one,"
-            raise UserError(
-                f"{where} cannot be resumed with another {key}: the run was started with {what}{_shown(old)}{which}, "
-                f"the config says {what}{_shown(new)}. Restore the value, or start a new run{fork} in another "
-                f"run.dir{other}"
-            )
-    return _lines(changes)
-
-
-def check_fork(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
-    """Like `check_resume`, for a fork: everything but the model, and what it froze, may change."""
-    changes = _changes(before, now)
-    frozen, _ = changes.get("model.freeze", ((), ()))
-    if frozen and "optimizer.name" not in changes:  # one flat tensor has one step count
-        raise UserError(
-            f"run.resume: {where} cannot be forked with another model.freeze than {_shown(frozen)}: the optimizer has "
-            "updated those parameters less often than the others. Keep it: they train from step model.freeze_steps on, "
-            "which may change"
-        )
-    for key, (old, new) in changes.items():
-        if _is_architecture(key) and not _is_of_other_version(key, before, now):
-            raise UserError(
-                f"run.resume: {where} cannot be forked with another {key}: its model has {_shown(old)}, the config "
-                f"says {_shown(new)}. To use its weights only, set model.init_from"
-            )
-    return _lines(changes)
-
-
 def check_fork_length(plan: ResumePlan, steps: int | None) -> None:
     """Raise UserError for a fork that has nothing left to train. `steps`: in the whole run; None if unknown."""
     if plan.fork and steps is not None and plan.step >= steps:
@@ -310,74 +246,3 @@ def check_fork_length(plan: ResumePlan, steps: int | None) -> None:
             f"the run has {steps} steps, but a fork continues its parent's step count, and {plan.checkpoint} is at "
             f"step {plan.step} already"
         )
-
-
-def run_identity(
-    config: PretrainConfig,
-    model_config: Mapping[str, Any],
-    corpora: Sequence[tuple[str, float]],
-    special_tokens: tuple[Sequence[int], Sequence[int]],
-    ds_config: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the identity of a run: its config, with model, corpora and stages as they resolve.
-
-    Args:
-        corpora: fingerprint and weight of each training corpus.
-        special_tokens: token ids before and after the text of each sequence.
-        ds_config: the DeepSpeed JSON.
-    """
-    plain = {key: value for key, value in flatten(config).items() if not key.startswith(_BY_CONTENT)}
-    ignored = ("transformers_version", "_name_or_path", "dtype", "architectures")
-    model = {f"model.{key}": value for key, value in model_config.items() if key not in ignored}
-    stages: list[list[int | str]] = []
-    for stage in config.stages:
-        # Stages of earlier versions started new epochs.
-        is_continued = bool(stages) and stages[-1][1] == stage.max_seq_length
-        found = [stage.first_step, stage.max_seq_length, stage.sequences]
-        stages.append([*found, *(["continued"] if is_continued else [])])
-    resolved = {
-        "corpus.train": [list(corpus) for corpus in corpora] if len(corpora) > 1 else corpora[0][0],
-        _SPECIAL_TOKENS: [list(ids) for ids in special_tokens],
-        "schedule.stages": stages if config.schedule.stages else [],
-        "schedule.steps": config.schedule.known_steps,
-    }
-    engine = {_DS_CONFIG + key: value for key, value in flatten(ds_config).items()}
-    return plain | model | engine | resolved
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    old, new = with_defaults(flatten(before), PretrainConfig), with_defaults(flatten(now), PretrainConfig)
-    for identity in (old, new):  # the path of a preset depends on the installation
-        identity["engine.ds_config"] = Path(identity["engine.ds_config"]).stem
-    # Older identities do not have these.
-    unknown = tuple(part for part in (_SPECIAL_TOKENS, _DS_CONFIG) if not any(key.startswith(part) for key in old))
-    if new.get("model.model_type") == "big_bird":  # older ones have it as it is in the folder, without effect
-        unknown += ("model.attention_type",)
-    keys = sorted(key for key in old.keys() | new.keys() if not key.startswith(unknown))
-    changed = [key for key in keys if old.get(key) != new.get(key) and not _is_below(key, _NO_EFFECT)]
-    return {key: (old.get(key), new.get(key)) for key in changed}
-
-
-def _is_architecture(key: str) -> bool:
-    return _is_below(key, ("model",)) and key not in _MODEL_TRAINING
-
-
-def _is_of_other_version(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether it is a field of the model's config that one version of transformers has, and the other has not.
-    Keys in other mappings, such as `rope_parameters`, may be left out by the user."""
-    classes = key.split(".")[1:-1]
-    is_field = _is_architecture(key) and all(name.endswith("_config") for name in classes)
-    return is_field and (key in flatten(before)) != (key in flatten(now))
-
-
-def _is_below(key: str, sections: tuple[str, ...]) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
-
-
-def _lines(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in changes.items()]
-
-
-def _shown(value: Any) -> str:
-    """Return a value as in YAML, text in quotes."""
-    return repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -109,7 +109,7 @@ class Checkpointer:
 
     def __post_init__(self) -> None:
         folder, plan = self.run.folder, self.run.resume_plan
-        saved_step = plan.step if plan.checkpoint is not None and not plan.fork else None
+        saved_step = plan.step if plan.resumes else None
         url = self.run.config.checkpoint.mirror
         self._uploads = MirrorUploads(Mirror(url), folder, self.alert) if url and self.group.world.rank == 0 else None
         if self._uploads is not None:

@@ -64,7 +64,7 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
     attempt = collect_provenance(sys.argv, world_size, hosts) | changes
     provenance = write_provenance(run.folder, attempt, ancestors, known)
     write_text(run.folder.config, config)
-    if run.resume_plan.checkpoint is not None and not run.resume_plan.fork:
+    if run.resume_plan.resumes:
         run.folder.saved.touch()
     return provenance
 
@@ -90,8 +90,7 @@ def open_run_tracker(
     log.info("training: %s%s; %d finished", end, in_epochs, step)
     for warning in run.config.warnings(total_steps):
         log.warning(warning)
-    resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork
-    resumed_step = step if resumed else -1
+    resumed_step = step if run.resume_plan.resumes else -1
     try:
         drop_results(run.folder, resumed_step)
         drop_fillings(run.folder, resumed_step)
@@ -112,9 +111,9 @@ def open_run_tracker(
 def _ancestors(run: ResolvedRun) -> list[dict[str, Any]] | None:
     """Return the models that the run's first weights came from; None for a resumed run, which has recorded them."""
     plan = run.resume_plan
+    if plan.resumes:
+        return None
     if plan.checkpoint is not None:
-        if not plan.fork:
-            return None
         *others, parent = ancestors_of(plan.checkpoint / "hf", "fork")
         return [*others, {**parent, "tokens": plan.forked_tokens}]
     init_from = run.model_source.init_from
