@@ -7,7 +7,7 @@ complete examples.
 import re
 from collections.abc import Iterator
 from glob import has_magic
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -17,7 +17,7 @@ from experiment.storage import is_url
 from experiment.tracking.config import TrackingConfig
 from pretrain.ds_configs import DsConfig
 from pretrain.optimizer_config import OptimizerConfig
-from pretrain.schedule_config import ScheduleConfig, StageConfig
+from pretrain.schedule_config import ScheduleConfig, Stage, StageConfig
 
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 _HIGH_LR = 0.1  # even for small models and LAMB
@@ -309,15 +309,6 @@ class HealthConfig(Section):
     hang_seconds: PositiveInt = 600
     """Timeout in seconds: a rank that makes no progress, that others wait for, or that waits for its data is named
     within it, and the run fails."""
-
-
-class Stage(NamedTuple):
-    """A stage with every value filled in."""
-
-    first_step: int
-    max_seq_length: int
-    sequences: int
-    microbatch_tokens: int
 
 
 class EngineConfig(Section):

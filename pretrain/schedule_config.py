@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -25,6 +25,15 @@ class StageConfig(Section):
 
     microbatch_tokens: PositiveInt | None = None
     """Overrides `batch.microbatch_tokens`."""
+
+
+class Stage(NamedTuple):
+    """A stage with every value filled in."""
+
+    first_step: int
+    max_seq_length: int
+    sequences: int
+    microbatch_tokens: int
 
 
 class ScheduleConfig(Section):

@@ -22,11 +22,11 @@ from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder, sta
 from pretrain.batching.packing import MicrobatchLayout, RowKind
 from pretrain.batching.row_width import with_best_row_width
 from pretrain.batching.sequences import open_index
-from pretrain.config import MaskingConfig, Stage
+from pretrain.config import MaskingConfig
 from pretrain.modeling.packability import least_row_width
 from pretrain.resolve import ResolvedRun
 from pretrain.resume import ResumePlan, check_fork_length
-from pretrain.schedule_config import ScheduleConfig
+from pretrain.schedule_config import ScheduleConfig, Stage
 from pretrain.world import World
 
 _SMALL_REST = 0.1  # of a whole batch
@@ -114,11 +114,10 @@ def open_stream(
     Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.
     """
     config = run.config
-    sizes = stage_sizes(
-        [(stage.first_step, stage.max_seq_length, stage.sequences) for stage in config.stages],
-        config.schedule.batch_warmup_steps,
-    )
-    opened = [_open_stage(run, stage, *begun) for stage, begun in zip(config.stages, sizes, strict=True)]
+    sizes = stage_sizes(config.stages, config.schedule.batch_warmup_steps)
+    opened = [
+        _open_stage(run, stage, begun, of_stage) for stage, (begun, of_stage) in zip(config.stages, sizes, strict=True)
+    ]
     corpora, orders = zip(*opened, strict=True)
     total_weight = sum(given.weight for given in run.corpora)
     mean_lengths = [total_weight / sum(order.shares) for order in orders]

@@ -4,7 +4,8 @@ import math
 from typing import TypeVar
 
 from experiment.config import Section
-from pretrain.config import BatchConfig, PretrainConfig, Stage
+from pretrain.config import BatchConfig, PretrainConfig
+from pretrain.schedule_config import Stage
 
 S = TypeVar("S", bound=Section)
 

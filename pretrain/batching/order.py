@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.batching.counter_rng import make_key, permutations, permute
+from pretrain.schedule_config import Stage
 
 _BLOCK = 1024  # positions in which a mixture has exact shares; they are shuffled inside
 _SHARE_UNITS = 1 << 32  # resolution of the shares: they are rounded to multiples of 1 / this
@@ -64,22 +65,19 @@ class BatchSizes:
         return self.first_step + bisect_left(range(self.first_step, warm), positions, key=self.start)
 
 
-def stage_sizes(stages: Sequence[tuple[int, int, int]], warmup_steps: int) -> list[tuple[int, BatchSizes]]:
+def stage_sizes(stages: Sequence[Stage], warmup_steps: int) -> list[tuple[int, BatchSizes]]:
     """Return the batch sizes of each stage, and the number of the stage that started the epochs which it reads.
 
     A stage of the length of the one before it has the same sequences, so it continues the epochs of that stage, and its
-    batch sizes if they are the same. Any other starts new epochs.
-
-    Args:
-        stages: (first step, longest sequence in tokens, sequences per batch).
-        warmup_steps: see BatchSizes.
+    batch sizes if they are the same. Any other starts new epochs. `warmup_steps`: see BatchSizes.
     """
     sizes: list[tuple[int, BatchSizes]] = []
-    for number, (first, length, sequences) in enumerate(stages):
-        begun, own = number, BatchSizes(sequences, warmup_steps, first)
-        if number and length == stages[number - 1][1]:
+    for number, stage in enumerate(stages):
+        begun, own = number, BatchSizes(stage.sequences, warmup_steps, stage.first_step)
+        if number and stage.max_seq_length == stages[number - 1].max_seq_length:
             begun, before = sizes[-1]
-            own = before if sequences == before.sequences else replace(own, first_position=before.start(first))
+            is_same = stage.sequences == before.sequences
+            own = before if is_same else replace(own, first_position=before.start(stage.first_step))
         sizes.append((begun, own))
     return sizes
 
