@@ -19,7 +19,7 @@ from experiment.run_files.goodput import DATA, ActivityTimer
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import BatchLoader, DataWorkerError
 from pretrain.engine.phases import phase
-from pretrain.training.checkpointer import Checkpointer
+from pretrain.training.background_save import BackgroundSave
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.step_agreement import PendingTotals, StepAgreement, StepTotals
 from pretrain.training.stop_request import StopRequest
@@ -44,7 +44,7 @@ class BatchFeed:
     stream: TrainingStream
     device: torch.device  # that trains
     hang_seconds: float
-    checkpointer: Checkpointer
+    saves: BackgroundSave
     agreement: StepAgreement
     group: CpuGroup
     times: ActivityTimer
@@ -99,5 +99,5 @@ class BatchFeed:
                 share = next(self._batches, None)
             except DataWorkerError as error:
                 share = error
-        stop_requested, part_done = stop.reason is not None, self.checkpointer.saves.is_part_done
+        stop_requested, part_done = stop.reason is not None, self.saves.is_part_done
         return _UpcomingBatch(share, self.agreement.begin(share, stop_requested, part_done))

@@ -60,7 +60,7 @@ class LogInterval:
 
     def include_in(self, progress: TrainingProgress) -> TrainingProgress:
         """Return the progress with the losses of this interval. Waits for the device. Collective."""
-        self.all_reduce_losses()
+        self._all_reduce_losses()
         return replace(progress, interval_losses=tuple(self.losses), interval_masked=self.masked_tokens)
 
     def end(self, progress: TrainingProgress) -> TrainingProgress:
@@ -70,18 +70,18 @@ class LogInterval:
         loss_sum, masked_tokens = included.trained
         return replace(included, loss_sum=loss_sum, masked_tokens=masked_tokens, interval_losses=(), interval_masked=0)
 
-    def all_reduce_losses(self) -> None:
-        """Copy all losses to the host: the interval's only wait for the device. Collective."""
+    def mean_loss(self) -> float | None:
+        """Return the loss per masked token; None if no step was trained on. Waits for the device. Collective."""
+        self._all_reduce_losses()
+        return sum(self.losses) / self.masked_tokens if self.masked_tokens else None
+
+    def _all_reduce_losses(self) -> None:
+        """Copy all losses to the host: the interval's only wait for the device."""
         if self._pending:
             summed = torch.stack([loss.to(self._device, torch.float64) for loss in self._pending])
             dist.all_reduce(summed)
             self.losses += read_numbers(summed)
             self._pending.clear()
-
-    @property
-    def mean_loss(self) -> float | None:
-        """Per masked token, after `all_reduce_losses`; None if no step was trained on."""
-        return sum(self.losses) / self.masked_tokens if self.masked_tokens else None
 
     def measure_pace(self) -> Pace:
         """Return the pace of the interval. Time from now on, such as for logging, belongs to the next one."""

@@ -152,11 +152,11 @@ class Reporter:
             saved_step: of the newest checkpoint.
         """
         interval, by_corpus = self.interval, progress.tokens_by_corpus
-        interval.all_reduce_losses()
+        loss = interval.mean_loss()  # waits for the device, which is part of the pace
         pace = interval.measure_pace()
         slowest_rank = self._slowest_rank(pace.data_seconds)
         metrics: Metrics = {
-            "loss": interval.mean_loss,
+            "loss": loss,
             "lr": rate,
             "grad_norm": grad_norm,
             "loss_scale": self.engine.loss_scale,

@@ -101,13 +101,14 @@ class Trainer:
         self._checkpointer = Checkpointer(
             run, engine, model.model, stream, group, self._interval, clock, times, provenance, self._reporter.alert
         )
+        self._saves = self._checkpointer.saves
         self._recovery = Recovery(config.health)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
         on_gpus = engine.device.type == "cuda" and world.size > 1
         sums = DeviceSums(engine.device, times.make_progress) if on_gpus else group
         agreement = StepAgreement(sums, world, clock, config.checkpoint.every_minutes, len(stream.corpora))
         hang_seconds = config.health.hang_seconds
-        self._feed = BatchFeed(stream, engine.device, hang_seconds, self._checkpointer, agreement, group, times)
+        self._feed = BatchFeed(stream, engine.device, hang_seconds, self._saves, agreement, group, times)
         self._started: list[Tensor] = []  # losses of microbatches of the next batch
         self._profiler = StepProfiler(run.folder.profile) if config.run.profile and world.rank == 0 else None
         self._start_at(self._progress)
@@ -126,7 +127,7 @@ class Trainer:
             previous, rate = rate, self._learning_rate(batch.step, totals.seconds)
             trained = self._train_step(batch, totals.masked_tokens, rate)
             votes = self._feed.wait_for_votes()
-            self._checkpointer.saves.advance_if_done(votes.ranks_done)
+            self._saves.advance_if_done(votes.ranks_done)
             if self._profiler is not None:
                 self._profiler.step()
             if isinstance(trained, FaultyStep):
@@ -156,7 +157,7 @@ class Trainer:
 
     def finish_save(self) -> None:
         """Wait for the checkpoint that is being written, if any. Collective."""
-        self._checkpointer.saves.wait()
+        self._saves.wait()
 
     def close(self, outcome: Outcome) -> None:
         """Finish uploads unless the run has failed, and close the trackers, see `Reporter.close`. Collective unless the
@@ -250,7 +251,7 @@ class Trainer:
         fault = step.fault.located(self._group.all_gather_objects((platform.node(), losses)))
         with self._times.during(CHECKPOINTING):
             dumped = self._bad_batches.dump_bad_batch(batch, losses, fault)
-            self._checkpointer.saves.wait()  # it may be the one to go back to
+            self._saves.wait()  # it may be the one to go back to
         what, policy = f"{fault}\n  its batch: {dumped}", self._config.health.policy
         self._reporter.alert(Alert("bad_batch", f"{what}\n  policy: {policy}"))
         if policy == "stop":
@@ -260,7 +261,7 @@ class Trainer:
                 log.error("%s", what)
                 raise
         bad_steps = (*self._progress.bad_steps, fault.step)
-        self._recovery.check(what, bad_steps, self._checkpointer.saves.saved_step)
+        self._recovery.check(what, bad_steps, self._saves.saved_step)
         self._progress = replace(self._progress, bad_steps=bad_steps)
         if policy == "skip":
             log.warning("%s\n  policy: skipping it", what)
@@ -315,7 +316,7 @@ class Trainer:
         self._times.finish_step(self._progress.step)
 
     def _report(self, rate: float, grad_norm: float) -> None:
-        self._progress = self._reporter.report(self._progress, rate, grad_norm, self._checkpointer.saves.saved_step)
+        self._progress = self._reporter.report(self._progress, rate, grad_norm, self._saves.saved_step)
 
     def _is_evaluation_due(self) -> bool:
         return self._evaluator.is_due(self._progress, self._is_finished())

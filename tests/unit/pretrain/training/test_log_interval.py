@@ -47,31 +47,27 @@ def add_steps(interval: LogInterval, steps: Iterable[tuple[list[float] | None, i
 def test_mean_loss_is_per_masked_token_of_all_ranks() -> None:
     """Catches a mean over steps or microbatches, one rank's share, and masked tokens of steps that were skipped."""
     interval = add_steps(new_interval(), STEPS)
-    interval.all_reduce_losses()
     assert interval.masked_tokens == 11
-    assert interval.mean_loss == pytest.approx(2 * (0.1 + 0.7 + 1e-3 + 1.3 + 2.1 + 0.3 + 0.9) / 11)
+    assert interval.mean_loss() == pytest.approx(2 * (0.1 + 0.7 + 1e-3 + 1.3 + 2.1 + 0.3 + 0.9) / 11)
 
 
 @pytest.mark.parametrize("stop_after", range(len(STEPS) + 1))
 def test_resumed_interval_logs_the_same_loss(stop_after: int) -> None:
     """Catches steps before a stop that a resume drops or counts twice, and sums in another order: not a bit differs."""
     uninterrupted = add_steps(new_interval(), STEPS)
-    uninterrupted.all_reduce_losses()
     saved = add_steps(new_interval(), STEPS[:stop_after]).include_in(TrainingProgress())
     resumed = add_steps(new_interval(saved), STEPS[stop_after:])
-    resumed.all_reduce_losses()
+    assert resumed.mean_loss() == uninterrupted.mean_loss()
     assert resumed.losses == uninterrupted.losses
-    assert resumed.mean_loss == uninterrupted.mean_loss
 
 
 def test_reducing_twice_changes_nothing() -> None:
     """Catches losses that an evaluation or a save within the interval reduces, and the log event reduces again."""
     once, twice = add_steps(new_interval(), STEPS), add_steps(new_interval(), STEPS[:2])
-    twice.all_reduce_losses()
-    twice.all_reduce_losses()
+    twice.mean_loss()
+    twice.mean_loss()
     add_steps(twice, STEPS[2:])
-    for interval in (once, twice):
-        interval.all_reduce_losses()
+    assert once.mean_loss() == twice.mean_loss()
     assert once.losses == twice.losses
 
 
@@ -81,14 +77,13 @@ def test_the_end_of_an_interval_moves_its_losses_to_the_run() -> None:
     before = interval.include_in(TrainingProgress(loss_sum=5.0, masked_tokens=7))
     after = interval.end(before)
     assert before.trained == after.trained == (after.loss_sum, 7 + 8)
-    assert (after.interval_losses, after.interval_masked, interval.losses, interval.mean_loss) == ((), 0, [], None)
+    assert (after.interval_losses, after.interval_masked, interval.losses, interval.mean_loss()) == ((), 0, [], None)
 
 
 def test_interval_without_a_trained_step_has_no_loss() -> None:
     """Catches a division by zero where every batch of an interval was skipped."""
     interval = add_steps(new_interval(), [(None, 4)])
-    interval.all_reduce_losses()
-    assert interval.mean_loss is None
+    assert interval.mean_loss() is None
 
 
 def test_flops_are_of_the_steps_that_this_process_trained_on() -> None:
