@@ -1,15 +1,21 @@
-"""Progress of a run: the content of a checkpoint besides tensors, and the clock of its training."""
+"""Progress of a run: the content of a checkpoint besides tensors."""
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiment.errors import UserError
 
 # Names in state.json, kept so that existing checkpoints load.
 _SAVED_AS = {"masked_tokens": "masked", "grad_norms": "norms", "bad_steps": "skipped", "evaluations": "standing"}
+
+
+class SummedLoss(NamedTuple):
+    """The training loss of some steps."""
+
+    loss: float = 0.0  # sum over their masked tokens
+    masked_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class EvaluationHistory:
     best: float | None = None
     best_step: int | None = None
     waited: int = 0  # evaluations since the best one
-    trained: tuple[float, int] = (0.0, 0)  # summed training loss and masked tokens up to the last evaluation
+    trained: SummedLoss = field(default_factory=SummedLoss)  # up to the last evaluation
     train_loss: float | None = None  # mean over the steps between the last two evaluations
     held_out: dict[str, float] = field(default_factory=dict)  # corpus -> loss at the last evaluation
     rising: dict[str, int] = field(default_factory=dict)  # corpus -> consecutive evaluations that suggest overfitting
@@ -49,9 +55,9 @@ class TrainingProgress:
     evaluated: bool = False  # the evaluation of this step, if one is due, is done
 
     @property
-    def trained(self) -> tuple[float, int]:
-        """The summed loss and the masked tokens of all steps, if the log interval is included."""
-        return self.loss_sum + sum(self.interval_losses), self.masked_tokens + self.interval_masked
+    def trained(self) -> SummedLoss:
+        """The loss of all steps; call it on the result of `LogInterval.include_in`."""
+        return SummedLoss(self.loss_sum + sum(self.interval_losses), self.masked_tokens + self.interval_masked)
 
     @property
     def is_best_step(self) -> bool:
@@ -77,7 +83,7 @@ def progress_from_json(saved: dict[str, Any]) -> TrainingProgress:
     for kind, found in ((TrainingProgress, values), (EvaluationHistory, evaluations)):
         if unknown := found.keys() - {known.name for known in fields(kind)}:
             raise UserError(f"a newer version of deepcloze wrote its progress: unknown field '{min(unknown)}'")
-    trained = tuple(evaluations["trained"])
+    trained = SummedLoss(*evaluations["trained"])
     return TrainingProgress(**{**values, "evaluations": EvaluationHistory(**{**evaluations, "trained": trained})})
 
 
@@ -110,24 +116,3 @@ def rename_corpora(
         names = present.get(digits, [f"{plain}@{digits}" if plain else name])
         renamed[name if name in names else names[0]] += count
     return dict(renamed)
-
-
-class TrainingClock:
-    """Times a run over all its attempts, and since the last checkpoint."""
-
-    def __init__(self, seconds_before: float) -> None:
-        """`seconds_before`: of training in earlier attempts."""
-        self._start = time.monotonic() - seconds_before
-        self._saved = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training, over all attempts."""
-        return time.monotonic() - self._start
-
-    @property
-    def minutes_since_save(self) -> float:
-        return (time.monotonic() - self._saved) / 60
-
-    def restart_save_timer(self) -> None:
-        self._saved = time.monotonic()

@@ -18,7 +18,7 @@ from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.reporter import Reporter
 from pretrain.training.stop_request import StopRequest
-from pretrain.training_progress import EvaluationHistory, TrainingProgress
+from pretrain.training_progress import EvaluationHistory, SummedLoss, TrainingProgress
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -127,13 +127,13 @@ def update_history(
     config: EvaluationConfig,
     step: int,
     metrics: Mapping[str, float | int | None],
-    trained: tuple[float, int],
+    trained: SummedLoss,
 ) -> EvaluationHistory:
     """Return the history after the evaluation of `step`.
 
     Args:
         metrics: as from `HeldOutEvaluator.metrics`.
-        trained: summed training loss and masked tokens up to this step.
+        trained: up to this step.
     """
     best, best_step, waited = history.best, history.best_step, history.waited + 1
     if config.best_metric != history.metric:
@@ -143,8 +143,8 @@ def update_history(
     if value is not None and (best is None or (value > best if higher_is_better else value < best)):
         best, best_step, waited = value, step, 0
 
-    masked = trained[1] - history.trained[1]
-    train_loss = (trained[0] - history.trained[0]) / masked if masked else None
+    masked = trained.masked_tokens - history.trained.masked_tokens
+    train_loss = (trained.loss - history.trained.loss) / masked if masked else None
     train_loss_fell = train_loss is not None and history.train_loss is not None and train_loss < history.train_loss
     held_out = {
         key.removeprefix("eval/").removesuffix("/loss"): float(loss)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.host_copy import HostCopy
+from pretrain.training.clock import TrainingClock
 from pretrain.training.cpu_group import CpuGroup
-from pretrain.training_progress import TrainingClock
 from pretrain.world import World
 
 

@@ -1,11 +1,9 @@
 import dataclasses
 import json
 
-import pytest
-
 from pretrain.training_progress import (
     EvaluationHistory,
-    TrainingClock,
+    SummedLoss,
     TrainingProgress,
     progress_from_json,
     progress_to_json,
@@ -25,7 +23,7 @@ PROGRESS = TrainingProgress(
     masked_tokens=140,
     grad_norms=(1.5, 0.25),
     bad_steps=(3, 9),
-    evaluations=EvaluationHistory("eval/a/loss", 2.0, 5, 1, (70.0, 130), 2.5, {"a": 2.1}, {"a": 1}),
+    evaluations=EvaluationHistory("eval/a/loss", 2.0, 5, 1, SummedLoss(70.0, 130), 2.5, {"a": 2.1}, {"a": 1}),
     evaluated=True,
 )
 
@@ -68,19 +66,6 @@ def test_names_in_state_json_do_not_change() -> None:
         },
         "evaluated": True,
     }
-
-
-def test_training_time_covers_all_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a resumed run that starts its time budget over, and a save that resets the training time."""
-    now = 1000.0
-    monkeypatch.setattr("pretrain.training_progress.time.monotonic", lambda: now)
-    clock = TrainingClock(seconds_before=50.0)
-    assert (clock.seconds, clock.minutes_since_save) == (50.0, 0.0)
-    now += 90.0
-    assert (clock.seconds, clock.minutes_since_save) == (140.0, 1.5)
-    clock.restart_save_timer()
-    now += 30.0
-    assert (clock.seconds, clock.minutes_since_save) == (170.0, 0.5)
 
 
 def test_tokens_belong_to_a_corpus_not_to_its_name() -> None:

@@ -20,7 +20,7 @@ from pretrain.training.evaluation import (
     stop_votes,
     update_history,
 )
-from pretrain.training_progress import EvaluationHistory
+from pretrain.training_progress import EvaluationHistory, SummedLoss
 from pretrain.training_stream import run_layout
 from pretrain.world import World
 
@@ -29,10 +29,10 @@ def histories_after(
     config: EvaluationConfig, *evaluations: dict[str, Any], training: tuple[float, ...] = ()
 ) -> list[EvaluationHistory]:
     """The history after each evaluation, one every 10 steps. `training`: mean training loss before each."""
-    history, found, trained = EvaluationHistory(), [], (0.0, 0)
+    history, found, trained = EvaluationHistory(), [], SummedLoss()
     for number, metrics in enumerate(evaluations):
         if training and number:
-            trained = (trained[0] + 50 * training[number], trained[1] + 50)
+            trained = SummedLoss(trained.loss + 50 * training[number], trained.masked_tokens + 50)
         history = update_history(history, config, 10 * number, metrics, trained)
         found.append(history)
     return found
@@ -71,7 +71,7 @@ def test_another_metric_resets_the_best() -> None:
     """Catches a loss that is compared with an accuracy after the config changed."""
     history = histories_after(EvaluationConfig(best_metric="eval/a/loss"), *losses(0.2))[-1]
     config = EvaluationConfig(best_metric="eval/a/accuracy")
-    history = update_history(history, config, 50, {"eval/a/accuracy": 0.1}, (0.0, 0))
+    history = update_history(history, config, 50, {"eval/a/accuracy": 0.1}, SummedLoss())
     assert (history.best, history.best_step) == (0.1, 50)
 
 
@@ -79,13 +79,13 @@ def test_a_replaced_corpus_resets_the_best(caplog: pytest.LogCaptureFixture) -> 
     """Catches a run that stops early, or keeps a best step, because of scores on another text of the same name."""
     config = EvaluationConfig(best_metric="eval/a/loss", patience=1)
     history = forget_replaced(histories_after(config, *losses(3.0))[-1], {"a": "1", "b": "1"})
-    history = update_history(history, config, 10, {"eval/a/loss": 2.9, "eval/b/loss": 1.0}, (0.0, 0))
+    history = update_history(history, config, 10, {"eval/a/loss": 2.9, "eval/b/loss": 1.0}, SummedLoss())
     assert forget_replaced(history, {"a": "1", "b": "2", "c": "1"}).metric == "eval/a/loss"
     assert forget_replaced(history, {"b": "1"}).best_step == 10
     now = forget_replaced(history, {"a": "2", "b": "1"})
     assert now.held_out == {"b": 1.0}
     assert caplog.messages[-1].startswith("corpus.eval.a has other text")
-    now = update_history(now, config, 20, {"eval/a/loss": 6.0}, (0.0, 0))
+    now = update_history(now, config, 20, {"eval/a/loss": 6.0}, SummedLoss())
     assert (now.best, now.best_step, should_stop_early(now, config)) == (6.0, 20, False)
 
 

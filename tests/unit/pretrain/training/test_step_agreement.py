@@ -7,9 +7,9 @@ import pytest
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
 from pretrain.batching.order import BatchSequences
+from pretrain.training.clock import TrainingClock
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.step_agreement import StepAgreement, StepTotals
-from pretrain.training_progress import TrainingClock
 from pretrain.world import World
 
 MASKED, TOKENS, SQUARED = (5, 30, 200), (9, 70, 800), (0, 2, 4)  # of three ranks
@@ -35,7 +35,7 @@ def rank_batch(masked: int, tokens: int, squared_lengths: int) -> RankBatch:
 def agree(monkeypatch: pytest.MonkeyPatch, save_minutes: float | None, asked: tuple[str | None, ...]) -> StepTotals:
     """The totals of three ranks whose clocks disagree: 100, 170 and 240 seconds of training, as long since a save."""
     now = 0.0
-    monkeypatch.setattr("pretrain.training_progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("pretrain.training.clock.time.monotonic", lambda: now)
     group: Any = RecordedGroup()
     for rank, reason in enumerate(asked):
         now = 0.0
