@@ -1,38 +1,24 @@
-"""Report on a run: provenance when it starts, metrics at each log event, alerts, and which rank is slow."""
+"""Report on a run: metrics at each log event, alerts, and which rank is slow."""
 
 import logging
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from experiment.config import dump_config
-from experiment.files import write_text
-from experiment.formatting import counted, format_epochs
 from experiment.process.daemon_thread import in_daemon_thread
 from experiment.process.hardware import peak_flops, peak_memory
-from experiment.results.fillings import drop_fillings
 from experiment.run_files.goodput import ActivityTimer
 from experiment.run_files.outcome_file import Outcome
-from experiment.run_files.provenance import (
-    ancestors_of,
-    collect_provenance,
-    has_logged_with_other_config,
-    wandb_id,
-    write_provenance,
-)
 from experiment.tracking.alerts import Alert
-from experiment.tracking.downstream import DownstreamLog, drop_results
+from experiment.tracking.downstream import DownstreamLog
 from experiment.tracking.jsonl import SLOW_RATIO, Metrics
-from experiment.tracking.tracker import CLOSE_SECONDS, TrackedRun, Trackers, open_trackers
-from pretrain.config import CHANGE_ROUNDING_ONLY
+from experiment.tracking.tracker import CLOSE_SECONDS, Trackers
 from pretrain.engine.engine import Engine
 from pretrain.engine.host_copy import read_numbers
 from pretrain.modeling.structure import FlopsModel
@@ -40,84 +26,11 @@ from pretrain.resolve import ResolvedRun
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.log_interval import LogInterval
 from pretrain.training_progress import TrainingProgress
-from pretrain.training_stream import TrainingStream
 
 log = logging.getLogger(__name__)
 
 _HOUR = 3600.0
 _SLOW_INTERVALS = 5  # in a row
-# Beginnings of the keys of a config that do not change the curves of a run.
-_SAME_RESULT = (*CHANGE_ROUNDING_ONLY, "health.", "run.dir", "run.resume", "run.log_every", "run.profile")
-
-
-def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, Any]:
-    """Write RUN/config.yaml, and this attempt to RUN/provenance.json. Returns the run's provenance."""
-    tasks = {given.name: given.corpus.manifest.decontaminated for given in run.corpora}
-    known = {name: sorted(found.values()) for name, found in tasks.items() if found is not None}
-    config, ancestors = dump_config(run.config), _ancestors(run)
-    changes = {
-        "step": run.resume_plan.step,
-        "starts_over": ancestors is not None and has_logged_with_other_config(run.folder, run.config, _SAME_RESULT),
-        "changes": list(run.resume_plan.changes),
-        "folder": str(run.folder.path),
-    }
-    attempt = collect_provenance(sys.argv, world_size, hosts) | changes
-    provenance = write_provenance(run.folder, attempt, ancestors, known)
-    write_text(run.folder.config, config)
-    if run.resume_plan.resumes:
-        run.folder.saved.touch()
-    return provenance
-
-
-def open_run_tracker(
-    run: ResolvedRun,
-    provenance: Mapping[str, Any],
-    progress: TrainingProgress,
-    stream: TrainingStream,
-    evaluates_first: bool,
-    times: ActivityTimer,
-) -> Trackers:
-    """Log the length of the run, delete scores of checkpoints after `progress`, and open the run's trackers.
-
-    Args:
-        progress: when this attempt starts.
-        evaluates_first: whether this attempt starts with the evaluation of that step.
-    """
-    total_steps, epochs, step = stream.steps, stream.epochs, progress.step
-    end = "until the time budget is used up" if total_steps is None else counted(total_steps, "step")
-    since = f" since step {stream.begin}" if stream.begin else ""
-    in_epochs = "" if epochs is None else f", {format_epochs(epochs)}{since}"
-    log.info("training: %s%s; %d finished", end, in_epochs, step)
-    for warning in run.config.warnings(total_steps):
-        log.warning(warning)
-    resumed_step = step if run.resume_plan.resumes else -1
-    try:
-        drop_results(run.folder, resumed_step)
-        drop_fillings(run.folder, resumed_step)
-    except OSError as error:
-        log.warning("cannot delete the scores of abandoned checkpoints: %s", error)
-    tracked = TrackedRun(
-        wandb_id=wandb_id(provenance),
-        parameters=run.config.model_dump(mode="json"),
-        total_steps=total_steps,
-        resumed_step=resumed_step,
-        evaluates_again=evaluates_first,
-        seconds_left=run.config.schedule.seconds_left(progress.seconds),
-        paused=times.paused,
-    )
-    return open_trackers(run.config.tracking, run.folder, tracked)
-
-
-def _ancestors(run: ResolvedRun) -> list[dict[str, Any]] | None:
-    """Return the models that the run's first weights came from; None for a resumed run, which has recorded them."""
-    plan = run.resume_plan
-    if plan.resumes:
-        return None
-    if plan.checkpoint is not None:
-        *others, parent = ancestors_of(plan.checkpoint / "hf", "fork")
-        return [*others, {**parent, "tokens": plan.forked_tokens}]
-    init_from = run.model_source.init_from
-    return ancestors_of(Path(init_from), "init_from") if init_from else []
 
 
 @dataclass

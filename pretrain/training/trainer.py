@@ -20,6 +20,7 @@ from pretrain.engine.engine import Engine, StepResult
 from pretrain.engine.host_copy import read_numbers
 from pretrain.modeling.build import BuiltModel
 from pretrain.resolve import ResolvedRun
+from pretrain.training.attempt_start import open_run_tracker, record_start
 from pretrain.training.background_save import UnwritableError
 from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.checkpointer import Checkpointer, load_resumed
@@ -31,7 +32,7 @@ from pretrain.training.learning_rate import ends_early, learning_rate
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.profiler import StepProfiler
 from pretrain.training.replicas import compare_replicas
-from pretrain.training.reporter import Reporter, open_run_tracker, record_start
+from pretrain.training.reporter import Reporter
 from pretrain.training.step_agreement import DeviceSums, StepAgreement, StepTotals
 from pretrain.training.stop_request import StopRequest
 from pretrain.training_progress import TrainingProgress
