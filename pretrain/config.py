@@ -137,8 +137,8 @@ class CorpusConfig(Section):
     where they are. See docs/object_storage.md."""
 
     cache_gib: PositiveFloat | None = None
-    """Maximum size of `cache` in GiB: copies that were not used for longest are deleted to make space. null: copies
-    are kept."""
+    """Maximum size of `cache` in GiB: the least recently used copies are deleted to make room. null: copies are
+    kept."""
 
     @property
     def cache_bytes(self) -> float | None:

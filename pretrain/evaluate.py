@@ -45,7 +45,7 @@ from pretrain.modeling.packability import least_row_width
 from pretrain.world import World
 
 _SEQUENCES = 256  # of a batch of `evaluate`
-_MAX_LOSS = 700.0  # of which the exponential is a finite number
+_MAX_LOSS = 700.0  # exp() overflows above about 709
 
 
 class Scores(NamedTuple):

@@ -15,7 +15,7 @@ from experiment.run_files.goodput import STARTING, ActivityTimer, CurrentActivit
 from experiment.run_files.heartbeat import STACK_SIGNAL, Heartbeat, beat_seconds, hung_seconds, write_heartbeat
 from experiment.run_files.run_folder import RunFolder
 
-# Code in which the innermost frame of a rank that waits for others is: on a GPU, for its device, which does.
+# Files of the innermost frame while a rank waits for other ranks or, on a GPU, for its device.
 _COLLECTIVES = (
     *("/torch/distributed/", "/torch/cuda/"),
     *("/pretrain/training/cpu_group.py", "/pretrain/engine/host_copy.py"),

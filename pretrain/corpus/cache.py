@@ -140,7 +140,7 @@ class CorpusCache:
             raise
 
     def _make_space(self, sizes: Mapping[str, int], folder: Path) -> None:
-        """Delete the copies that were not used for longest if there is a limit, and it or the disk has no room. Raises
+        """Delete the least recently used copies if there is a limit, and it or the disk has no room. Raises
         CacheFullError."""
         present = _bytes_below(folder)
         missing = max(0, sum(sizes.values()) - present)
@@ -246,7 +246,7 @@ def _evict(lock: Path, delete: bool) -> int:
             return 0
         freed = _bytes_below(lock.parent)
         for copy in (path for path in lock.parent.iterdir() if delete and path.is_dir()):
-            log.info("corpus.cache: deleting %s, which was not used for longest", copy)
+            log.info("corpus.cache: deleting %s, the least recently used copy", copy)
             shutil.rmtree(copy)
         return freed
     finally:

@@ -47,7 +47,7 @@ class PendingStep:
     """A step that the device may still be computing."""
 
     def __init__(self, result: StepResult | HostCopy) -> None:
-        """`result`: or a copy of [grad_norm, applied], which the device is still making."""
+        """`result`: the result, or a pending copy of [grad_norm, applied]."""
         self._result = result
 
     def wait(self) -> StepResult:

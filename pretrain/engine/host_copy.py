@@ -1,7 +1,6 @@
 """Numbers of a device, read by the host.
 
-While the host waits in this file, `RankHeartbeat` sees that the rank waits: perhaps for another rank, whose part of a
-collective its GPU needs.
+While the host waits in this file, `RankHeartbeat` counts the rank as waiting: its GPU may be in a collective.
 """
 
 import time

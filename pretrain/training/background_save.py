@@ -59,7 +59,7 @@ class UnwritableError(Exception):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of the checkpoint of a step, and functions to call when it is written."""
+    """The content of the checkpoint of a step, and a function that writes the model."""
 
     step: int
     share: Share  # of this rank

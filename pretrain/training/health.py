@@ -137,6 +137,8 @@ class Recovery:
 
 @dataclass(frozen=True)
 class BadBatchWriter:
+    """Writes the sequences of bad batches to RUN/health."""
+
     folder: RunFolder
     world: World
     corpora: Sequence[str]  # names, by corpus number

@@ -28,6 +28,8 @@ class Pace:
 
 
 class LogInterval:
+    """Collects the losses, token counts and times of steps until they are logged."""
+
     def __init__(self, times: ActivityTimer, device: torch.device) -> None:
         """`times`: of this rank, from which the pace follows. `device`: of the losses."""
         self._times = times

@@ -161,6 +161,8 @@ class SlowestRank(NamedTuple):
 
 
 class SlowRanks:
+    """Compares the ranks in each log interval, and warns of one that stays slow."""
+
     def __init__(self, nodes: Sequence[str]) -> None:
         """`nodes`: the host of each rank."""
         self._nodes = nodes

@@ -73,6 +73,8 @@ class DeviceSums:
 
 @dataclass(frozen=True)
 class StepAgreement:
+    """Begins the agreement of the ranks on each step."""
+
     sums: CpuGroup | DeviceSums
     world: World
     clock: TrainingClock

@@ -94,7 +94,7 @@ class Trainer:
         )
         tracker = None
         if world.rank == 0:
-            if not finished:  # else the time since its end would count as down
+            if not finished:  # else the time since its end would count as downtime
                 left = config.schedule.seconds_left(self._progress.seconds)
                 times.open(run.folder, self._progress.step, stream.steps, left)
             tracker = open_run_tracker(run, provenance, self._progress, stream, evaluates_first, times)
