@@ -23,8 +23,8 @@ from benchmarks.measuring import describe_machine, run_module, run_or_measure
 from experiment.process.hardware import keep_freed_memory
 from finetune.device import MicrobatchSize
 from finetune.encoding.examples import Split
+from finetune.inference import evaluate
 from finetune.model import build_model
-from finetune.prediction.inference import evaluate
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.scores.metrics import classification_scores
 from finetune.training.fit import fit

@@ -27,9 +27,9 @@ from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import write_json
 from experiment.process.hardware import prepare_process
 from finetune.encoding.examples import Split
+from finetune.inference import Inference, evaluation_microbatch
 from finetune.kinds import embedding
 from finetune.model import build_model
-from finetune.prediction.inference import Inference, evaluation_microbatch
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 
 _ITERATIONS = 1000

@@ -34,7 +34,7 @@ from finetune.model import (
     model_files,
     pooling_of_head,
 )
-from finetune.prediction.inference import adapt_to_model
+from finetune.model_trial import adapt_to_model
 from finetune.splits import Task, describe_task, load_inputs, make_kind, make_task, read_splits
 from finetune.task_kind import TaskKind, find_kind
 from finetune.training.updater import total_steps

@@ -18,8 +18,9 @@ from experiment.models.model_folder import first_use
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder, load_task_tokenizer
 from finetune.encoding.examples import Batch, Padding
+from finetune.inference import collate
 from finetune.model import ModelSpec, build_model, read_model_inputs
-from finetune.prediction.inference import collate, computes, ignores_padding
+from finetune.model_trial import computes, ignores_padding
 from finetune.prediction.onnx_model import OnnxModel, holds_onnx_model
 from finetune.prediction.saved_task import SavedTask
 from finetune.task_kind import TaskKind

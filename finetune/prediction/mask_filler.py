@@ -14,8 +14,8 @@ from experiment.models.tokenizer import decode_token, vocabulary_size
 from finetune.data.records import Record
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, pad_sequences
+from finetune.inference import compute_together
 from finetune.kinds import cloze
-from finetune.prediction.inference import compute_together
 from finetune.prediction.loaded_model import LoadedModel, load_model
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import SavedTask

@@ -12,7 +12,7 @@ from finetune.data.columns import TEXT
 from finetune.data.records import Record, Table, read_value
 from finetune.device import MicrobatchSize
 from finetune.encoding.examples import Example, Split
-from finetune.prediction.inference import Inference, Outputs, compute_together, decode
+from finetune.inference import Inference, Outputs, compute_together, decode
 from finetune.prediction.loaded_model import LoadedModel, load_model
 from finetune.prediction.saved_task import SavedTask, find_model, read_saved_task
 from finetune.splits import encode_split

@@ -18,7 +18,7 @@ from experiment.models.fast_linear import use_fast_linear
 from experiment.process.signals import uninterrupted
 from finetune.config import TrainingConfig, changed_settings
 from finetune.device import Device
-from finetune.prediction.inference import Evaluation, evaluate, evaluation_microbatch
+from finetune.inference import Evaluation, evaluate, evaluation_microbatch
 from finetune.splits import Task
 from finetune.task_kind import Loss
 from finetune.training.updater import Updater, steps_per_epoch, training_order

@@ -15,7 +15,7 @@ from experiment.models.fp32_sums import use_fp32_sums
 from finetune.config import TrainingConfig
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.examples import Batch, Example
-from finetune.prediction.inference import collate
+from finetune.inference import collate
 from finetune.splits import Task
 from finetune.task_kind import Loss
 

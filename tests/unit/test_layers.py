@@ -37,6 +37,22 @@ PRETRAIN_LAYERS = (
     ),
 )
 
+FINETUNE_LAYERS = (
+    ("finetune.run", "finetune.serve", "finetune.export"),
+    ("finetune.parallel_seeds", "finetune.seed_run", "finetune.probe"),
+    ("finetune.results.model_card", "finetune.results.seed_summary"),
+    ("finetune.resolve",),
+    ("finetune.training", "finetune.prediction"),
+    ("finetune.model_trial", "finetune.inference", "finetune.evaluation_texts", "finetune.data_report"),
+    ("finetune.results",),
+    ("finetune.splits",),
+    ("finetune.config", "finetune.model"),
+    ("finetune.kinds",),
+    ("finetune.task_kind",),
+    ("finetune.encoding",),
+    ("finetune.data", "finetune.scores", "finetune.pooling", "finetune.device", "finetune.options"),
+)
+
 ONLY_IN = {
     "deepspeed": ("pretrain.engine",),
     "wandb": ("experiment.tracking",),
@@ -116,15 +132,15 @@ def test_nothing_imports_the_public_functions() -> None:
     assert [module for module, imported in imports_by_module().items() if public & set(imported)] == []
 
 
-def test_pretraining_imports_only_lower_layers() -> None:
+@pytest.mark.parametrize(("package", "layers"), [("pretrain", PRETRAIN_LAYERS), ("finetune", FINETUNE_LAYERS)])
+def test_modules_import_only_lower_layers(package: str, layers: tuple[tuple[str, ...], ...]) -> None:
     """Catches a module that imports from a higher layer."""
 
     def layer(module: str) -> int | None:
-        return next(
-            (n for n, layer in enumerate(PRETRAIN_LAYERS) if any(is_within(module, package) for package in layer)), None
-        )
+        return next((n for n, layer in enumerate(layers) if any(is_within(module, name) for name in layer)), None)
 
-    assert [module for module in imports_by_module() if module.startswith("pretrain.") and layer(module) is None] == []
+    modules = [module for module in imports_by_module() if module.startswith(f"{package}.")]
+    assert [module for module in modules if layer(module) is None] == []
     found = [
         (module, name)
         for module, imported in imports_by_module().items()

@@ -23,9 +23,9 @@ from finetune.data.records import Record, Table
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding
+from finetune.inference import evaluate
 from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, read_model_inputs, save_model
-from finetune.prediction.inference import evaluate
 from finetune.prediction.loaded_model import load_on_cpu
 from finetune.prediction.mask_filler import ranking_task
 from finetune.splits import Task, encode_split

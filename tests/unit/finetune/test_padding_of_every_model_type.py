@@ -17,8 +17,9 @@ from finetune.data.records import Record, Table
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
+from finetune.inference import Inference, evaluate
 from finetune.kinds.classification import Config, Kind
-from finetune.prediction.inference import Inference, adapt_to_model, evaluate, ignores_padding
+from finetune.model_trial import adapt_to_model, ignores_padding
 from finetune.splits import Task
 from finetune.task_kind import find_kind
 from tiny_models import tiny_fields

@@ -11,8 +11,8 @@ from experiment.models.tokenizer import load_tokenizer
 from finetune.data.records import Record, Table
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, Split
+from finetune.inference import collate, evaluation_batches
 from finetune.kinds.classification import Config, Kind
-from finetune.prediction.inference import collate, evaluation_batches
 from finetune.splits import encode_split
 from finetune.training.updater import training_batches, training_order
 

@@ -21,8 +21,8 @@ from finetune.config import FinetuneConfig
 from finetune.data.records import Record, read_table
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, Padding
+from finetune.inference import collate
 from finetune.kinds.cloze import Config, Kind, _excerpt
-from finetune.prediction.inference import collate
 from finetune.prediction.predictor import Predictor
 from finetune.resolve import load_run_config
 from finetune.run import finetune, run

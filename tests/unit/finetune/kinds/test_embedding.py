@@ -25,10 +25,10 @@ from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example, Padding, Split
 from finetune.evaluation_texts import texts_of
+from finetune.inference import collate, evaluate
 from finetune.kinds.embedding import Config, EmbeddingColumns, Kind
 from finetune.model import ModelSpec, build_model
 from finetune.options import PredictOptions
-from finetune.prediction.inference import collate, evaluate
 from finetune.prediction.predict import predict_command
 from finetune.prediction.predictor import Predictor
 from finetune.resolve import config_settings, load_run_config

@@ -26,9 +26,10 @@ from finetune.data.records import read_table
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding
+from finetune.inference import Inference, collate, decode
 from finetune.kinds import kind_names
 from finetune.model import ModelSpec, build_model
-from finetune.prediction.inference import Inference, collate, computes, decode
+from finetune.model_trial import computes
 from finetune.prediction.predictor import Predictor
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_results

@@ -16,9 +16,9 @@ from finetune.data.records import Record, Table, read_table
 from finetune.data_report import data_warnings
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding
+from finetune.inference import collate
 from finetune.kinds.multiple_choice import Config, Kind, MultipleChoiceColumns
 from finetune.model import ModelSpec, read_model_inputs
-from finetune.prediction.inference import collate
 from finetune.splits import make_kind
 from finetune.task_kind import LossOptions
 

@@ -13,8 +13,9 @@ from finetune.data.records import Record, Table
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
+from finetune.inference import Inference, collate
 from finetune.kinds.cloze import Config, Kind, _Blank, _Masked
-from finetune.prediction.inference import Inference, adapt_to_model, collate
+from finetune.model_trial import adapt_to_model
 from finetune.splits import Task
 from runs import sampled
 from tiny_models import tiny_fields

@@ -20,8 +20,8 @@ from starlette.testclient import TestClient
 
 from experiment.errors import UserError
 from experiment.local_server import allowed_hosts
+from finetune.inference import Inference
 from finetune.kinds import cloze, embedding
-from finetune.prediction.inference import Inference
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.serve.app import make_app

@@ -18,8 +18,8 @@ from finetune.data.records import Record, Table
 from finetune.device import Device, MicrobatchSize, choose_device
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
+from finetune.inference import Evaluation, evaluate
 from finetune.kinds.classification import Config, Kind
-from finetune.prediction.inference import Evaluation, evaluate
 from finetune.splits import Task
 from finetune.training import fit as fit_module
 from finetune.training.fit import DivergedError, Fitted, StateFile, fit

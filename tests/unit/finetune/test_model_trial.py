@@ -12,10 +12,11 @@ from finetune.data.records import Record, Table
 from finetune.device import Device
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
+from finetune.inference import collate
 from finetune.kinds.classification import Config, Kind
 from finetune.kinds.regression import Config as RegressionConfig
 from finetune.kinds.regression import Kind as Regression
-from finetune.prediction.inference import adapt_to_model, collate
+from finetune.model_trial import adapt_to_model
 from finetune.splits import Task
 
 FP32 = Device(torch.device("cpu"), None)

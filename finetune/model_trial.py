@@ -1,0 +1,87 @@
+"""Try a model on a few examples: which precision it can compute in, and whether padding changes its outputs."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from experiment.errors import is_out_of_memory
+from experiment.models.model_folder import first_use
+from finetune.device import Device
+from finetune.encoding.examples import Batch, Example, Padding
+from finetune.inference import collate
+from finetune.splits import Task
+from finetune.task_kind import LossOptions, TaskKind
+
+_EXAMPLES = 4
+_PADDING = 8  # tokens, at least: examples may be equally long
+_TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than padding changes if it counts
+
+
+def adapt_to_model(
+    model: PreTrainedModel, task: Task, device: Device, max_length: int
+) -> tuple[Task, Device, list[str]]:
+    """Return the task and the device as the model needs them, and a line for each change.
+
+    Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they compute in fp32. The outputs of some
+    depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`. Raises
+    UserError for a model that cannot compute at all.
+    """
+    examples = sorted(next(iter(task.splits.values())).examples, key=lambda example: example.longest)
+    lines, name = [], model.config.model_type
+    if not ignores_padding(model, task.kind, task.padding, [*examples[:_EXAMPLES], examples[-1]], max_length):
+        lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
+        task = replace(task, padding=replace(task.padding, length=max_length))
+    if device.dtype is not None:
+        batch = collate(task.kind, examples[:2], task.padding, device.device)
+        options = task.loss_options(device.device) if task.is_trained else None
+        if not computes(model.to(device.device).train(task.is_trained), task.kind, batch, device, options):
+            lines.append(f"{name} cannot compute in {device.precision} on {device.device.type}; fp32 is used")
+            device = replace(device, dtype=None)
+    return task, device, lines
+
+
+def ignores_padding(
+    model: nn.Module, kind: TaskKind[Any], padding: Padding, examples: Sequence[Example], max_length: int
+) -> bool:
+    """Return whether the outputs of each example stay the same if all are padded, to `max_length` tokens at most.
+
+    The model is on the CPU.
+    """
+    length = min(max(example.longest for example in examples) + _PADDING, max_length)
+    model.eval()
+    with first_use(model), torch.inference_mode():
+        outputs = _outputs(model, kind, replace(padding, length=length), examples)
+        together = torch.split(outputs, [len(example.sequences) for example in examples])
+        return all(map(_same, [_outputs(model, kind, padding, [example]) for example in examples], together))
+
+
+def _outputs(model: nn.Module, kind: TaskKind[Any], padding: Padding, examples: Sequence[Example]) -> Tensor:
+    """Compute the outputs in fp32 on the CPU. The first dimension: sequences."""
+    return kind.forward(model, collate(kind, examples, padding, torch.device("cpu"))).float()
+
+
+def _same(alone: Tensor, together: Tensor) -> bool:
+    """Return whether outputs are the same but for rounding. together: perhaps for more tokens, which are padding."""
+    shown = together[tuple(map(slice, alone.shape))]
+    return bool((alone - shown).abs().max() <= _TOLERANCE * (1 + alone.abs().max()))
+
+
+def computes(
+    model: nn.Module, kind: TaskKind[Any], batch: Batch, device: Device, options: LossOptions | None = None
+) -> bool:
+    """Return whether a model can compute a batch in the device's precision; with loss options, gradients too."""
+    try:
+        with torch.set_grad_enabled(options is not None):
+            with device.autocast():
+                outputs = kind.forward(model, batch)
+            if options is not None:
+                kind.loss(outputs, batch, options).sum.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):  # the device has failed, not the model
+            raise
+        return False
+    return True
