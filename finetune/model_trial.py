@@ -36,9 +36,10 @@ def adapt_to_model(
         lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
         task = replace(task, padding=replace(task.padding, length=max_length))
     if device.dtype is not None:
+        trained = task.kind.config.is_trained
         batch = collate(task.kind, examples[:2], task.padding, device.device)
-        options = task.loss_options(device.device) if task.is_trained else None
-        if not computes(model.to(device.device).train(task.is_trained), task.kind, batch, device, options):
+        options = task.loss_options(device.device) if trained else None
+        if not computes(model.to(device.device).train(trained), task.kind, batch, device, options):
             lines.append(f"{name} cannot compute in {device.precision} on {device.device.type}; fp32 is used")
             device = replace(device, dtype=None)
     return task, device, lines

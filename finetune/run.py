@@ -108,7 +108,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     records = {seed: finished[seed] for seed in seeds if seed in finished}
     order = _in_order_of_events(seeds, folder)
     missing = [seed for seed in order if seed in seeds and seed not in finished]
-    left_out = [seed for seed in finished if seed not in seeds and resolved.task.is_trained]
+    left_out = [seed for seed in finished if seed not in seeds and resolved.task.kind.config.is_trained]
     for line in (*_describe_finished(list(records), left_out, resolved), *_describe_gpus(missing, resolved)):
         terminal().print(line)
     if records and missing and (version := other_version(folder)) is not None:
@@ -221,7 +221,7 @@ def _describe_gpus(missing: Sequence[int], resolved: ResolvedRun) -> list[str]:
 
 def _describe_training(resolved: ResolvedRun) -> str:
     training = resolved.training
-    if not resolved.task.is_trained:
+    if not resolved.task.kind.config.is_trained:
         return "nothing is trained: the splits are only scored"
     each = f" for each of {len(training.seeds)} seeds" if len(training.seeds) > 1 else ""
     return f"{counted(resolved.steps, 'update')} of {counted(training.batch_size, 'example')}{each}"

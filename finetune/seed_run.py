@@ -81,7 +81,7 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     model = built.model
     # Saved with the model: the one that tokenized has other truncation settings. Retention may delete its folder later.
     tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config, fine_tunes=True)
-    if run.task.is_trained:
+    if run.task.kind.config.is_trained:
         if (found := run.task.kind.target_range(run.task.splits["train"].table)) is not None:
             fit_output_range(built, *found)
         state = state_file(seed, run)
@@ -192,7 +192,7 @@ def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
     return SeedRecord(
         settings=run.settings,
         best_epoch=fitted.best.epoch if fitted.best else 0,
-        epochs=[_epoch_row(epoch, run.task.metric) for epoch in fitted.epochs],
+        epochs=[_epoch_row(epoch, kind.config.metric) for epoch in fitted.epochs],
         scores={split: fitted.evaluations[split].scores for split in labelled},
         intervals={split: dict(kind.intervals(*found)) for split, found in labelled.items()},
         confusion={

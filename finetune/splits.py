@@ -32,16 +32,11 @@ class Task:
     """A task, ready for training."""
 
     kind: TaskKind[Any]
-    metric: str
     splits: Mapping[str, Split]  # "train", perhaps "validation", then the test splits
     padding: Padding
     label_weights: tuple[float, ...] | None = None  # of the loss
     label_smoothing: float = 0.0
     positions: int | None = None  # of the model, in tokens; None: no limit
-
-    @property
-    def is_trained(self) -> bool:
-        return bool(self.kind.config.is_trained)
 
     def loss_options(self, device: torch.device) -> LossOptions:
         weights = None if self.label_weights is None else torch.tensor(self.label_weights, device=device)
@@ -49,8 +44,9 @@ class Task:
 
     def is_better(self, scores: Mapping[str, float], others: Mapping[str, float]) -> bool:
         """Return whether scores are better than others, by the task's metric."""
-        score, other = scores[self.metric], others[self.metric]
-        return score < other if self.metric in self.kind.lower_is_better else score > other
+        metric = self.kind.config.metric
+        score, other = scores[metric], others[metric]
+        return score < other if metric in self.kind.lower_is_better else score > other
 
 
 def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[str, Table]:
@@ -127,7 +123,6 @@ def make_task(
     }
     return Task(
         kind=kind,
-        metric=kind.config.metric,
         splits=splits,
         padding=Padding.of(tokenizer),
         label_weights=kind.label_weights(splits["train"].examples) if training.class_weights == "balanced" else None,

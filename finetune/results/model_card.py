@@ -62,8 +62,8 @@ def write_seed_card(
         hardware=[attempt_row(attempt, device)],
         seed=seed,
         task=task,
-        metric=run.task.metric,
-        trained=run.task.is_trained,
+        metric=task.metric,
+        trained=task.is_trained,
         base=model_name(ancestors[-1]) if ancestors else "random weights",
         record=record,
         seeds_slot=_SEEDS,
@@ -137,8 +137,8 @@ def _label_rows(record: SeedRecord) -> list[tuple[str, list[list[str]]]]:
 
 
 def _training(seed: int, run: ResolvedRun, record: SeedRecord) -> dict[str, Any]:
-    settings = run.settings
-    own_keys = type(run.task.kind.config).model_fields.keys() - TaskConfig.model_fields.keys()
+    config, settings = run.task.kind.config, run.settings
+    own_keys = type(config).model_fields.keys() - TaskConfig.model_fields.keys()
     task = {key: settings["task"][key] for key in ("dialogue", "special_tokens_in_text", *sorted(own_keys))}
     model = {key: settings["model"][key] for key in ("weights", "max_seq_length", "freeze")}
     last = record.epochs[-1] if record.epochs else {}
@@ -150,5 +150,5 @@ def _training(seed: int, run: ResolvedRun, record: SeedRecord) -> dict[str, Any]
         "epoch of these weights": best.get("epoch"),
         "step of these weights": best.get("steps"),
     }
-    training = settings["training"] if run.task.is_trained else {"precision": settings["training"]["precision"]}
+    training = settings["training"] if config.is_trained else {"precision": settings["training"]["precision"]}
     return facts | flatten({"task": task, "model": model, "training": training})

@@ -171,7 +171,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def total_steps(task: Task, config: TrainingConfig) -> int:
-    return (config.steps or steps_per_epoch(task, config) * config.epochs) if task.is_trained else 0
+    return (config.steps or steps_per_epoch(task, config) * config.epochs) if task.kind.config.is_trained else 0
 
 
 def steps_per_epoch(task: Task, config: TrainingConfig) -> int:

@@ -64,7 +64,7 @@ def test_predictions_of_xlnet_do_not_depend_on_the_batch(xlnet: Path) -> None:
     texts = [" ".join(f"word{(n * k) % 9}" for k in range(n + 1)) for n in range(20)]
     table = Table(xlnet, tuple(Record("f", {"text": text, "text_pair": "word1 word2"}) for text in texts), False)
     encoder = make_encoder(xlnet)
-    task = Task(KIND, "accuracy", {}, Padding.of(encoder.tokenizer))
+    task = Task(KIND, {}, Padding.of(encoder.tokenizer))
     split = encode_split(table, KIND, encoder, training=False)
     model = build_model(spec(xlnet)).model
     device = Device(torch.device("cpu"), None)

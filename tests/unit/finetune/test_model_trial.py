@@ -30,7 +30,7 @@ def make_task(side: str = "right") -> Task:
     records = tuple(Record("f.csv", {"label": "ab"[example.target]}) for example in examples)
     train = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(examples))))
     kind = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
-    return Task(kind, "accuracy", {"train": train, "validation": train}, Padding(0, side, 0))
+    return Task(kind, {"train": train, "validation": train}, Padding(0, side, 0))
 
 
 class Model(nn.Module):

@@ -41,7 +41,7 @@ def make_task() -> Task:
     records = tuple(Record("f.csv", {"label": "ab"[example.target]}) for example in examples)
     made = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(examples))))
     kind = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
-    return Task(kind, "accuracy", {"train": made, "validation": made}, Padding(PAD, "right", 0))
+    return Task(kind, {"train": made, "validation": made}, Padding(PAD, "right", 0))
 
 
 def head(model_type: str, name: str) -> nn.Module:

@@ -64,7 +64,7 @@ def test_the_batch_size_does_not_change_the_scores(model_type: str) -> None:
     blanks = tuple(blank(length) for length in (5, 32, 9, 17, 3, 8))
     records = tuple(Record("f.json", {}) for _ in blanks)
     split = Split(Table(Path("f.json"), records, labelled=False), blanks, tuple(range(len(blanks))))
-    task = Task(kind, "accuracy", {"test": split}, Padding(1, "right", 0))
+    task = Task(kind, {"test": split}, Padding(1, "right", 0))
     task, device, lines = adapt_to_model(model, task, Device(torch.device("cpu"), None), max_length=40)
     assert (task.padding.length is not None) == (model_type in PADDED), lines
     alone, together = (

@@ -60,7 +60,7 @@ def split(count: int, seed: int, labelled: bool = True) -> Split:
 def task(weights: tuple[float, ...] | None = None, **splits: Split) -> Task:
     given = {"train": split(64, 0), "validation": split(37, 1), **splits}
     kind = Kind(Config(train="f.csv", validation="f.csv"), LABELS)
-    return Task(kind, "accuracy", given, Padding(0, "right", 0), weights)
+    return Task(kind, given, Padding(0, "right", 0), weights)
 
 
 def probabilities(evaluation: Evaluation) -> Any:
@@ -322,7 +322,7 @@ def of_targets(targets: list[int], labels: tuple[str, ...], balanced: bool = Fal
     examples = tuple(Example((Tokens(ids[: n % 4 + 1], None),), target) for n, target in enumerate(targets))
     made = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(targets))))
     weights = kind.label_weights(examples) if balanced else None
-    return Task(kind, "accuracy", {"train": made, "validation": made}, Padding(0, "right", 0), weights)
+    return Task(kind, {"train": made, "validation": made}, Padding(0, "right", 0), weights)
 
 
 @pytest.fixture
