@@ -65,10 +65,10 @@ def measure(name: str, config: str, precision: str, steps: int, seed: int) -> di
 def _measure_deepcloze(run: ResolvedRun, seed: int, _: bool) -> tuple[float, float]:
     model, validation = build_model(run.model).model, run.task.splits["validation"]
     start = time.process_time()
-    fitted = fit(model, run.task, run.training, seed, run.device, lambda *_: None)
+    fitted = fit(model, run.task, run.training, seed, lambda *_: None)
     assert fitted.best is not None
     trained = time.process_time()
-    evaluate(model, run.task, validation, MicrobatchSize(run.training.batch_size * 4), run.device)
+    evaluate(model, run.task, validation, MicrobatchSize(run.training.batch_size * 4))
     evaluation = time.process_time() - trained  # `fit` has evaluated once
     return trained - start - evaluation, fitted.best.scores["accuracy"]
 
@@ -89,12 +89,12 @@ def _measure_trainer(run: ResolvedRun, seed: int, grouped: bool) -> tuple[float,
         warmup_steps=round(training.warmup_ratio * (training.steps or 0)),
         max_steps=training.steps or -1,
         train_sampling_strategy="group_by_length" if grouped else "random",
-        bf16=run.device.precision == "bf16",
+        bf16=run.task.device.precision == "bf16",
         seed=seed,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        use_cpu=run.device.device.type == "cpu",
+        use_cpu=run.task.device.device.type == "cpu",
     )
     tokenizer = AutoTokenizer.from_pretrained(run.model.folder, trust_remote_code=False)
     trainer = Trainer(

@@ -33,6 +33,9 @@ class Device:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
 
+CPU = Device(torch.device("cpu"), dtype=None)
+
+
 def choose_device(precision: str, key: str = "training.precision") -> Device:
     """Choose a device, see `available_device`. Precision "auto" is bf16 if the device supports it natively, else fp32.
 

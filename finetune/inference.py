@@ -143,10 +143,10 @@ class Evaluation:
     scores: dict[str, float]  # empty without targets
 
 
-def evaluate(model: nn.Module, task: Task, split: Split, microbatch: MicrobatchSize, device: Device) -> Evaluation:
+def evaluate(model: nn.Module, task: Task, split: Split, microbatch: MicrobatchSize) -> Evaluation:
     """Predict all records of a split, and score them if it has targets."""
-    inference = Inference(model, task.kind, task.padding, device, microbatch)
-    options, compares = task.loss_options(device.device), task.kind.compares_examples
+    inference = Inference(model, task.kind, task.padding, task.device, microbatch)
+    options, compares = task.loss_options, task.kind.compares_examples
     outputs, loss = inference.compute(split.examples, None if compares else options)
     if compares:
         loss = inference.compare(split.examples, outputs, options)

@@ -21,28 +21,26 @@ _PADDING = 8  # tokens, at least: examples may be equally long
 _TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than padding changes if it counts
 
 
-def adapt_to_model(
-    model: PreTrainedModel, task: Task, device: Device, max_length: int
-) -> tuple[Task, Device, list[str]]:
-    """Return the task and the device as the model needs them, and a line for each change.
+def adapt_to_model(model: PreTrainedModel, task: Task, device: Device, max_length: int) -> tuple[Task, list[str]]:
+    """Return the task as the model needs it on a device, and a line for each change.
 
     Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they compute in fp32. The outputs of some
     depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`. Raises
     UserError for a model that cannot compute at all.
     """
     examples = sorted(next(iter(task.splits.values())).examples, key=lambda example: example.longest)
-    lines, name = [], model.config.model_type
+    lines, name, task = [], model.config.model_type, replace(task, device=device)
     if not ignores_padding(model, task.kind, task.padding, [*examples[:_EXAMPLES], examples[-1]], max_length):
         lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
         task = replace(task, padding=replace(task.padding, length=max_length))
     if device.dtype is not None:
         trained = task.kind.config.is_trained
         batch = collate(task.kind, examples[:2], task.padding, device.device)
-        options = task.loss_options(device.device) if trained else None
+        options = task.loss_options if trained else None
         if not computes(model.to(device.device).train(trained), task.kind, batch, device, options):
             lines.append(f"{name} cannot compute in {device.precision} on {device.device.type}; fp32 is used")
-            device = replace(device, dtype=None)
-    return task, device, lines
+            task = replace(task, device=replace(device, dtype=None))
+    return task, lines
 
 
 def ignores_padding(

@@ -40,7 +40,7 @@ _ITERATIONS = 1000
 def probe(run: ResolvedRun) -> dict[str, float]:
     """Return the metrics on validation of a probe that was fitted on train. Raises UserError."""
     kind, splits = run.task.kind, run.task.splits
-    encoder = build_model(run.model).model.base_model.to(run.device.device)
+    encoder = build_model(run.model).model.base_model.to(run.task.device.device)
     train, validation = (features(encoder, splits[split], run) for split in ("train", "validation"))
     targets = np.array([example.target for example in splits["train"].examples])
     if len(set(targets)) == 1:
@@ -56,7 +56,7 @@ def probe(run: ResolvedRun) -> dict[str, float]:
 def features(encoder: PreTrainedModel, split: Split, run: ResolvedRun) -> NDArray[np.float32]:
     """Compute features ND, a row for each example."""
     kind = embedding.Kind(embedding.Config(pooling="mean", normalize=False), ())
-    inference = Inference(encoder, kind, run.task.padding, run.device, evaluation_microbatch(run.training))
+    inference = Inference(encoder, kind, run.task.padding, run.task.device, evaluation_microbatch(run.training))
     outputs, _ = inference.compute([replace(example, target=None) for example in split.examples])
     return np.stack([rows[0] for rows in outputs])
 

@@ -56,7 +56,6 @@ class ResolvedRun:
     task: Task
     training: TrainingConfig
     steps: int  # updates of each seed; 0 if nothing is trained
-    device: Device
     settings: dict[str, Any]  # everything the results of a seed depend on, apart from the seed
 
 
@@ -116,7 +115,7 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     task = make_task(kind, tables, model, length, training)
     steps = total_steps(task, training)
     built = _build(model, kind)
-    task, device, changes = adapt_to_model(built.model, task, device, length)
+    task, changes = adapt_to_model(built.model, task, device, length)
     for line in (*describe_task(task), *describe_model(built, model, uses_head), *changes):
         terminal().print(f"{name}: {line}")
     tokenizer = load_task_tokenizer(model.folder, kind.config)
@@ -138,8 +137,7 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
         task=task,
         training=training,
         steps=steps,
-        device=device,
-        settings=_result_settings(config, model, device, kind.labels, tables),
+        settings=_result_settings(config, model, task.device, kind.labels, tables),
     )
 
 

@@ -93,9 +93,9 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
             if run.keep == "all":
                 _write_model(evaluations / f"step-{steps:08d}", model, tokenizer, run)
 
-        fitted = fit(model, run.task, run.training, seed, run.device, log, state, keep)
+        fitted = fit(model, run.task, run.training, seed, log, state, keep)
     else:
-        fitted = score(model, run.task, run.training, run.device)
+        fitted = score(model, run.task, run.training)
     record = _make_record(fitted, run)
     print_seed(seed, record, run)
     output = _working_folder(seed, run.folder) / "output"

@@ -17,6 +17,7 @@ from finetune.config import TrainingConfig
 from finetune.data.columns import CONTEXT, Columns
 from finetune.data.records import Record, Table, find_labels, read_table
 from finetune.data.task_config import TaskConfig
+from finetune.device import CPU, Device
 from finetune.encoding.encoder import Encoder, load_task_tokenizer, turn_joiner
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.model import ModelInputs, ModelSpec, read_model_inputs
@@ -37,9 +38,11 @@ class Task:
     label_weights: tuple[float, ...] | None = None  # of the loss
     label_smoothing: float = 0.0
     positions: int | None = None  # of the model, in tokens; None: no limit
+    device: Device = CPU
 
-    def loss_options(self, device: torch.device) -> LossOptions:
-        weights = None if self.label_weights is None else torch.tensor(self.label_weights, device=device)
+    @property
+    def loss_options(self) -> LossOptions:
+        weights = None if self.label_weights is None else torch.tensor(self.label_weights, device=self.device.device)
         return LossOptions(weights, self.label_smoothing)
 
     def is_better(self, scores: Mapping[str, float], others: Mapping[str, float]) -> bool:

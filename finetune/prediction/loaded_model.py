@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from experiment.errors import UserError
 from experiment.models.fast_linear import use_fast_linear
 from experiment.models.model_folder import first_use
-from finetune.device import Device, choose_device
+from finetune.device import CPU, Device, choose_device
 from finetune.encoding.encoder import Encoder, load_task_tokenizer
 from finetune.encoding.examples import Batch, Padding
 from finetune.inference import collate
@@ -99,7 +99,7 @@ def load_on_cpu(folder: Path, task: SavedTask) -> LoadedModel:
     elif task.padded is None:
         ignores = ignores_padding(model, task.kind, padding, [task.kind.probe(encoder)], length)
         padding = replace(padding, is_avoided=not ignores)
-    loaded = LoadedModel(folder, model, encoder, padding, Device(torch.device("cpu"), dtype=None))
+    loaded = LoadedModel(folder, model, encoder, padding, CPU)
     with first_use(model), torch.inference_mode():
         loaded.check_finite([task.kind.forward(model, _probe(loaded, task.kind)).float().numpy()])
     return loaded

@@ -17,7 +17,6 @@ from experiment.files import atomic_write
 from experiment.models.fast_linear import use_fast_linear
 from experiment.process.signals import uninterrupted
 from finetune.config import TrainingConfig, changed_settings
-from finetune.device import Device
 from finetune.inference import Evaluation, evaluate, evaluation_microbatch
 from finetune.splits import Task
 from finetune.task_kind import Loss
@@ -171,7 +170,6 @@ def fit(
     task: Task,
     config: TrainingConfig,
     seed: int,
-    device: Device,
     log: Log,
     state_file: StateFile | None = None,
     keep: Callable[[int], None] = lambda steps: None,
@@ -186,7 +184,7 @@ def fit(
     keep: saves the weights of an evaluation; takes the steps so far.
     """
     torch.manual_seed(seed)
-    fitting = _Fitting(model, task, config, seed, device, keep)
+    fitting = _Fitting(model, task, config, seed, keep)
     if state_file is not None and (state := state_file.load()) is not None:
         fitting.load_state(state)
     try:
@@ -205,13 +203,13 @@ def fit(
         ) from None
 
 
-def score(model: nn.Module, task: Task, config: TrainingConfig, device: Device) -> Fitted:
+def score(model: nn.Module, task: Task, config: TrainingConfig) -> Fitted:
     """Predict all splits of a task that is not trained."""
-    model.to(device.device)
+    model.to(task.device.device)
     use_fast_linear(model)
     microbatch = evaluation_microbatch(config)
     splits = task.splits.items()
-    return Fitted((), None, {name: evaluate(model, task, split, microbatch, device) for name, split in splits})
+    return Fitted((), None, {name: evaluate(model, task, split, microbatch) for name, split in splits})
 
 
 class _Fitting:
@@ -223,13 +221,12 @@ class _Fitting:
         task: Task,
         config: TrainingConfig,
         seed: int,
-        device: Device,
         keep: Callable[[int], None],
     ) -> None:
-        self._model, self._task, self._config, self._seed, self._device = model, task, config, seed, device
+        self._model, self._task, self._config, self._seed = model, task, config, seed
         self._keep = keep
-        self._updater = Updater(model, task, config, device)
-        self._meter = LossMeter(device.device)
+        self._updater = Updater(model, task, config)
+        self._meter = LossMeter(task.device.device)
         self._evaluated_at_once = evaluation_microbatch(config)
         self._epochs: list[Epoch] = []
         self._best: _Best | None = None
@@ -319,7 +316,7 @@ class _Fitting:
         return Fitted(tuple(self._epochs), self._epochs[self._best.number], evaluations)
 
     def _evaluate(self, split: str) -> Evaluation:
-        return evaluate(self._model, self._task, self._task.splits[split], self._evaluated_at_once, self._device)
+        return evaluate(self._model, self._task, self._task.splits[split], self._evaluated_at_once)
 
     def state(self) -> dict[str, Any]:
         """Return the state for `load_state`. The best weights are left out if they are the present ones."""

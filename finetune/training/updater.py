@@ -13,7 +13,7 @@ from experiment.models.dropout import use_fast_dropout
 from experiment.models.fast_linear import use_fast_linear
 from experiment.models.fp32_sums import use_fp32_sums
 from finetune.config import TrainingConfig
-from finetune.device import Device, MicrobatchSize
+from finetune.device import MicrobatchSize
 from finetune.encoding.examples import Batch, Example
 from finetune.inference import collate
 from finetune.splits import Task
@@ -27,20 +27,20 @@ _SORTED_BATCHES = 50
 class Updater:
     """AdamW with linear warmup and decay, as BERT (Devlin et al. 2019) is fine-tuned."""
 
-    def __init__(self, model: nn.Module, task: Task, config: TrainingConfig, device: Device) -> None:
-        model.to(device.device)
+    def __init__(self, model: nn.Module, task: Task, config: TrainingConfig) -> None:
+        model.to(task.device.device)
         use_fast_dropout(model)
         use_fast_linear(model)
         use_fp32_sums(model)
         self.steps = 0
         self.total_steps = total_steps(task, config)
-        self._model, self._task, self._config, self._device = model, task, config, device
+        self._model, self._task, self._config, self._device = model, task, config, task.device
         self._warmup = config.warmup_ratio * self.total_steps if config.warmup_steps is None else config.warmup_steps
         self._microbatch = MicrobatchSize(config.microbatch_size or config.batch_size)
         groups = parameter_groups(model, config.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=config.lr, eps=config.adam_eps, fused=True)
-        self._scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)
-        self.loss_options = task.loss_options(device.device)
+        self._scaler = torch.amp.GradScaler(self._device.device.type, enabled=self._device.dtype == torch.float16)
+        self.loss_options = task.loss_options
 
     @property
     def lr(self) -> float:

@@ -20,7 +20,7 @@ from transformers import (
 
 from experiment.models.tokenizer import load_any_tokenizer, save_model_tokenizer
 from finetune.data.records import Record, Table
-from finetune.device import Device, MicrobatchSize
+from finetune.device import MicrobatchSize
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding
 from finetune.inference import evaluate
@@ -67,12 +67,8 @@ def test_predictions_of_xlnet_do_not_depend_on_the_batch(xlnet: Path) -> None:
     task = Task(KIND, {}, Padding.of(encoder.tokenizer))
     split = encode_split(table, KIND, encoder, training=False)
     model = build_model(spec(xlnet)).model
-    device = Device(torch.device("cpu"), None)
     alone, together = (
-        [
-            found["probabilities"]["a"]
-            for found in evaluate(model, task, split, MicrobatchSize(size), device).predictions
-        ]
+        [found["probabilities"]["a"] for found in evaluate(model, task, split, MicrobatchSize(size)).predictions]
         for size in (1, 20)
     )
     assert max(alone) - min(alone) > 1e-2

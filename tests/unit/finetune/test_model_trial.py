@@ -53,9 +53,9 @@ class Model(nn.Module):
 def test_models_that_see_padding_get_fixed_padding(side: str) -> None:
     """Catches predictions that change with the batch size, and padding to a length that varies."""
     made = make_task(side)
-    task, device, lines = adapt_to_model(Model(uses_mask=False), made, FP32, max_length=16)
+    task, lines = adapt_to_model(Model(uses_mask=False), made, FP32, max_length=16)
     assert lines == ["mean: its outputs depend on padding, so all sequences are padded to 16 tokens"]
-    assert device == FP32
+    assert task.device == FP32
     for examples in (made.splits["train"].examples[:1], made.splits["train"].examples):
         inputs = collate(task.kind, examples, task.padding, FP32.device).inputs
         assert inputs["input_ids"].shape[1] == inputs["attention_mask"].shape[1] == 16
@@ -72,9 +72,9 @@ def test_padding_shows_in_outputs_whatever_the_loss_is() -> None:
         examples = tuple(replace(example, target=targets) for example in train.examples)
         splits = {"train": replace(train, examples=examples, table=replace(train.table, labelled=targets is not None))}
         task = replace(made, kind=Regression(RegressionConfig(train="f.csv"), ()), splits=splits)
-        _, _, lines = adapt_to_model(Model(uses_mask=False), task, FP32, max_length=16)
+        _, lines = adapt_to_model(Model(uses_mask=False), task, FP32, max_length=16)
         assert lines == ["mean: its outputs depend on padding, so all sequences are padded to 16 tokens"]
-        assert adapt_to_model(Model(uses_mask=True), task, FP32, max_length=16)[2] == []
+        assert adapt_to_model(Model(uses_mask=True), task, FP32, max_length=16)[1] == []
 
 
 def test_padding_shows_in_texts_of_the_same_length() -> None:
@@ -90,7 +90,7 @@ def test_padding_shows_in_texts_of_the_same_length() -> None:
 def test_models_that_ignore_padding_keep_dynamic_padding() -> None:
     """Catches fixed padding, which is slow, for models that do not need it."""
     made = make_task()
-    assert adapt_to_model(Model(uses_mask=True), made, BF16, max_length=16) == (made, BF16, [])
+    assert adapt_to_model(Model(uses_mask=True), made, BF16, max_length=16) == (replace(made, device=BF16), [])
 
 
 def test_a_device_that_fails_is_not_taken_for_a_missing_operation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_a_model_without_autocast_is_trained_in_fp32() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = DebertaConfig(vocab_size=20, relative_attention=True, pos_att_type=["p2c", "c2p"], **sizes)
     model = DebertaForSequenceClassification(config)
-    _, device, lines = adapt_to_model(model, make_task(), BF16, max_length=16)
-    assert device == FP32
+    task, lines = adapt_to_model(model, make_task(), BF16, max_length=16)
+    assert task.device == FP32
     assert lines == ["deberta cannot compute in bf16 on cpu; fp32 is used"]
-    assert adapt_to_model(model, make_task(), FP32, max_length=16)[2] == []
+    assert adapt_to_model(model, make_task(), FP32, max_length=16)[1] == []

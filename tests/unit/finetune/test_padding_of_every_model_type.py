@@ -51,9 +51,9 @@ def head(model_type: str, name: str) -> nn.Module:
     return getattr(transformers, name).from_config(AutoConfig.for_model(model_type, **fields))  # type: ignore[no-any-return]
 
 
-def logit_differences(model: nn.Module, task: Task, device: Device, batch_size: int) -> Tensor:
+def logit_differences(model: nn.Module, task: Task, batch_size: int) -> Tensor:
     """N, of the two labels."""
-    found = evaluate(model, task, task.splits["validation"], MicrobatchSize(batch_size), device).predictions
+    found = evaluate(model, task, task.splits["validation"], MicrobatchSize(batch_size)).predictions
     return torch.tensor([row["probabilities"]["a"] for row in found]).logit()
 
 
@@ -64,13 +64,13 @@ def test_the_batch_size_does_not_change_predictions(model_type: str, precision: 
     """Catches a type whose outputs depend on padding, or that cannot compute in bf16, and that is not noticed, by
     examples or by the probe of a loaded model; also one that needlessly gets fixed padding or fp32."""
     model = head(model_type, "AutoModelForSequenceClassification")
-    task, device, lines = adapt_to_model(model, make_task(), Device(torch.device("cpu"), precision), max_length=40)
+    task, lines = adapt_to_model(model, make_task(), Device(torch.device("cpu"), precision), max_length=40)
     assert (task.padding.length is not None) == (model_type in PADDED), lines
     probe = replace(task.splits["train"].examples[0], sequences=(Tokens(torch.tensor([BEGIN, 10, END]), None),) * 2)
     assert ignores_padding(model, task.kind, make_task().padding, [probe], 40) == (model_type not in PADDED)
-    assert (device.dtype != precision) == (model_type in MASKS and precision is not None), lines
-    alone, together = (logit_differences(model, task, device, size) for size in (1, 40))
-    torch.testing.assert_close(alone, together, rtol=0, atol=1e-4 if device.dtype is None else 2e-2)
+    assert (task.device.dtype != precision) == (model_type in MASKS and precision is not None), lines
+    alone, together = (logit_differences(model, task, size) for size in (1, 40))
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-4 if task.device.dtype is None else 2e-2)
     assert torch.equal(alone > 0, together > 0)
 
 
@@ -87,9 +87,9 @@ def test_the_batch_size_does_not_change_outputs_of_other_heads(model_type: str, 
     sequences = 2 if name == "multiple_choice" else 1
     examples = [Example(example.sequences * sequences) for example in train.examples]
     task = replace(made, splits={"test": replace(train, examples=tuple(examples))})
-    task, device, _ = adapt_to_model(model, task, Device(torch.device("cpu"), None), max_length=40)
+    task, _ = adapt_to_model(model, task, Device(torch.device("cpu"), None), max_length=40)
     alone, together = (
-        Inference(model, kind, task.padding, device, MicrobatchSize(size)).compute(examples)[0] for size in (1, 40)
+        Inference(model, kind, task.padding, task.device, MicrobatchSize(size)).compute(examples)[0] for size in (1, 40)
     )
     for one, other, example in zip(alone, together, examples, strict=True):
         for row, padded in zip(one, other, strict=True):

@@ -165,7 +165,7 @@ def make_updater(encoder: Path, microbatch_size: int) -> tuple[Updater, list[Exa
         steps=1,
         warmup_steps=0,
     )
-    return Updater(model, Task(kind, {"train": split}, Padding.of(tokenizer)), config, CPU), examples, model
+    return Updater(model, Task(kind, {"train": split}, Padding.of(tokenizer)), config), examples, model
 
 
 def text(draw: random.Random) -> str:
@@ -332,7 +332,7 @@ def test_seeds_of_a_run_have_the_same_validation_loss(encoder: Path, tmp_path: P
     records = tuple(Record("f", {"text": str(n), "text_pair": str(n)}) for n in range(20))
     split = Split(Table(Path("f"), records, labelled=True), tuple(examples), tuple(range(20)))
     ready = Task(make_kind(), {}, Padding.of(load_tokenizer(encoder)))
-    losses = [evaluate(model, ready, split, MicrobatchSize(size), CPU).loss for size in (20, 3)]
+    losses = [evaluate(model, ready, split, MicrobatchSize(size)).loss for size in (20, 3)]
     examples.sort(key=lambda each: -each.longest)
     outputs = make_kind().forward(model, collate(make_kind(), examples, ready.padding, CPU.device))
     assert losses == pytest.approx([loss_of(make_kind(), examples, outputs).item()] * 2, abs=1e-5)

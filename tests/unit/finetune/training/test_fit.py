@@ -15,7 +15,7 @@ from torch import nn
 from experiment.errors import StoppedError, UserError
 from finetune.config import TrainingConfig
 from finetune.data.records import Record, Table
-from finetune.device import Device, MicrobatchSize, choose_device
+from finetune.device import MicrobatchSize, choose_device
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Evaluation, evaluate
@@ -25,7 +25,6 @@ from finetune.training import fit as fit_module
 from finetune.training.fit import DivergedError, Fitted, StateFile, fit
 from finetune.training.updater import Updater, lr_factor, parameter_groups
 
-CPU = Device(torch.device("cpu"), None)
 LABELS = ("a", "b")
 
 
@@ -69,7 +68,7 @@ def probabilities(evaluation: Evaluation) -> Any:
 
 
 def predict(model: nn.Module, ready: Task, name: str, batch_size: int) -> Evaluation:
-    return evaluate(model, ready, ready.splits[name], MicrobatchSize(batch_size), CPU)
+    return evaluate(model, ready, ready.splits[name], MicrobatchSize(batch_size))
 
 
 def ignore(step: int, figures: Any) -> None:
@@ -79,7 +78,7 @@ def ignore(step: int, figures: Any) -> None:
 def test_one_seed_is_one_result() -> None:
     """Catches randomness outside the seed: order, dropout. Another seed must differ, or seeds measure no spread."""
     config = TrainingConfig(lr=0.01, epochs=2, batch_size=8)
-    results = [fit(Bag(), task(), config, seed, CPU, ignore) for seed in (7, 7, 8)]
+    results = [fit(Bag(), task(), config, seed, ignore) for seed in (7, 7, 8)]
     losses = [[epoch.train_loss for epoch in fitted.epochs] for fitted in results]
     assert losses[0] == losses[1] != losses[2]
     assert results[0].evaluations["validation"].predictions == results[1].evaluations["validation"].predictions
@@ -90,7 +89,7 @@ def test_it_learns_and_predicts_in_the_order_of_the_rows() -> None:
     model = Bag()
     examples = split(50, 2)
     ready = task(validation=examples, test=examples)
-    fitted = fit(model, ready, TrainingConfig(lr=0.05, epochs=8, batch_size=8), 1, CPU, ignore)
+    fitted = fit(model, ready, TrainingConfig(lr=0.05, epochs=8, batch_size=8), 1, ignore)
     assert fitted.best.scores["accuracy"] == 1.0
     predictions = fitted.evaluations["test"].predictions
     labels = [record.values["label"] for record in examples.table.records]
@@ -110,7 +109,7 @@ def test_the_best_epoch_is_kept_and_the_first_of_a_tie(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Kind, "scores", scores)
     ready = task(test=split(9, 3, labelled=False))
-    fitted = fit(model, ready, TrainingConfig(lr=0.05, epochs=4, batch_size=8), 1, CPU, ignore)
+    fitted = fit(model, ready, TrainingConfig(lr=0.05, epochs=4, batch_size=8), 1, ignore)
     assert fitted.best.epoch == 2
     assert torch.equal(model.classifier.weight, weights[1])
     assert not torch.equal(weights[1], weights[3])
@@ -142,7 +141,7 @@ def test_divergence_is_reported() -> None:
     with pytest.raises(
         DivergedError, match=r"step 2: training diverged \(loss \S+ on train\).*training\.lr below 1e\+30"
     ):
-        fit(Bag(), task(), TrainingConfig(lr=1e30, epochs=3, batch_size=8), 1, CPU, lambda *event: events.append(event))
+        fit(Bag(), task(), TrainingConfig(lr=1e30, epochs=3, batch_size=8), 1, lambda *event: events.append(event))
     assert [step for step, _ in events] == [1, 2]
 
 
@@ -150,7 +149,7 @@ def test_events_count_steps_and_carry_figures() -> None:
     """Catches events without the keys that console and report look for, or steps that restart in each epoch."""
     events: list[tuple[int, dict[str, Any]]] = []
     config = TrainingConfig(lr=0.01, epochs=2, batch_size=8)
-    fitted = fit(Bag(), task(), config, 7, CPU, lambda step, figures: events.append((step, dict(figures))))
+    fitted = fit(Bag(), task(), config, 7, lambda step, figures: events.append((step, dict(figures))))
     steps = [step for step, figures in events if "loss" in figures]
     assert steps == list(range(1, 17))
     training_event = next(figures for _, figures in events if "loss" in figures)
@@ -197,7 +196,7 @@ def fit_without_dropout(config: TrainingConfig, ready: Task | None = None, model
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return fit(model, ready or task(), config, 7, CPU, ignore)
+    return fit(model, ready or task(), config, 7, ignore)
 
 
 def losses(fitted: Fitted) -> list[float]:
@@ -270,8 +269,8 @@ def test_running_out_of_memory_changes_no_loss(error: RuntimeError, caplog: pyte
 def test_running_out_of_memory_is_like_a_smaller_microbatch() -> None:
     """Catches dropout that depends on what was computed before memory ran out."""
     config = TrainingConfig(lr=0.01, epochs=2, batch_size=20)
-    found = fit(SmallMemory(6, OUT_OF_MEMORY[0]), task(), config, 7, CPU, ignore)
-    expected = fit(Bag(), task(), config.model_copy(update={"microbatch_size": 5}), 7, CPU, ignore)
+    found = fit(SmallMemory(6, OUT_OF_MEMORY[0]), task(), config, 7, ignore)
+    expected = fit(Bag(), task(), config.model_copy(update={"microbatch_size": 5}), 7, ignore)
     assert losses(found) == pytest.approx(losses(expected), abs=1e-6)
 
 
@@ -280,7 +279,7 @@ def test_a_resumed_training_keeps_the_smaller_microbatch(saved: bool) -> None:
     """Catches a resumed run with the dropout masks of another size, and a state of version 0.2.0 that does not load."""
     config, ready = TrainingConfig(lr=0.01, batch_size=20), task()
     models = [SmallMemory(6, OUT_OF_MEMORY[0]) for _ in range(2)]
-    updater, resumed = (Updater(model, ready, config, CPU) for model in models)
+    updater, resumed = (Updater(model, ready, config) for model in models)
     examples = ready.splits["train"].examples[:20]
     updater.step(examples)
     state = updater.state()
@@ -347,9 +346,7 @@ def test_balanced_weights_give_each_label_the_same_share(batch_size: int, gradie
     shares = (0.472, 0.174, 0.121, 0.111, 0.068, 0.027, 0.027)
     targets = [label for label, share in enumerate(shares) for _ in range(round(1000 * share))]
     ready = of_targets(targets, labels, balanced=True)
-    fit(
-        Bias(len(labels)), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=batch_size, grad_clip=0), 1, CPU, ignore
-    )
+    fit(Bias(len(labels)), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=batch_size, grad_clip=0), 1, ignore)
     assert len(gradients) == -(-len(targets) // batch_size)
     assert max(gradient.abs().max() for gradient in gradients) > 1e-3 or batch_size == 1000
     assert torch.stack(gradients).mean(0).abs().max() < 1e-6
@@ -358,7 +355,7 @@ def test_balanced_weights_give_each_label_the_same_share(batch_size: int, gradie
 def test_a_short_batch_counts_by_its_examples(gradients: list[torch.Tensor]) -> None:
     """Catches a full step for the few examples that are left at the end of an epoch."""
     ready = of_targets([0] * 11, ("a", "b"))
-    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=8, grad_clip=0), 1, CPU, ignore)
+    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=8, grad_clip=0), 1, ignore)
     sizes = sorted(gradient.norm().item() for gradient in gradients)
     assert sizes[0] == pytest.approx(sizes[1] * 3 / 8)
 
@@ -366,21 +363,21 @@ def test_a_short_batch_counts_by_its_examples(gradients: list[torch.Tensor]) -> 
 def test_losses_of_training_and_validation_are_comparable() -> None:
     """Catches label weights or smoothing in only one of them. The splits are the same, and nothing is learned."""
     ready = replace(of_targets([0, 0, 0, 1, 1, 0, 0, 0, 1], ("a", "b"), balanced=True), label_smoothing=0.2)
-    epoch = fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=4), 1, CPU, ignore).epochs[0]
+    epoch = fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=4), 1, ignore).epochs[0]
     assert epoch.train_loss == pytest.approx(epoch.validation_loss)
 
 
 def test_label_smoothing_spreads_the_target(gradients: list[torch.Tensor]) -> None:
     """Catches smoothing that never reaches the loss. The gradient is the probabilities minus the target."""
     ready = replace(of_targets([0] * 4, ("a", "b")), label_smoothing=0.2)
-    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=4, grad_clip=0), 1, CPU, ignore)
+    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=4, grad_clip=0), 1, ignore)
     torch.testing.assert_close(gradients[0], torch.tensor([0.5 - 0.9, 0.5 - 0.1]))
 
 
 def test_smoothing_with_weights_keeps_the_labels_balanced(gradients: list[torch.Tensor]) -> None:
     """Catches rare labels that are the target of frequent ones. At equal probabilities, balanced labels cancel."""
     ready = replace(of_targets([0] * 9 + [1], ("a", "b"), balanced=True), label_smoothing=0.2)
-    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=10, grad_clip=0), 1, CPU, ignore)
+    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=10, grad_clip=0), 1, ignore)
     assert gradients[0].abs().max() < 1e-6
 
 
@@ -399,7 +396,7 @@ def test_patience_stops_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches patience that counts from the start, that counts equal scores as better, or that is off by one."""
     accuracies = iter([0.5, 0.6, 0.9, 0.9, 0.8, 1.0])
     monkeypatch.setattr(Kind, "scores", lambda *_: {"accuracy": next(accuracies)})
-    fitted = fit(Bag(), task(), TrainingConfig(epochs=9, batch_size=8, patience=2), 1, CPU, ignore)
+    fitted = fit(Bag(), task(), TrainingConfig(epochs=9, batch_size=8, patience=2), 1, ignore)
     assert len(fitted.epochs) == 5
     assert fitted.best.epoch == 3
 
@@ -432,11 +429,11 @@ def test_a_training_resumes_exactly(tmp_path: Path, saves: int) -> None:
     def log_to(name: str) -> Any:
         return lambda step, metrics: events[name].append((step, metrics.get("loss"), metrics.get("lr")))
 
-    whole = fit(models[0], ready, config, 7, CPU, log_to("whole"))
+    whole = fit(models[0], ready, config, 7, log_to("whole"))
     with pytest.raises(KilledError):
-        fit(Bag(), ready, config, 7, CPU, log_to("resumed"), KilledAfter(path, {"lr": 1}, [saves]))
+        fit(Bag(), ready, config, 7, log_to("resumed"), KilledAfter(path, {"lr": 1}, [saves]))
     assert StateFile(path, {"lr": 1}).steps == 5 * saves
-    resumed = fit(models[1], ready, config, 7, CPU, log_to("resumed"), StateFile(path, {"lr": 1}))
+    resumed = fit(models[1], ready, config, 7, log_to("resumed"), StateFile(path, {"lr": 1}))
     assert without_seconds(resumed) == without_seconds(whole)
     assert events["resumed"] == events["whole"]
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -459,13 +456,13 @@ def test_an_interrupted_training_resumes_exactly(tmp_path: Path, call: int) -> N
     interrupted = Bag()
     interrupted.register_forward_hook(interrupt)
     with pytest.raises(StoppedError, match=r"stopped: seed 7 at step (\d+), saved") as stopped:
-        fit(interrupted, ready, config, 7, CPU, ignore, StateFile(path, settings))
+        fit(interrupted, ready, config, 7, ignore, StateFile(path, settings))
     updates = sum(calls)
     assert f"at step {updates}, saved" in str(stopped.value)
     assert StateFile(path, settings).steps == updates
 
-    fitted = fit(resumed, ready, config, 7, CPU, ignore, StateFile(path, settings))
-    assert without_seconds(fitted) == without_seconds(fit(whole, ready, config, 7, CPU, ignore))
+    fitted = fit(resumed, ready, config, 7, ignore, StateFile(path, settings))
+    assert without_seconds(fitted) == without_seconds(fit(whole, ready, config, 7, ignore))
     for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -489,7 +486,7 @@ def test_an_interrupt_while_the_state_is_saved_stops(
 
     monkeypatch.setattr(torch, "save", save_interrupted)
     with pytest.raises(StoppedError, match="saved"):
-        fit(Bag(), task(), config, 7, CPU, ignore, state)
+        fit(Bag(), task(), config, 7, ignore, state)
     assert state.steps == 8  # the first epoch
 
 
@@ -498,7 +495,7 @@ def test_an_interrupted_prediction_needs_no_training_again(tmp_path: Path) -> No
     one: all of them, if there was only one."""
     config = TrainingConfig(lr=0.03, epochs=2, batch_size=8, evaluate_every=5)
     ready, state = task(test=split(9, 3)), StateFile(tmp_path / "work" / "state.pt", {"lr": 1})
-    whole = fit(Bag(), ready, config, 7, CPU, ignore)
+    whole = fit(Bag(), ready, config, 7, ignore)
     interrupted, resumed = Bag(), Bag()
 
     def interrupt(model: nn.Module, _: object, output: Any) -> None:
@@ -507,11 +504,11 @@ def test_an_interrupted_prediction_needs_no_training_again(tmp_path: Path) -> No
 
     interrupted.register_forward_hook(interrupt)
     with pytest.raises(StoppedError, match="saved"):
-        fit(interrupted, ready, config, 7, CPU, ignore, state)
+        fit(interrupted, ready, config, 7, ignore, state)
     assert state.steps == whole.epochs[-1].steps
     updates: list[bool] = []
     resumed.register_forward_hook(lambda model, *_: updates.append(model.training))
-    assert without_seconds(fit(resumed, ready, config, 7, CPU, ignore, state)) == without_seconds(whole)
+    assert without_seconds(fit(resumed, ready, config, 7, ignore, state)) == without_seconds(whole)
     assert updates == [False]
 
 
@@ -520,7 +517,7 @@ def test_a_finished_training_has_saved_its_state(tmp_path: Path, monkeypatch: py
     last one, and a state whose steps are asked for that is read as a whole: gigabytes."""
     config = TrainingConfig(lr=0.03, epochs=1, batch_size=8)
     state = StateFile(tmp_path / "work" / "state.pt", {"lr": 1})
-    fitted = fit(Bag(), task(), config, 7, CPU, ignore, state)
+    fitted = fit(Bag(), task(), config, 7, ignore, state)
     monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: pytest.fail("read"))
     assert state.steps == fitted.epochs[-1].steps > 0
     assert state.other_settings() == {}
@@ -553,7 +550,7 @@ def test_time_that_is_not_for_training_counts_in_no_figure(
                 signal.raise_signal(signal.SIGINT)
 
         model.register_forward_hook(count)
-        return fit(model, ready, config, 7, CPU, lambda _, event: events.append(event), state)
+        return fit(model, ready, config, 7, lambda _, event: events.append(event), state)
 
     events: list[Mapping[str, Any]] = []
     with pytest.raises(StoppedError):
@@ -627,7 +624,7 @@ def test_gradients_are_clipped_after_they_are_scaled(
     """Catches a norm that is taken of the summed loss: its gradient grows with the batch size. Also another limit than
     the one asked for."""
     model = Bias(2)
-    updater = Updater(model, of_targets([0] * 8, ("a", "b")), TrainingConfig(batch_size=8, grad_clip=grad_clip), CPU)
+    updater = Updater(model, of_targets([0] * 8, ("a", "b")), TrainingConfig(batch_size=8, grad_clip=grad_clip))
     model.bias.grad = torch.tensor(gradient)
     updater._scale_and_clip_gradients(torch.tensor(factor))
     torch.testing.assert_close(model.bias.grad, torch.tensor(expected))
@@ -658,7 +655,7 @@ def test_settings_of_the_optimizer_and_of_evaluations_are_used(
     config = TrainingConfig(lr=1.0, weight_decay=0, adam_eps=1e9, epochs=1, batch_size=8, **settings)
     model, lrs = Bag(), []
     before = [parameter.clone() for parameter in model.parameters()]
-    fit(model, task(), config, 1, CPU, lambda _, metrics: lrs.append(metrics.get("lr")))
+    fit(model, task(), config, 1, lambda _, metrics: lrs.append(metrics.get("lr")))
     assert lrs[:8] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25])
     assert set(sizes) == expected  # of 37
     for parameter, old in zip(model.parameters(), before, strict=True):
@@ -671,12 +668,12 @@ def test_the_training_split_is_scored_if_asked_for() -> None:
     config = TrainingConfig(lr=0.05, epochs=3, batch_size=8, score_train=True)
     ready = task()
     model = Bag()
-    fitted = fit(model, ready, config, 1, CPU, lambda _, metrics: events.append(metrics))
+    fitted = fit(model, ready, config, 1, lambda _, metrics: events.append(metrics))
     logged = [event["eval/train/accuracy"] for event in events if "eval/train/loss" in event]
     assert logged == [epoch.train_scores["accuracy"] for epoch in fitted.epochs]
-    again = evaluate(model, ready, ready.splits["train"], MicrobatchSize(64), CPU)
+    again = evaluate(model, ready, ready.splits["train"], MicrobatchSize(64))
     assert fitted.evaluations["train"].scores == again.scores == fitted.best.train_scores
     assert list(fitted.evaluations) == ["train", "validation"]
-    plain = fit(Bag(), ready, TrainingConfig(lr=0.05, epochs=3, batch_size=8), 1, CPU, ignore)
+    plain = fit(Bag(), ready, TrainingConfig(lr=0.05, epochs=3, batch_size=8), 1, ignore)
     assert [epoch.scores for epoch in plain.epochs] == [epoch.scores for epoch in fitted.epochs]
     assert list(plain.evaluations) == ["validation"]
