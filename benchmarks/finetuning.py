@@ -94,7 +94,7 @@ def _measure_trainer(run: ResolvedRun, seed: int, grouped: bool) -> tuple[float,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        use_cpu=run.task.device.device.type == "cpu",
+        use_cpu=run.task.device.torch_device.type == "cpu",
     )
     tokenizer = AutoTokenizer.from_pretrained(run.model.folder, trust_remote_code=False)
     trainer = Trainer(

@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Device:
     """The device and precision of a computation. Weights are always fp32."""
 
-    device: torch.device
+    torch_device: torch.device
     dtype: torch.dtype | None  # of autocast; None: fp32, no autocast
 
     @property
@@ -30,7 +30,7 @@ class Device:
         return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+        return torch.autocast(self.torch_device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
 
 CPU = Device(torch.device("cpu"), dtype=None)

@@ -67,7 +67,7 @@ class Inference:
         self, examples: Sequence[Example], options: LossOptions | None = None
     ) -> tuple[Outputs, Loss | None]:
         """Like `compute`, in one microbatch."""
-        batch = collate(self.kind, examples, self.padding, self.device.device)
+        batch = collate(self.kind, examples, self.padding, self.device.torch_device)
         with self.device.autocast():
             outputs = self.kind.forward(self.model, batch)
         loss = None if options is None or batch.targets is None else self.kind.loss(outputs, batch, options)
@@ -81,10 +81,10 @@ class Inference:
         """
         losses: list[Loss] = []
         for indices in evaluation_batches([example.longest for example in examples], _COMPARED):
-            batch = collate(self.kind, [examples[index] for index in indices], self.padding, self.device.device)
+            batch = collate(self.kind, [examples[index] for index in indices], self.padding, self.device.torch_device)
             if batch.targets is not None:
                 rows = np.stack([row for index in indices for row in outputs[index]])
-                losses.append(self.kind.loss(torch.from_numpy(rows).to(self.device.device), batch, options))
+                losses.append(self.kind.loss(torch.from_numpy(rows).to(self.device.torch_device), batch, options))
         return _total(losses)
 
 

@@ -35,10 +35,10 @@ def adapt_to_model(model: PreTrainedModel, task: Task, device: Device, max_lengt
         task = replace(task, padding=replace(task.padding, length=max_length))
     if device.dtype is not None:
         trained = task.kind.config.is_trained
-        batch = collate(task.kind, examples[:2], task.padding, device.device)
+        batch = collate(task.kind, examples[:2], task.padding, device.torch_device)
         options = task.loss_options if trained else None
-        if not computes(model.to(device.device).train(trained), task.kind, batch, device, options):
-            lines.append(f"{name} cannot compute in {device.precision} on {device.device.type}; fp32 is used")
+        if not computes(model.to(device.torch_device).train(trained), task.kind, batch, device, options):
+            lines.append(f"{name} cannot compute in {device.precision} on {device.torch_device.type}; fp32 is used")
             task = replace(task, device=replace(device, dtype=None))
     return task, lines
 

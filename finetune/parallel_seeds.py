@@ -140,7 +140,7 @@ def _start(seed: int, slot: int, slots: int, run: ResolvedRun) -> _SeedProcess:
 
 def _share(slot: int, slots: int, run: ResolvedRun) -> dict[str, str]:
     """Return the variables that give the process in a slot its GPU, or its share of the cores."""
-    if run.task.device.device.type == "cuda":
+    if run.task.device.torch_device.type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
         return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}

@@ -40,7 +40,7 @@ _ITERATIONS = 1000
 def probe(run: ResolvedRun) -> dict[str, float]:
     """Return the metrics on validation of a probe that was fitted on train. Raises UserError."""
     kind, splits = run.task.kind, run.task.splits
-    encoder = build_model(run.model).model.base_model.to(run.task.device.device)
+    encoder = build_model(run.model).model.base_model.to(run.task.device.torch_device)
     train, validation = (features(encoder, splits[split], run) for split in ("train", "validation"))
     targets = np.array([example.target for example in splits["train"].examples])
     if len(set(targets)) == 1:

@@ -72,12 +72,14 @@ def load_model(folder: Path, task: SavedTask, precision: str) -> LoadedModel:
         return loaded
     device = choose_device(precision, key="--precision")
     loaded = load_on_cpu(folder, task)
-    loaded.model.to(device.device)
+    loaded.model.to(device.torch_device)
     use_fast_linear(loaded.model)
     probe = _probe(replace(loaded, device=device), task.kind)
     if device.dtype is not None and not computes(loaded.model, task.kind, probe, device):  # as DeBERTa (v1) on a CPU
         name = loaded.model.config.model_type
-        log.warning("%s cannot compute in %s on %s: predicting in fp32", name, device.precision, device.device.type)
+        log.warning(
+            "%s cannot compute in %s on %s: predicting in fp32", name, device.precision, device.torch_device.type
+        )
         device = replace(device, dtype=None)
     return replace(loaded, device=device)
 
@@ -114,4 +116,4 @@ def _build(spec: ModelSpec) -> PreTrainedModel:
 
 def _probe(loaded: LoadedModel, kind: TaskKind[Any]) -> Batch:
     """Make the smallest batch."""
-    return collate(kind, [kind.probe(loaded.encoder)], loaded.padding, loaded.device.device)
+    return collate(kind, [kind.probe(loaded.encoder)], loaded.padding, loaded.device.torch_device)

@@ -106,7 +106,9 @@ class MaskFiller:
         masks: list[Masks] = [text.details for text in texts]
         rows = [row for row, found in enumerate(masks) for _ in found.positions]
         positions = [position for found in masks for position in found.positions]
-        inputs = pad_sequences([text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.device)
+        inputs = pad_sequences(
+            [text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.torch_device
+        )
         with torch.inference_mode(), self.loaded.device.autocast():
             logits_MV = cloze.masked_logits(self.loaded.model, inputs, rows, positions)
         most = max(each.top_k for each in masks)

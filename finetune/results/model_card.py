@@ -51,7 +51,7 @@ def write_seed_card(
     ancestors, attempt = provenance["ancestors"], provenance["attempts"][-1]
     title, hardware = str(task.name), attempt["hardware"]
     scores = [(title, split, *score) for split, found in record.scores.items() for score in found.items()]
-    device = hardware["gpus"][0] if run.task.device.device.type == "cuda" else describe_cpu(hardware)
+    device = hardware["gpus"][0] if run.task.device.torch_device.type == "cuda" else describe_cpu(hardware)
     tables = {split: found.table for split, found in run.task.splits.items()}
     text = render_card(
         Path(__file__).with_name("finetuned_card.md.j2"),

@@ -114,7 +114,7 @@ def pack_linear_layers(model: nn.Module, device: Device) -> None:
     """Let the linear layers of a model compute with packed weights, for inference only. They give the same results up
     to rounding, in the precision of the device. Does nothing on a GPU, nor where oneDNN lacks the precision."""
     dtype = device.dtype or torch.float32
-    if device.device.type != "cpu" or dtype not in ONEDNN_DTYPES:
+    if device.torch_device.type != "cpu" or dtype not in ONEDNN_DTYPES:
         return
     for module in model.modules():
         if type(module) in (nn.Linear, FastLinear):

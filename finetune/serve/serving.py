@@ -61,7 +61,7 @@ class Services:
         self._unused = asyncio.Event()
         self._padded = served.loaded.padding.length
         self._warned = False
-        device = served.loaded.device.device
+        device = served.loaded.device.torch_device
         self.device_failed = False  # nothing can be computed in this process any more
 
         def batcher(compute: Callable[[list[Example]], Sequence[ResultT]]) -> Batcher[Example, ResultT]:
@@ -248,7 +248,7 @@ class Serving:
         trim_memory()  # of the old one
 
     def _serve(self, served: ServedModel) -> Services:
-        device = served.loaded.device.device.type
+        device = served.loaded.device.torch_device.type
         tokens = self._batch_tokens or _BATCH_TOKENS[device]
         batch_limits = BatchLimits(tokens, self._delay, _BATCH_COST[device])
         return Services(served, self.limits, batch_limits, self._thread, self.metrics.observe_batch)

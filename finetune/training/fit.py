@@ -205,7 +205,7 @@ def fit(
 
 def score(model: nn.Module, task: Task, config: TrainingConfig) -> Fitted:
     """Predict all splits of a task that is not trained."""
-    model.to(task.device.device)
+    model.to(task.device.torch_device)
     use_fast_linear(model)
     microbatch = evaluation_microbatch(config)
     splits = task.splits.items()
@@ -226,7 +226,7 @@ class _Fitting:
         self._model, self._task, self._config, self._seed = model, task, config, seed
         self._keep = keep
         self._updater = Updater(model, task, config)
-        self._meter = LossMeter(task.device.device)
+        self._meter = LossMeter(task.device.torch_device)
         self._evaluated_at_once = evaluation_microbatch(config)
         self._epochs: list[Epoch] = []
         self._best: _Best | None = None

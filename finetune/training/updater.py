@@ -28,7 +28,7 @@ class Updater:
     """AdamW with linear warmup and decay, as BERT (Devlin et al. 2019) is fine-tuned."""
 
     def __init__(self, model: nn.Module, task: Task, config: TrainingConfig) -> None:
-        model.to(task.device.device)
+        model.to(task.device.torch_device)
         use_fast_dropout(model)
         use_fast_linear(model)
         use_fp32_sums(model)
@@ -39,7 +39,7 @@ class Updater:
         self._microbatch = MicrobatchSize(config.microbatch_size or config.batch_size)
         groups = parameter_groups(model, config.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=config.lr, eps=config.adam_eps, fused=True)
-        self._scaler = torch.amp.GradScaler(self._device.device.type, enabled=self._device.dtype == torch.float16)
+        self._scaler = torch.amp.GradScaler(self._device.torch_device.type, enabled=self._device.dtype == torch.float16)
         self.loss_options = task.loss_options
 
     @property
@@ -85,13 +85,13 @@ class Updater:
             self._microbatch.reduce(size)
 
     def _random_state(self) -> list[torch.Tensor]:
-        on_gpu = self._device.device.type == "cuda"
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._device.device)] if on_gpu else [])]
+        on_gpu = self._device.torch_device.type == "cuda"
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._device.torch_device)] if on_gpu else [])]
 
     def _set_random_state(self, state: Sequence[torch.Tensor]) -> None:
         torch.set_rng_state(state[0])
         for of_gpu in state[1:]:
-            torch.cuda.set_rng_state(of_gpu, self._device.device)
+            torch.cuda.set_rng_state(of_gpu, self._device.torch_device)
 
     def _backward(self, examples: Sequence[Example]) -> Loss:
         """Add up the gradients of the summed loss, divided by the batch size to keep them within the range of fp16."""
@@ -136,7 +136,7 @@ class Updater:
         return loss
 
     def _collate(self, examples: Sequence[Example]) -> Batch:
-        return collate(self._task.kind, examples, self._task.padding, self._device.device)
+        return collate(self._task.kind, examples, self._task.padding, self._device.torch_device)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         with self._device.autocast():

@@ -57,7 +57,7 @@ def test_models_that_see_padding_get_fixed_padding(side: str) -> None:
     assert lines == ["mean: its outputs depend on padding, so all sequences are padded to 16 tokens"]
     assert task.device == FP32
     for examples in (made.splits["train"].examples[:1], made.splits["train"].examples):
-        inputs = collate(task.kind, examples, task.padding, FP32.device).inputs
+        inputs = collate(task.kind, examples, task.padding, FP32.torch_device).inputs
         assert inputs["input_ids"].shape[1] == inputs["attention_mask"].shape[1] == 16
         kept = inputs["input_ids"][0, -2:] if side == "left" else inputs["input_ids"][0, :2]
         assert torch.equal(kept, examples[0].sequences[0].input_ids)

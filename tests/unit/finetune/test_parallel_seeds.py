@@ -184,7 +184,7 @@ def test_each_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     """Catches processes on the same GPU, and GPUs that the user has hidden."""
 
     def share(slot: int, kind: str = "cuda") -> dict[str, str]:
-        device = SimpleNamespace(device=SimpleNamespace(type=kind))
+        device = SimpleNamespace(torch_device=SimpleNamespace(type=kind))
         return _share(slot, 2, SimpleNamespace(task=SimpleNamespace(device=device)))  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

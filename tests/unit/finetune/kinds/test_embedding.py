@@ -197,7 +197,7 @@ def test_cached_gradients_are_those_of_the_same_dropout(encoder: Path) -> None:
     examples.sort(key=lambda each: each.longest)
     padding = Padding.of(load_tokenizer(encoder))
     torch.manual_seed(1)
-    batches = [collate(kind, examples[start : start + 7], padding, CPU.device) for start in range(0, 20, 7)]
+    batches = [collate(kind, examples[start : start + 7], padding, CPU.torch_device) for start in range(0, 20, 7)]
     outputs = torch.cat([kind.forward(model, batch) for batch in batches])
     loss_of(kind, examples, outputs).backward()
     expected = {name: before[name] - p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -334,7 +334,7 @@ def test_seeds_of_a_run_have_the_same_validation_loss(encoder: Path, tmp_path: P
     ready = Task(make_kind(), {}, Padding.of(load_tokenizer(encoder)))
     losses = [evaluate(model, ready, split, MicrobatchSize(size)).loss for size in (20, 3)]
     examples.sort(key=lambda each: -each.longest)
-    outputs = make_kind().forward(model, collate(make_kind(), examples, ready.padding, CPU.device))
+    outputs = make_kind().forward(model, collate(make_kind(), examples, ready.padding, CPU.torch_device))
     assert losses == pytest.approx([loss_of(make_kind(), examples, outputs).item()] * 2, abs=1e-5)
     sizes = ({}, {"microbatch_size": 4}, {"microbatch_size": 4, "eval_batch_size": 64})
     settings = [config_settings(config_of(encoder, tmp_path, {"train": "train.jsonl"}, **each)) for each in sizes]

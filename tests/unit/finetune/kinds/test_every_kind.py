@@ -386,7 +386,7 @@ def test_the_probe_can_be_computed(encoder: Path, task: dict[str, str]) -> None:
     tokenizer = load_any_tokenizer(encoder, needed=())
     probe = kind.probe(Encoder(tokenizer, 24, token_types=True))
     device = Device(torch.device("cpu"), None)
-    assert computes(model, kind, collate(kind, [probe], Padding.of(tokenizer), device.device), device)
+    assert computes(model, kind, collate(kind, [probe], Padding.of(tokenizer), device.torch_device), device)
 
 
 @pytest.mark.parametrize("name", TASKS)
