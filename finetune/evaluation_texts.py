@@ -20,13 +20,13 @@ def evaluation_texts(config: str) -> list[EvaluationText]:
     return found
 
 
-def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
+def contamination_warnings(config: TaskConfig, model: Path) -> Iterator[str]:
     """Yield a line, if a corpus that the model was pretrained on is not known to be decontaminated against the task.
 
     model: a Hugging Face folder.
     """
     known = decontamination_of(model)
-    evaluated = {*texts_digests(texts_of(task)).values()} if known else set()
+    evaluated = {*texts_digests(texts_of(config)).values()} if known else set()
     if corpora := dict.fromkeys(corpus for corpus, digests in known if not evaluated.issubset(digests)):
         yield (
             f"the model was pretrained on {', '.join(corpora)}, which is not known to be decontaminated against this "
@@ -34,23 +34,23 @@ def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
         )
 
 
-def texts_of(task: TaskConfig) -> list[EvaluationText]:
+def texts_of(config: TaskConfig) -> list[EvaluationText]:
     """Return the texts of the validation and test splits. Without a validation file, of the part of the training split
     that fine-tuning draws. Raises UserError for files that cannot be read."""
-    joiner = None if task.dialogue is None else TurnJoiner(task.dialogue, separator=None)
-    labels = task.labels or ()
+    joiner = None if config.dialogue is None else TurnJoiner(config.dialogue, separator=None)
+    labels = config.labels or ()
     # - may be a label of the training split, so rows with it are evaluated. A split that is drawn has to be the same.
-    known = {split: labels if split == "train" else (*labels, "-") for split in task.files()}
+    known = {split: labels if split == "train" else (*labels, "-") for split in config.files()}
     tables: dict[str, Table] = {
-        split: read_table(Path(path), task.columns, task.file_format(), split == "train", joiner, known[split])
-        for split, path in task.files().items()
-        if split != "train" or (task.validation is None and task.is_trained)
+        split: read_table(Path(path), config.columns, config.file_format(), split == "train", joiner, known[split])
+        for split, path in config.files().items()
+        if split != "train" or (config.validation is None and config.is_trained)
     }
     if "train" in tables:
         from finetune.splits import split_off  # imports torch
 
-        _, tables["validation"] = split_off(tables.pop("train"), task)
-    kind = find_kind(task.kind)(task, ())
+        _, tables["validation"] = split_off(tables.pop("train"), config)
+    kind = find_kind(config.kind)(config, ())
     return [
         EvaluationText(split, record.place, text)
         for split, table in tables.items()

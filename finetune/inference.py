@@ -13,7 +13,7 @@ from torch import nn
 from finetune.config import TrainingConfig
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.examples import Batch, Example, Padding, Split, pad_sequences
-from finetune.splits import Task
+from finetune.splits import PreparedTask
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 T = TypeVar("T")
@@ -143,7 +143,7 @@ class Evaluation:
     scores: dict[str, float]  # empty without targets
 
 
-def evaluate(model: nn.Module, task: Task, split: Split, microbatch: MicrobatchSize) -> Evaluation:
+def evaluate(model: nn.Module, task: PreparedTask, split: Split, microbatch: MicrobatchSize) -> Evaluation:
     """Predict all records of a split, and score them if it has targets."""
     inference = Inference(model, task.kind, task.padding, task.device, microbatch)
     options, compares = task.loss_options, task.kind.compares_examples

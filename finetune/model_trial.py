@@ -13,7 +13,7 @@ from experiment.models.model_folder import first_use
 from finetune.device import Device
 from finetune.encoding.examples import Batch, Example, Padding
 from finetune.inference import collate
-from finetune.splits import Task
+from finetune.splits import PreparedTask
 from finetune.task_kind import LossOptions, TaskKind
 
 _EXAMPLES = 4
@@ -21,7 +21,9 @@ _PADDING = 8  # tokens, at least: examples may be equally long
 _TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than padding changes if it counts
 
 
-def adapt_to_model(model: PreTrainedModel, task: Task, device: Device, max_length: int) -> tuple[Task, list[str]]:
+def adapt_to_model(
+    model: PreTrainedModel, task: PreparedTask, device: Device, max_length: int
+) -> tuple[PreparedTask, list[str]]:
     """Return the task as the model needs it on a device, and a line for each change.
 
     Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they compute in fp32. The outputs of some

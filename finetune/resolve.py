@@ -35,7 +35,7 @@ from finetune.model import (
     pooling_of_head,
 )
 from finetune.model_trial import adapt_to_model
-from finetune.splits import Task, describe_task, load_inputs, make_kind, make_task, read_splits
+from finetune.splits import PreparedTask, describe_task, load_inputs, make_kind, make_task, read_splits
 from finetune.task_kind import TaskKind, find_kind
 from finetune.training.updater import total_steps
 
@@ -53,7 +53,7 @@ class ResolvedRun:
     keep: Literal["best", "all", "none"]  # models to save
     model: ModelSpec
     max_seq_length: int  # tokens of a sequence, special tokens included
-    task: Task
+    task: PreparedTask
     training: TrainingConfig
     steps: int  # updates of each seed; 0 if nothing is trained
     settings: dict[str, Any]  # everything the results of a seed depend on, apart from the seed
@@ -141,9 +141,9 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     )
 
 
-def _split_warnings(tables: Mapping[str, Table], task: TaskConfig) -> Iterator[str]:
+def _split_warnings(tables: Mapping[str, Table], config: TaskConfig) -> Iterator[str]:
     """Warn of a validation split that was drawn from the training split, and is too small to choose an epoch by."""
-    if task.validation is None and "validation" in tables and (rows := len(tables["validation"])) < _FEW_ROWS:
+    if config.validation is None and "validation" in tables and (rows := len(tables["validation"])) < _FEW_ROWS:
         yield (
             f"validation: only {counted(rows, 'row')} of train, so that chance decides which epoch is best; set "
             "task.validation, or train on all rows with training.fit_on: train+validation"

@@ -29,7 +29,7 @@ _CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Task:
+class PreparedTask:
     """A task, ready for training."""
 
     kind: TaskKind[Any]
@@ -54,7 +54,7 @@ class Task:
         return score < other if metric in self.kind.lower_is_better else score > other
 
 
-def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[str, Table]:
+def read_splits(config: TaskConfig, model: Path, fit_on: str = "train") -> dict[str, Table]:
     """Return the rows of each split; `validation` is drawn from `train` if it has no file.
 
     model: the folder whose tokenizer has the separator of the turns of a dialogue. fit_on: as in the training config;
@@ -62,20 +62,20 @@ def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[st
 
     Raises UserError with file and line.
     """
-    joiner = turn_joiner(model, task)
+    joiner = turn_joiner(model, config)
     tables: dict[str, Table] = {}
-    known = set(task.labels or ())
-    for split, path in task.files().items():
-        if split != "train" or task.is_trained:
+    known = set(config.labels or ())
+    for split, path in config.files().items():
+        if split != "train" or config.is_trained:
             required = split in ("train", "validation")
-            tables[split] = read_table(Path(path), task.columns, task.file_format(), required, joiner, known)
+            tables[split] = read_table(Path(path), config.columns, config.file_format(), required, joiner, known)
             if split == "train":
-                known |= find_labels(tables[split], task.columns)
+                known |= find_labels(tables[split], config.columns)
     if fit_on == "train+validation" and "train" in tables:
         if validation := tables.pop("validation", None):
-            tables["train"] = _joined(tables["train"], validation, task.columns)
+            tables["train"] = _joined(tables["train"], validation, config.columns)
     elif "train" in tables and "validation" not in tables:
-        train, validation = split_off(tables.pop("train"), task)
+        train, validation = split_off(tables.pop("train"), config)
         tables = {"train": train, "validation": validation, **tables}
     return tables
 
@@ -93,23 +93,23 @@ def _joined(train: Table, validation: Table, columns: Columns) -> Table:
     return replace(train, records=(*train.records, *validation.records))
 
 
-def make_kind(task: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
+def make_kind(config: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
     """Return the kind of a task, with its labels: of the training split, and of a validation split that was drawn from
     it. Raises UserError if there is only one, or if a needed split is missing."""
-    if "train" not in tables and task.is_trained:
-        raise UserError(f"task.train is missing: tasks of kind '{task.kind}' are trained")
-    kind = find_kind(task.kind)
-    if task.labels is not None or "train" not in tables:
-        return kind(task, task.labels or ())
+    if "train" not in tables and config.is_trained:
+        raise UserError(f"task.train is missing: tasks of kind '{config.kind}' are trained")
+    kind_type = find_kind(config.kind)
+    if config.labels is not None or "train" not in tables:
+        return kind_type(config, config.labels or ())
     train = tables["train"]
-    if task.validation is None and "validation" in tables:
+    if config.validation is None and "validation" in tables:
         train = replace(train, records=(*train.records, *tables["validation"].records))
-    return kind(task, kind.find_labels(task, train))
+    return kind_type(config, kind_type.find_labels(config, train))
 
 
 def make_task(
     kind: TaskKind[Any], tables: Mapping[str, Table], spec: ModelSpec, length: int, training: TrainingConfig
-) -> Task:
+) -> PreparedTask:
     """Encode the splits. length: tokens of a sequence, at most.
 
     Raises UserError for an invalid target, and as `load_inputs` does.
@@ -126,7 +126,7 @@ def make_task(
         )
         for split, table in tables.items()
     }
-    return Task(
+    return PreparedTask(
         kind=kind,
         splits=splits,
         padding=Padding.of(tokenizer),
@@ -136,12 +136,12 @@ def make_task(
     )
 
 
-def load_inputs(task: TaskConfig, spec: ModelSpec, length: int) -> tuple[PreTrainedTokenizerBase, ModelInputs]:
+def load_inputs(config: TaskConfig, spec: ModelSpec, length: int) -> tuple[PreTrainedTokenizerBase, ModelInputs]:
     """Return the tokenizer of a model and what the model takes, see `read_model_inputs`.
 
     length: as above. Raises UserError for an unusable tokenizer or config, and for too few positions.
     """
-    tokenizer = load_task_tokenizer(spec.folder, task, fine_tunes=True)
+    tokenizer = load_task_tokenizer(spec.folder, config, fine_tunes=True)
     inputs = read_model_inputs(spec, tokenizer)
     if inputs.max_length is not None and length > inputs.max_length:
         raise UserError(
@@ -188,31 +188,31 @@ def _count_characters(value: object) -> int:
     return sum(map(_count_characters, parts))
 
 
-def describe_task(task: Task) -> list[str]:
+def describe_task(task: PreparedTask) -> list[str]:
     """Return lines on the training split, and on surprises in any split."""
     lines = task.kind.describe(task.splits["train"].table) if "train" in task.splits else []
     unlabelled = [name for name, split in task.splits.items() if not split.table.labelled]
     return lines + [f"{name}: no labels, so it is predicted but not scored" for name in unlabelled]
 
 
-def split_off(table: Table, task: TaskConfig) -> tuple[Table, Table]:
-    """Divide a table at random, but always in the same way, into the rest and `task.validation_share` of it.
+def split_off(table: Table, config: TaskConfig) -> tuple[Table, Table]:
+    """Divide a table at random, but always in the same way, into the rest and `validation_share` of it.
 
     The share has about as much of each label as the table has; a row with several counts by the rarest one that occurs
     more than once. A row without such a label stays in the rest: the model could not know its label. Turns of a
     dialogue, and records with the same context (a column of type CONTEXT), such as the questions on a text, stay
     together. Raises UserError if the table is too small.
     """
-    share, in_order = task.validation_share, related_records(table.records, task.columns)
-    shuffled = [in_order[index] for index in np.random.default_rng(task.split_seed).permutation(len(in_order))]
-    of_units = [set(task.labels_of(table.records[unit[0]].values)) or {""} for unit in shuffled]
+    share, in_order = config.validation_share, related_records(table.records, config.columns)
+    shuffled = [in_order[index] for index in np.random.default_rng(config.split_seed).permutation(len(in_order))]
+    of_units = [set(config.labels_of(table.records[unit[0]].values)) or {""} for unit in shuffled]
     support = Counter(label for labels in of_units for label in labels)
     shared = [[(support[label], label) for label in labels if support[label] > 1] for labels in of_units]
     # One of every 1/share units, in the order of their labels.
     by_label = sorted((min(found)[1], place) for place, found in enumerate(shared) if found)
     taken = [place for number, (_, place) in enumerate(by_label) if int((number + 1) * share) > int(number * share)]
     if not taken:
-        raise _too_small(table, task.columns, len(shuffled), len(shuffled) - len(by_label))
+        raise _too_small(table, config.columns, len(shuffled), len(shuffled) - len(by_label))
     indices = {index for place in taken for index in shuffled[place]}
     records = [replace(record, skipped=0) for record in table.records]  # they have numbers of their own
     rest = tuple(record for index, record in enumerate(records) if index not in indices)

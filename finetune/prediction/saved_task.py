@@ -105,10 +105,9 @@ def read_saved_task(folder: Path) -> SavedTask:
     _verify(folder, saved.checksums)
     if saved.task.get("kind") not in kind_names():
         raise UserError(f"{path}: this version of deepcloze has no tasks of kind '{saved.task.get('kind')}'")
-    kind = find_kind(saved.task["kind"])
-    config = build_config(kind.config_type, saved.task, origin=str(path))
-    task = kind(config, saved.labels)
-    return SavedTask(task, saved.max_seq_length, saved.padded, saved.temperature, saved.spaced_words)
+    kind_type = find_kind(saved.task["kind"])
+    kind = kind_type(build_config(kind_type.config_type, saved.task, origin=str(path)), saved.labels)
+    return SavedTask(kind, saved.max_seq_length, saved.padded, saved.temperature, saved.spaced_words)
 
 
 def override_task(saved: SavedTask, overrides: Mapping[str, str]) -> SavedTask:
@@ -141,7 +140,7 @@ def _read_foreign(folder: Path) -> SavedTask:
     """Return the task of a model that was trained elsewhere."""
     config = load_config(folder)
     architecture = str((config.architectures or ["none"])[0])
-    kind_name = next((kind for end, kind in _FOREIGN_KINDS.items() if architecture.endswith(end)), None)
+    kind_name = next((name for end, name in _FOREIGN_KINDS.items() if architecture.endswith(end)), None)
     labels = tuple(config.id2label[number] for number in sorted(config.id2label))
     single_label = config.problem_type in (None, "single_label_classification")
     if has_masked_lm_head(config.architectures):
@@ -157,9 +156,9 @@ def _read_foreign(folder: Path) -> SavedTask:
             f"classification or multiple choice (architecture: {architecture}, labels: {', '.join(labels)}); "
             "`deepcloze finetune` makes a folder to predict with"
         )
-    kind = find_kind(kind_name)
-    task = kind(build_config(kind.config_type, {}), labels)
-    return SavedTask(task, None, padded=None, spaced_words=True, foreign=True)
+    kind_type = find_kind(kind_name)
+    kind = kind_type(build_config(kind_type.config_type, {}), labels)
+    return SavedTask(kind, None, padded=None, spaced_words=True, foreign=True)
 
 
 def find_model(path: Path) -> tuple[Path, str]:

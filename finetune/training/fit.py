@@ -18,7 +18,7 @@ from experiment.models.fast_linear import use_fast_linear
 from experiment.process.signals import uninterrupted
 from finetune.config import TrainingConfig, changed_settings
 from finetune.inference import Evaluation, evaluate, evaluation_microbatch
-from finetune.splits import Task
+from finetune.splits import PreparedTask
 from finetune.task_kind import Loss
 from finetune.training.updater import Updater, steps_per_epoch, training_order
 
@@ -167,7 +167,7 @@ class _Best:
 
 def fit(
     model: nn.Module,
-    task: Task,
+    task: PreparedTask,
     config: TrainingConfig,
     seed: int,
     log: Log,
@@ -203,7 +203,7 @@ def fit(
         ) from None
 
 
-def score(model: nn.Module, task: Task, config: TrainingConfig) -> Fitted:
+def score(model: nn.Module, task: PreparedTask, config: TrainingConfig) -> Fitted:
     """Predict all splits of a task that is not trained."""
     model.to(task.device.torch_device)
     use_fast_linear(model)
@@ -218,7 +218,7 @@ class _Fitting:
     def __init__(
         self,
         model: nn.Module,
-        task: Task,
+        task: PreparedTask,
         config: TrainingConfig,
         seed: int,
         keep: Callable[[int], None],

@@ -16,7 +16,7 @@ from finetune.config import TrainingConfig
 from finetune.device import MicrobatchSize
 from finetune.encoding.examples import Batch, Example
 from finetune.inference import collate
-from finetune.splits import Task
+from finetune.splits import PreparedTask
 from finetune.task_kind import Loss
 
 # Examples of this many batches are sorted by length together: less padding, still random. They are at most a quarter of
@@ -27,7 +27,7 @@ _SORTED_BATCHES = 50
 class Updater:
     """AdamW with linear warmup and decay, as BERT (Devlin et al. 2019) is fine-tuned."""
 
-    def __init__(self, model: nn.Module, task: Task, config: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, task: PreparedTask, config: TrainingConfig) -> None:
         model.to(task.device.torch_device)
         use_fast_dropout(model)
         use_fast_linear(model)
@@ -170,11 +170,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def total_steps(task: Task, config: TrainingConfig) -> int:
+def total_steps(task: PreparedTask, config: TrainingConfig) -> int:
     return (config.steps or steps_per_epoch(task, config) * config.epochs) if task.kind.config.is_trained else 0
 
 
-def steps_per_epoch(task: Task, config: TrainingConfig) -> int:
+def steps_per_epoch(task: PreparedTask, config: TrainingConfig) -> int:
     return -(-len(task.splits["train"].examples) // config.batch_size)
 
 

@@ -28,7 +28,7 @@ from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, read_model_inputs, save_model
 from finetune.prediction.loaded_model import load_on_cpu
 from finetune.prediction.mask_filler import ranking_task
-from finetune.splits import Task, encode_split
+from finetune.splits import PreparedTask, encode_split
 from tiny_models import tiny_fields
 
 KIND = Kind(Config(train="f", validation="f"), ("a", "b"))
@@ -64,7 +64,7 @@ def test_predictions_of_xlnet_do_not_depend_on_the_batch(xlnet: Path) -> None:
     texts = [" ".join(f"word{(n * k) % 9}" for k in range(n + 1)) for n in range(20)]
     table = Table(xlnet, tuple(Record("f", {"text": text, "text_pair": "word1 word2"}) for text in texts), False)
     encoder = make_encoder(xlnet)
-    task = Task(KIND, {}, Padding.of(encoder.tokenizer))
+    task = PreparedTask(KIND, {}, Padding.of(encoder.tokenizer))
     split = encode_split(table, KIND, encoder, training=False)
     model = build_model(spec(xlnet)).model
     alone, together = (

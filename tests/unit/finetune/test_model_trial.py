@@ -17,20 +17,20 @@ from finetune.kinds.classification import Config, Kind
 from finetune.kinds.regression import Config as RegressionConfig
 from finetune.kinds.regression import Kind as Regression
 from finetune.model_trial import adapt_to_model
-from finetune.splits import Task
+from finetune.splits import PreparedTask
 
 FP32 = Device(torch.device("cpu"), None)
 BF16 = Device(torch.device("cpu"), torch.bfloat16)
 
 
-def make_task(side: str = "right") -> Task:
+def make_task(side: str = "right") -> PreparedTask:
     """Texts of 2 to 9 tokens."""
     torch.manual_seed(0)
     examples = tuple(Example((Tokens(torch.randint(3, 20, (length,)), None),), length % 2) for length in range(2, 10))
     records = tuple(Record("f.csv", {"label": "ab"[example.target]}) for example in examples)
     train = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(examples))))
     kind = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
-    return Task(kind, {"train": train, "validation": train}, Padding(0, side, 0))
+    return PreparedTask(kind, {"train": train, "validation": train}, Padding(0, side, 0))
 
 
 class Model(nn.Module):

@@ -20,7 +20,7 @@ from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Inference, evaluate
 from finetune.kinds.classification import Config, Kind
 from finetune.model_trial import adapt_to_model, ignores_padding
-from finetune.splits import Task
+from finetune.splits import PreparedTask
 from finetune.task_kind import find_kind
 from tiny_models import tiny_fields
 
@@ -31,7 +31,7 @@ BEGIN, END, PAD = 0, 2, 1
 IDS = {"vocab_size": 100, "bos_token_id": BEGIN, "pad_token_id": PAD, "eos_token_id": END}
 
 
-def make_task() -> Task:
+def make_task() -> PreparedTask:
     """Sequences of 5 to 32 tokens."""
     draw = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 31, (40,), generator=draw).tolist()
@@ -41,7 +41,7 @@ def make_task() -> Task:
     records = tuple(Record("f.csv", {"label": "ab"[example.target]}) for example in examples)
     made = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(examples))))
     kind = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
-    return Task(kind, {"train": made, "validation": made}, Padding(PAD, "right", 0))
+    return PreparedTask(kind, {"train": made, "validation": made}, Padding(PAD, "right", 0))
 
 
 def head(model_type: str, name: str) -> nn.Module:
@@ -51,7 +51,7 @@ def head(model_type: str, name: str) -> nn.Module:
     return getattr(transformers, name).from_config(AutoConfig.for_model(model_type, **fields))  # type: ignore[no-any-return]
 
 
-def logit_differences(model: nn.Module, task: Task, batch_size: int) -> Tensor:
+def logit_differences(model: nn.Module, task: PreparedTask, batch_size: int) -> Tensor:
     """N, of the two labels."""
     found = evaluate(model, task, task.splits["validation"], MicrobatchSize(batch_size)).predictions
     return torch.tensor([row["probabilities"]["a"] for row in found]).logit()

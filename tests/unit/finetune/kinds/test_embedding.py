@@ -35,7 +35,7 @@ from finetune.resolve import config_settings, load_run_config
 from finetune.results.predictions import open_row_file, optional_inputs, prediction_rows, read_predictions
 from finetune.run import run
 from finetune.serve.served_model import load_served_model
-from finetune.splits import Task, read_splits
+from finetune.splits import PreparedTask, read_splits
 from finetune.task_kind import Loss, LossOptions
 from finetune.training.updater import Updater
 from hub_server import HubServer, status
@@ -165,7 +165,7 @@ def make_updater(encoder: Path, microbatch_size: int) -> tuple[Updater, list[Exa
         steps=1,
         warmup_steps=0,
     )
-    return Updater(model, Task(kind, {"train": split}, Padding.of(tokenizer)), config), examples, model
+    return Updater(model, PreparedTask(kind, {"train": split}, Padding.of(tokenizer)), config), examples, model
 
 
 def text(draw: random.Random) -> str:
@@ -331,7 +331,7 @@ def test_seeds_of_a_run_have_the_same_validation_loss(encoder: Path, tmp_path: P
     _, examples, model = make_updater(encoder, 20)
     records = tuple(Record("f", {"text": str(n), "text_pair": str(n)}) for n in range(20))
     split = Split(Table(Path("f"), records, labelled=True), tuple(examples), tuple(range(20)))
-    ready = Task(make_kind(), {}, Padding.of(load_tokenizer(encoder)))
+    ready = PreparedTask(make_kind(), {}, Padding.of(load_tokenizer(encoder)))
     losses = [evaluate(model, ready, split, MicrobatchSize(size)).loss for size in (20, 3)]
     examples.sort(key=lambda each: -each.longest)
     outputs = make_kind().forward(model, collate(make_kind(), examples, ready.padding, CPU.torch_device))

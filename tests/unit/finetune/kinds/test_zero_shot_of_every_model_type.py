@@ -16,7 +16,7 @@ from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Inference, collate
 from finetune.kinds.cloze import Config, Kind, _Blank, _Masked
 from finetune.model_trial import adapt_to_model
-from finetune.splits import Task
+from finetune.splits import PreparedTask
 from runs import sampled
 from tiny_models import tiny_fields
 
@@ -64,7 +64,7 @@ def test_the_batch_size_does_not_change_the_scores(model_type: str) -> None:
     blanks = tuple(blank(length) for length in (5, 32, 9, 17, 3, 8))
     records = tuple(Record("f.json", {}) for _ in blanks)
     split = Split(Table(Path("f.json"), records, labelled=False), blanks, tuple(range(len(blanks))))
-    task = Task(kind, {"test": split}, Padding(1, "right", 0))
+    task = PreparedTask(kind, {"test": split}, Padding(1, "right", 0))
     task, lines = adapt_to_model(model, task, Device(torch.device("cpu"), None), max_length=40)
     assert (task.padding.length is not None) == (model_type in PADDED), lines
     alone, together = (

@@ -20,7 +20,7 @@ from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Evaluation, evaluate
 from finetune.kinds.classification import Config, Kind
-from finetune.splits import Task
+from finetune.splits import PreparedTask
 from finetune.training import fit as fit_module
 from finetune.training.fit import DivergedError, Fitted, StateFile, fit
 from finetune.training.updater import Updater, lr_factor, parameter_groups
@@ -56,10 +56,10 @@ def split(count: int, seed: int, labelled: bool = True) -> Split:
     return Split(Table(Path("f.csv"), records, labelled), tuple(examples), tuple(range(count)))
 
 
-def task(weights: tuple[float, ...] | None = None, **splits: Split) -> Task:
+def task(weights: tuple[float, ...] | None = None, **splits: Split) -> PreparedTask:
     given = {"train": split(64, 0), "validation": split(37, 1), **splits}
     kind = Kind(Config(train="f.csv", validation="f.csv"), LABELS)
-    return Task(kind, given, Padding(0, "right", 0), weights)
+    return PreparedTask(kind, given, Padding(0, "right", 0), weights)
 
 
 def probabilities(evaluation: Evaluation) -> Any:
@@ -67,7 +67,7 @@ def probabilities(evaluation: Evaluation) -> Any:
     return np.array([prediction["probabilities"]["b"] for prediction in evaluation.predictions])
 
 
-def predict(model: nn.Module, ready: Task, name: str, batch_size: int) -> Evaluation:
+def predict(model: nn.Module, ready: PreparedTask, name: str, batch_size: int) -> Evaluation:
     return evaluate(model, ready, ready.splits[name], MicrobatchSize(batch_size))
 
 
@@ -313,7 +313,7 @@ class Bias(nn.Module):
         return SimpleNamespace(logits=self.bias.expand(len(input_ids), -1))
 
 
-def of_targets(targets: list[int], labels: tuple[str, ...], balanced: bool = False) -> Task:
+def of_targets(targets: list[int], labels: tuple[str, ...], balanced: bool = False) -> PreparedTask:
     """Texts of one to four tokens with these labels."""
     kind = Kind(Config(train="f.csv", validation="f.csv"), labels)
     records = tuple(Record("f.csv", {"label": labels[target]}) for target in targets)
@@ -321,7 +321,7 @@ def of_targets(targets: list[int], labels: tuple[str, ...], balanced: bool = Fal
     examples = tuple(Example((Tokens(ids[: n % 4 + 1], None),), target) for n, target in enumerate(targets))
     made = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(targets))))
     weights = kind.label_weights(examples) if balanced else None
-    return Task(kind, {"train": made, "validation": made}, Padding(0, "right", 0), weights)
+    return PreparedTask(kind, {"train": made, "validation": made}, Padding(0, "right", 0), weights)
 
 
 @pytest.fixture
