@@ -11,7 +11,6 @@ sentence-transformers the last one: use one epoch.
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -24,10 +23,10 @@ from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from benchmarks.measuring import describe_machine
 from finetune.config import FinetuneConfig
 from finetune.data.records import Table as Rows
+from finetune.data.splits import read_splits
 from finetune.resolve import load_run_config
 from finetune.run import run
 from finetune.scores.metrics import summarize
-from finetune.splits import read_splits
 
 SPLITS = ("validation", "test")
 
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     """Train both and print a table. arguments: as on the command line."""
     overrides = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
     config = load_run_config(overrides.pop("config"), overrides)
-    tables = read_splits(config.task, Path(config.model.init_from))
+    tables = read_splits(config.task, joiner=None)
     found = [train_peer(config, tables, seed) for seed in config.training.seeds]
     ours = run(config)["splits"]
     scores = {

@@ -47,7 +47,7 @@ def texts_of(config: TaskConfig) -> list[EvaluationText]:
         if split != "train" or (config.validation is None and config.is_trained)
     }
     if "train" in tables:
-        from finetune.splits import split_off  # imports torch
+        from finetune.data.splits import split_off  # imports torch
 
         _, tables["validation"] = split_off(tables.pop("train"), config)
     kind = find_kind(config.kind)(config, ())

@@ -13,7 +13,7 @@ from torch import nn
 from finetune.config import TrainingConfig
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.examples import Batch, Example, Padding, Split, pad_sequences
-from finetune.splits import PreparedTask
+from finetune.prepared_task import PreparedTask
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from experiment.models.model_folder import first_use
 from finetune.device import Device
 from finetune.encoding.examples import Batch, Example, Padding
 from finetune.inference import collate
-from finetune.splits import PreparedTask
+from finetune.prepared_task import PreparedTask
 from finetune.task_kind import LossOptions, TaskKind
 
 _EXAMPLES = 4

@@ -20,10 +20,11 @@ from experiment.run_files.run_folder import RunFolder, check_not_moved, check_ru
 from experiment.tracking.tracker import check_tracking
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig
 from finetune.data.records import Table
+from finetune.data.splits import read_splits
 from finetune.data.task_config import TaskConfig
 from finetune.data_report import data_warnings, describe_example, print_lengths, unknown_warnings
 from finetune.device import Device, choose_device
-from finetune.encoding.encoder import load_task_tokenizer
+from finetune.encoding.encoder import load_task_tokenizer, turn_joiner
 from finetune.evaluation_texts import contamination_warnings
 from finetune.model import (
     BuiltModel,
@@ -35,7 +36,7 @@ from finetune.model import (
     pooling_of_head,
 )
 from finetune.model_trial import adapt_to_model
-from finetune.splits import PreparedTask, describe_task, load_inputs, make_kind, make_task, read_splits
+from finetune.prepared_task import PreparedTask, describe_task, load_inputs, make_kind, make_task
 from finetune.task_kind import TaskKind, find_kind
 from finetune.training.updater import total_steps
 
@@ -179,7 +180,8 @@ def check_model(config: FinetuneConfig, models: set[str] | None) -> Device:
 
 def _read_data(config: FinetuneConfig) -> tuple[Mapping[str, Table], TaskKind[Any], ModelSpec]:
     """Return the rows of each split, the kind of the task with its labels, and the model with a head for them."""
-    tables = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)
+    joiner = turn_joiner(local_model(config.model.init_from), config.task)
+    tables = read_splits(config.task, joiner, config.training.fit_on)
     kind = make_kind(config.task, tables)
     return tables, kind, _model_of(config, kind)
 

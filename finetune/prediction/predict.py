@@ -27,11 +27,11 @@ from finetune.encoding.encoder import turn_joiner
 from finetune.options import PredictOptions
 from finetune.prediction.predictor import Predictor, missing_temperature
 from finetune.prediction.saved_task import find_model, override_task, read_saved_task
+from finetune.prepared_task import chunks
 from finetune.results.predictions import check_row_file, open_row_file, optional_inputs, prediction_rows
 from finetune.results.tables import print_label_scores, print_scores
 from finetune.scores.calibration import calibration_error
 from finetune.scores.metrics import top_confusions
-from finetune.splits import chunks
 from finetune.task_kind import Prediction, TaskKind
 
 _COLUMN_NUMBERS = re.compile(r"""[\d\[\], '"]+|null|None""")  # one, a list, or none

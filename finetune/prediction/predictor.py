@@ -15,7 +15,7 @@ from finetune.encoding.examples import Example, Split
 from finetune.inference import Inference, Outputs, compute_together, decode
 from finetune.prediction.loaded_model import LoadedModel, load_model
 from finetune.prediction.saved_task import SavedTask, find_model, read_saved_task
-from finetune.splits import encode_split
+from finetune.prepared_task import encode_split
 from finetune.task_kind import Prediction, TaskKind
 
 

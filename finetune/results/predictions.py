@@ -22,8 +22,9 @@ from experiment.models.model_names import local_model
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.data.records import Record, Table
+from finetune.data.splits import read_splits
+from finetune.encoding.encoder import turn_joiner
 from finetune.scores.significance import Score
-from finetune.splits import read_splits
 from finetune.task_kind import Prediction, TaskKind, find_kind
 
 _WAITING = 50_000  # rows of a Parquet file without a value in some column
@@ -232,7 +233,7 @@ def read_scored_split(
     task, model, fit_on = config.task.with_files(files), config.model.init_from, config.training.fit_on
     key = repr((task, fit_on, model if task.dialogue else None))
     if key not in tables:
-        tables[key] = read_splits(task, local_model(model), fit_on)[split]
+        tables[key] = read_splits(task, turn_joiner(local_model(model), task), fit_on)[split]
     table, kind = tables[key], find_kind(task.kind)(task, tuple(labels))
     predictions = []
     for seed in config.training.seeds:

@@ -18,7 +18,7 @@ from experiment.models.fast_linear import use_fast_linear
 from experiment.process.signals import uninterrupted
 from finetune.config import TrainingConfig, changed_settings
 from finetune.inference import Evaluation, evaluate, evaluation_microbatch
-from finetune.splits import PreparedTask
+from finetune.prepared_task import PreparedTask
 from finetune.task_kind import Loss
 from finetune.training.updater import Updater, steps_per_epoch, training_order
 

@@ -16,7 +16,7 @@ from finetune.config import TrainingConfig
 from finetune.device import MicrobatchSize
 from finetune.encoding.examples import Batch, Example
 from finetune.inference import collate
-from finetune.splits import PreparedTask
+from finetune.prepared_task import PreparedTask
 from finetune.task_kind import Loss
 
 # Examples of this many batches are sorted by length together: less padding, still random. They are at most a quarter of

@@ -20,6 +20,7 @@ from experiment.results.plots import draw_dots
 from experiment.run_files.checkpoints import checkpoint_step, is_checkpoint_name
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder
 from finetune.data.records import Table
+from finetune.data.splits import related_records
 from finetune.results.predictions import DamagedPredictionsError, ScoredSplit, read_scored_split
 from finetune.scores.significance import (
     FEWEST_UNITS,
@@ -29,7 +30,6 @@ from finetune.scores.significance import (
     draw_records,
     percentile_interval,
 )
-from finetune.splits import related_records
 from launcher.report import print_report
 from launcher.run_sets.compare_plan import ComparePlan
 from launcher.run_sets.run_set import DONE, PlannedRun, has_planned_seeds

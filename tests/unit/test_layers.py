@@ -45,7 +45,7 @@ FINETUNE_LAYERS = (
     ("finetune.training", "finetune.prediction"),
     ("finetune.model_trial", "finetune.inference", "finetune.evaluation_texts", "finetune.data_report"),
     ("finetune.results",),
-    ("finetune.splits",),
+    ("finetune.prepared_task",),
     ("finetune.config", "finetune.model"),
     ("finetune.kinds",),
     ("finetune.task_kind",),

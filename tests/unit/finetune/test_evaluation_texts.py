@@ -12,8 +12,9 @@ from experiment.errors import UserError
 from experiment.run_files.provenance import write_origin
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import FinetuneConfig
+from finetune.data.splits import read_splits
+from finetune.encoding.encoder import turn_joiner
 from finetune.evaluation_texts import contamination_warnings, evaluation_texts, texts_of
-from finetune.splits import read_splits
 
 
 def write(folder: Path, name: str, *lines: str) -> Path:
@@ -78,7 +79,7 @@ def test_the_drawn_dialogues_are_the_ones_of_fine_tuning(tmp_path: Path, encoder
     turns = (f"text {number}\t{number % 2}\t{number // 4}" for number in range(120))
     write(tmp_path, "train.tsv", "a\tlabel\tgroup", *turns)
     task = dialogue_config(tmp_path, {"group": "group", "turns": 1}).task
-    drawn = read_splits(task, encoder)["validation"].records
+    drawn = read_splits(task, turn_joiner(encoder, task))["validation"].records
     assert {text.place for text in texts_of(task)} == {record.place for record in drawn}
     assert all(text.text.count("text") == 1 for text in texts_of(task))
 

@@ -367,7 +367,7 @@ def test_label_smoothing_is_refused_by_kinds_without_it(config_file: Path, monke
 def test_class_weights_are_refused_by_kinds_without_them(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a mistake that is found only when all splits are tokenized, which may take minutes."""
     monkeypatch.setattr(Kind, "weights_labels", False)
-    monkeypatch.delattr("finetune.splits.encode_split")
+    monkeypatch.delattr("finetune.prepared_task.encode_split")
     with pytest.raises(UserError, match=r"training\.class_weights: tasks of kind 'classification' have no classes"):
         finetune(config_file, {"training.class_weights": "balanced"})
 

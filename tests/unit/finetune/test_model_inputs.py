@@ -28,7 +28,7 @@ from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, read_model_inputs, save_model
 from finetune.prediction.loaded_model import load_on_cpu
 from finetune.prediction.mask_filler import ranking_task
-from finetune.splits import PreparedTask, encode_split
+from finetune.prepared_task import PreparedTask, encode_split
 from tiny_models import tiny_fields
 
 KIND = Kind(Config(train="f", validation="f"), ("a", "b"))

@@ -17,7 +17,7 @@ from finetune.kinds.classification import Config, Kind
 from finetune.kinds.regression import Config as RegressionConfig
 from finetune.kinds.regression import Kind as Regression
 from finetune.model_trial import adapt_to_model
-from finetune.splits import PreparedTask
+from finetune.prepared_task import PreparedTask
 
 FP32 = Device(torch.device("cpu"), None)
 BF16 = Device(torch.device("cpu"), torch.bfloat16)

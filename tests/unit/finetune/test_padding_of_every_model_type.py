@@ -20,7 +20,7 @@ from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Inference, evaluate
 from finetune.kinds.classification import Config, Kind
 from finetune.model_trial import adapt_to_model, ignores_padding
-from finetune.splits import PreparedTask
+from finetune.prepared_task import PreparedTask
 from finetune.task_kind import find_kind
 from tiny_models import tiny_fields
 

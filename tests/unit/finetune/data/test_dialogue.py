@@ -8,9 +8,9 @@ from experiment.errors import UserError
 from finetune.config import FinetuneConfig
 from finetune.data.formats import FileFormat, read_rows
 from finetune.data.records import TurnJoiner, join_turns, read_records, read_table
+from finetune.data.splits import split_off
 from finetune.data.task_config import DialogueContext, TaskConfig
 from finetune.kinds.classification import ClassificationColumns
-from finetune.splits import split_off
 
 COLUMNS = ClassificationColumns(text="said")
 ROWS = """dialogue,turn,speaker,said,label

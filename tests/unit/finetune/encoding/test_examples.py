@@ -13,7 +13,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, Split
 from finetune.inference import collate, evaluation_batches
 from finetune.kinds.classification import Config, Kind
-from finetune.splits import encode_split
+from finetune.prepared_task import encode_split
 from finetune.training.updater import training_batches, training_order
 
 KIND = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
@@ -57,7 +57,7 @@ def test_few_long_texts_are_encoded_together(encoder: Path, monkeypatch: pytest.
     """Catches gigabytes for 256 documents of a book's length, and a text at the end of a batch that is left out."""
     sizes, encode_all = [], Encoder.encode_all
     monkeypatch.setattr(Encoder, "encode_all", lambda made, rows: sizes.append(len(rows)) or encode_all(made, rows))
-    monkeypatch.setattr("finetune.splits._CHARACTERS", 30)
+    monkeypatch.setattr("finetune.prepared_task._CHARACTERS", 30)
     made = encode(encoder, *[("word0 word1 word2",)] * 5, ("word3",), ("word0", "word1 word2 word3"), ("word4",))
     assert sizes == [2, 2, 3, 1]
     assert [len(example.sequences[0]) for example in made.examples] == [5] * 5 + [3, 7, 3]

@@ -11,7 +11,7 @@ from finetune.data.records import Record, Table, read_table
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.classification import Config, Kind
-from finetune.splits import make_kind
+from finetune.prepared_task import make_kind
 from finetune.task_kind import LossOptions
 
 CONFIG = Config(train="f.csv", validation="f.csv")

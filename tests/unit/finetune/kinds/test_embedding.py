@@ -21,6 +21,7 @@ from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
 from finetune.config import FinetuneConfig, TrainingConfig
 from finetune.data.records import Record, Table, read_table
+from finetune.data.splits import read_splits
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example, Padding, Split
@@ -31,11 +32,11 @@ from finetune.model import ModelSpec, build_model
 from finetune.options import PredictOptions
 from finetune.prediction.predict import predict_command
 from finetune.prediction.predictor import Predictor
+from finetune.prepared_task import PreparedTask
 from finetune.resolve import config_settings, load_run_config
 from finetune.results.predictions import open_row_file, optional_inputs, prediction_rows, read_predictions
 from finetune.run import run
 from finetune.serve.served_model import load_served_model
-from finetune.splits import PreparedTask, read_splits
 from finetune.task_kind import Loss, LossOptions
 from finetune.training.updater import Updater
 from hub_server import HubServer, status
@@ -599,6 +600,6 @@ def test_pairs_and_scored_pairs_are_not_trained_together(encoder: Path, tmp_path
         with pytest.raises(
             UserError, match=r"fit_on: .*/validation\.jsonl has .* task\.columns\.score, .*/train\.jsonl"
         ):
-            read_splits(build_config(Config, {**task, **found}), encoder, "train+validation")
+            read_splits(build_config(Config, {**task, **found}), None, "train+validation")
     both = build_config(Config, {**files, "validation": files["train"], **found})
-    assert len(read_splits(both, encoder, "train+validation")["train"]) == 4
+    assert len(read_splits(both, None, "train+validation")["train"]) == 4

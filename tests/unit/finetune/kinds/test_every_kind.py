@@ -23,6 +23,7 @@ from experiment.models.tokenizer import load_any_tokenizer
 from finetune.config import FinetuneConfig
 from finetune.data.columns import TextColumns
 from finetune.data.records import read_table
+from finetune.data.splits import read_splits
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding
@@ -31,10 +32,10 @@ from finetune.kinds import kind_names
 from finetune.model import ModelSpec, build_model
 from finetune.model_trial import computes
 from finetune.prediction.predictor import Predictor
+from finetune.prepared_task import encode_split, make_kind
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_results
 from finetune.run import run
-from finetune.splits import encode_split, make_kind, read_splits
 from finetune.task_kind import find_kind
 from runs import soak
 from simulated_gpu.gpu import simulated_gpu
@@ -395,7 +396,7 @@ def test_records_are_encoded_together(
 ) -> None:
     """Catches texts that are encoded one by one, which takes twice the time."""
     config = config_of(name, encoder, tmp_path, rows=12)
-    tables = read_splits(config.task, encoder)
+    tables = read_splits(config.task, None)
     calls, encode_all = [], Encoder.encode_all
     monkeypatch.setattr(Encoder, "encode_all", lambda *arguments: calls.append(1) or encode_all(*arguments))
     made = Encoder(load_any_tokenizer(encoder, needed=()), 24, token_types=True)
@@ -409,7 +410,7 @@ def test_records_are_encoded_together(
 def test_predictions_do_not_depend_on_the_batch(encoder: Path, tmp_path: Path, name: str) -> None:
     """Catches padding that takes part in what is computed, and outputs of a batch given to the wrong sequence."""
     config = config_of(name, encoder, tmp_path)
-    tables = read_splits(config.task, encoder)
+    tables = read_splits(config.task, None)
     kind = make_kind(config.task, tables)
     model = build_model(ModelSpec(encoder, True, kind.auto_model, kind.head)).model
     with torch.no_grad():

@@ -19,7 +19,7 @@ from finetune.encoding.examples import Padding
 from finetune.inference import collate
 from finetune.kinds.multiple_choice import Config, Kind, MultipleChoiceColumns
 from finetune.model import ModelSpec, read_model_inputs
-from finetune.splits import make_kind
+from finetune.prepared_task import make_kind
 from finetune.task_kind import LossOptions
 
 CHOICES = ["word1", "word2", "word3", "word4"]

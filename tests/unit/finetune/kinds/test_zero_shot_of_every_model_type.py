@@ -16,7 +16,7 @@ from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Inference, collate
 from finetune.kinds.cloze import Config, Kind, _Blank, _Masked
 from finetune.model_trial import adapt_to_model
-from finetune.splits import PreparedTask
+from finetune.prepared_task import PreparedTask
 from runs import sampled
 from tiny_models import tiny_fields
 

@@ -20,7 +20,7 @@ from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Evaluation, evaluate
 from finetune.kinds.classification import Config, Kind
-from finetune.splits import PreparedTask
+from finetune.prepared_task import PreparedTask
 from finetune.training import fit as fit_module
 from finetune.training.fit import DivergedError, Fitted, StateFile, fit
 from finetune.training.updater import Updater, lr_factor, parameter_groups

@@ -23,10 +23,10 @@ from experiment.run_files.checkpoints import checkpoint_path, mark_complete, wri
 from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder
 from finetune.data.records import Record
+from finetune.data.splits import read_splits
 from finetune.kinds.question_answering import QuestionAnsweringColumns
 from finetune.resolve import load_run_config
 from finetune.results import predictions
-from finetune.splits import read_splits
 from hub_server import HubServer
 from launcher.cli import main
 from launcher.run_sets import compare, run_set

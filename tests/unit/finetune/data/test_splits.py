@@ -9,13 +9,14 @@ import pytest
 from experiment.errors import UserError
 from finetune.data.columns import Columns, LabelColumn
 from finetune.data.records import Record, Table
+from finetune.data.splits import read_splits, related_records, split_off
 from finetune.data.task_config import TaskConfig
 from finetune.kinds import multi_label
 from finetune.kinds.classification import ClassificationColumns
 from finetune.kinds.multiple_choice import MultipleChoiceColumns
 from finetune.kinds.question_answering import QuestionAnsweringColumns
 from finetune.kinds.regression import RegressionColumns
-from finetune.splits import make_kind, read_splits, related_records, split_off
+from finetune.prepared_task import make_kind
 from finetune.task_kind import find_kind
 
 TEXTS = ClassificationColumns()
@@ -161,7 +162,7 @@ def test_minus_one_in_all_rows_of_a_test_split(
     paths = {split: str(tmp_path / f"{split}.csv") for split in files}
     given = {} if labels is None else {"labels": labels}
     config = find_kind(kind).config_type(**paths, **given, columns={"text": "text"})
-    assert read_splits(config, tmp_path)["test"].labelled == labelled
+    assert read_splits(config, None)["test"].labelled == labelled
 
 
 def test_a_dash_that_is_no_label_of_the_training_split(tmp_path: Path) -> None:
@@ -171,11 +172,11 @@ def test_a_dash_that_is_no_label_of_the_training_split(tmp_path: Path) -> None:
         rows = (json.dumps({"text": "a", "label": label}) for label in labels)
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     paths = {split: str(tmp_path / f"{split}.jsonl") for split in files}
-    read = read_splits(find_kind("classification").config_type(**paths, columns={"text": "text"}), tmp_path)
+    read = read_splits(find_kind("classification").config_type(**paths, columns={"text": "text"}), None)
     assert [record.values for record in read["validation"].records] == [{"label": "x", "text": "a"}]
     assert (len(read["test"]), read["test"].labelled) == (2, False)
     given = find_kind("classification").config_type(**paths, columns={"text": "text"}, labels=("x", "y", "z", "-"))
-    assert read_splits(given, tmp_path)["test"].labelled
+    assert read_splits(given, None)["test"].labelled
 
 
 def test_too_few_rows_are_rejected() -> None:
