@@ -65,8 +65,8 @@ def make_kind(config: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
 
 def make_task(
     kind: TaskKind[Any], tables: Mapping[str, Table], spec: ModelSpec, length: int, training: TrainingConfig
-) -> PreparedTask:
-    """Encode the splits. length: tokens of a sequence, at most.
+) -> tuple[PreparedTask, PreTrainedTokenizerBase]:
+    """Encode the splits. Returns the tokenizer too. length: tokens of a sequence, at most.
 
     Raises UserError for an invalid target, and as `load_inputs` does.
     """
@@ -82,7 +82,7 @@ def make_task(
         )
         for split, table in tables.items()
     }
-    return PreparedTask(
+    task = PreparedTask(
         kind=kind,
         splits=splits,
         padding=Padding.of(tokenizer),
@@ -90,6 +90,7 @@ def make_task(
         label_smoothing=training.label_smoothing,
         positions=inputs.max_length,
     )
+    return task, tokenizer
 
 
 def load_inputs(config: TaskConfig, spec: ModelSpec, length: int) -> tuple[PreTrainedTokenizerBase, ModelInputs]:

@@ -24,7 +24,7 @@ from finetune.data.splits import read_splits
 from finetune.data.task_config import TaskConfig
 from finetune.data_report import data_warnings, describe_example, print_lengths, unknown_warnings
 from finetune.device import Device, choose_device
-from finetune.encoding.encoder import load_task_tokenizer, turn_joiner
+from finetune.encoding.encoder import turn_joiner
 from finetune.evaluation_texts import contamination_warnings
 from finetune.model import (
     BuiltModel,
@@ -113,13 +113,12 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
         *(contamination_warnings(config.task, model.folder) if model.pretrained else ()),
     ):
         print_warning(f"{name}: {warning}")
-    task = make_task(kind, tables, model, length, training)
+    task, tokenizer = make_task(kind, tables, model, length, training)
     steps = total_steps(task, training)
     built = _build(model, kind)
     task, changes = adapt_to_model(built.model, task, device, length)
     for line in (*describe_task(task), *describe_model(built, model, uses_head), *changes):
         terminal().print(f"{name}: {line}")
-    tokenizer = load_task_tokenizer(model.folder, kind.config)
     if model.pretrained and length > (limit := tokenizer.model_max_length):
         print_warning(
             f"{name}: model.max_seq_length is {length}, but the tokenizer in {model.folder} cuts texts at {limit} "
