@@ -16,7 +16,7 @@ from experiment.models.hub_names import hub_name
 from experiment.results.page import open_templates
 from experiment.run_files.provenance import describe_commit
 
-FILE = "README.md"
+CARD_FILE = "README.md"
 MODEL = 'model = "."  # this folder; elsewhere its path, or its name on the Hugging Face Hub'
 """First line of a snippet. Without a path, it stays right when the folder is renamed or copied."""
 

@@ -38,7 +38,7 @@ from experiment.models.hub_names import hub_name, public_name
 from experiment.run_files.run_folder import RunFolder
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pyarrow", "wandb")
-_ORIGIN = "deepcloze.json"
+ORIGIN_FILE = "deepcloze.json"
 _WEIGHTS = (".safetensors", ".bin")
 
 
@@ -154,7 +154,7 @@ def write_origin(model: Path, folder: RunFolder, record: Mapping[str, Any], step
     """Write deepcloze.json into a model folder of a run. record: the run's provenance."""
     ancestors = [{**ancestor, "folder": public_name(ancestor["folder"])} for ancestor in record["ancestors"]]
     run = {"run_id": record["run_id"], "folder": folder.path.name, "step": step, "ancestors": ancestors}
-    write_json(model / _ORIGIN, run | {key: record[key] for key in ("decontaminated",) if key in record})
+    write_json(model / ORIGIN_FILE, run | {key: record[key] for key in ("decontaminated",) if key in record})
 
 
 def read_origin(model: Path) -> dict[str, Any] | None:
@@ -162,7 +162,7 @@ def read_origin(model: Path) -> dict[str, Any] | None:
 
     Raises UserError if the file is damaged.
     """
-    path = model / _ORIGIN
+    path = model / ORIGIN_FILE
     try:
         origin = read_json(path)
         return {key: origin[key] for key in ("run_id", "folder", "step", "ancestors")} | dict(origin)

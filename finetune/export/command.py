@@ -15,7 +15,7 @@ from finetune.export.push import check_target, parse_target, push_folder
 from finetune.model import model_files
 from finetune.options import ExportOptions
 from finetune.prediction.onnx_model import holds_onnx_model, require_packages
-from finetune.prediction.saved_task import FILE, find_model, read_saved_task
+from finetune.prediction.saved_task import TASK_FILE, find_model, read_saved_task
 
 # Of a model, beside weights, config and tokenizer: all else in a folder, such as .git, may not be meant for others.
 _MORE_FILES = (
@@ -62,7 +62,7 @@ def _write(source: Path, folder: Path, options: ExportOptions, repository: HubNa
         raise UserError(f"{source} holds an ONNX model already; export the folder that it was made from")
     title = Path(options.output).name if repository is None else repository.repository
     if options.format == "hf":
-        if (source / FILE).is_file():
+        if (source / TASK_FILE).is_file():
             read_saved_task(source)  # refuses damaged files, as the export to ONNX does
         _copy(source, folder)
         write_card(source, folder, title)

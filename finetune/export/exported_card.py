@@ -18,7 +18,7 @@ from experiment.formatting import UNKNOWN, format_perplexity, show
 from experiment.models.tokenizer import load_any_tokenizer
 from experiment.models.transformers_models import count_parameters, has_masked_lm_head
 from experiment.results.model_card import (
-    FILE,
+    CARD_FILE,
     MODEL,
     attempt_row,
     front_matter,
@@ -53,13 +53,13 @@ def write_card(source: Path, folder: Path, title: str, usage: str | None = None,
     source: the Hugging Face folder that was exported. A card in it is kept: a user may have edited it. usage, library:
     in place of those for transformers, for a folder in another format.
     """
-    text = _read_card(source / FILE) if (source / FILE).is_file() else _make_card(source, title)
-    write_text(folder / FILE, text if usage is None else replace_usage(text, usage, library))
+    text = _read_card(source / CARD_FILE) if (source / CARD_FILE).is_file() else _make_card(source, title)
+    write_text(folder / CARD_FILE, text if usage is None else replace_usage(text, usage, library))
 
 
 def name_model(folder: Path, name: str) -> None:
     """Let the snippets in the card of a folder name the model as the Hub does, not as the folder that has the card."""
-    write_text(folder / FILE, _read_card(folder / FILE).replace(MODEL, f'model = "{name}"'))
+    write_text(folder / CARD_FILE, _read_card(folder / CARD_FILE).replace(MODEL, f'model = "{name}"'))
 
 
 def _read_card(path: Path) -> str:

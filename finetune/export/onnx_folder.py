@@ -14,7 +14,7 @@ from finetune.export.parity import Difference, compare, sample_batches
 from finetune.model import model_files
 from finetune.prediction.loaded_model import LoadedModel, load_on_cpu
 from finetune.prediction.mask_filler import ranking_task
-from finetune.prediction.onnx_model import FILE
+from finetune.prediction.onnx_model import ONNX_FILE
 from finetune.prediction.saved_task import is_masked_lm, read_saved_task
 from finetune.results.model_card import COMMANDS
 
@@ -52,7 +52,7 @@ def write_onnx_folder(source: Path, folder: Path, title: str, int8: bool) -> lis
     more = (path for pattern in ("deepcloze*.json", "LICENSE*") for path in source.glob(pattern) if path.is_file())
     for path in {*model_files(source, weights=False), *more} - unlisted_files(source):
         shutil.copyfile(path, folder / path.name)
-    write_graph(original, folder / FILE)
+    write_graph(original, folder / ONNX_FILE)
     use_fast_linear(original.model)  # as `deepcloze predict` computes it
     batches = sample_batches(original)
     found = compare(original, _load(folder), batches)
@@ -67,11 +67,13 @@ def write_onnx_folder(source: Path, folder: Path, title: str, int8: bool) -> lis
     texts = sum(len(batch["input_ids"]) for batch in batches)
     lines = [
         f"PyTorch    {_megabytes(*weights)}  largest differences from it, on {texts} texts of up to {longest} tokens:",
-        f"ONNX fp32  {_megabytes(*folder.glob(f'{FILE}*'))}  {_describe(found)}",
+        f"ONNX fp32  {_megabytes(*folder.glob(f'{ONNX_FILE}*'))}  {_describe(found)}",
     ]
     if int8:
-        quantize(folder / FILE)
-        lines.append(f"ONNX int8  {_megabytes(folder / FILE)}  {_describe(compare(original, _load(folder), batches))}")
+        quantize(folder / ONNX_FILE)
+        lines.append(
+            f"ONNX int8  {_megabytes(folder / ONNX_FILE)}  {_describe(compare(original, _load(folder), batches))}"
+        )
     write_card(source, folder, title, _usage(original), library="onnx")
     return lines
 
@@ -98,7 +100,7 @@ def _usage(original: LoadedModel) -> str:
         "length": original.encoder.max_length,
         "value": "tokens[each.name][None]" if takes_choices(original.model) else "tokens[each.name]",
     }
-    code = snippet("python", _CODE.format(model=MODEL, file=FILE, **values))
+    code = snippet("python", _CODE.format(model=MODEL, file=ONNX_FILE, **values))
     if is_masked_lm(original.folder):
         return usage_section(code)
     return usage_section(code, "deepcloze prepares texts as in training:", COMMANDS)

@@ -7,9 +7,8 @@ from pathlib import Path
 from experiment.errors import UserError
 from experiment.models.hub import LOG_IN, call_hub
 from experiment.models.hub_names import HubName
-from experiment.run_files.provenance import read_origin
+from experiment.run_files.provenance import ORIGIN_FILE, read_origin
 
-_ORIGIN = "deepcloze.json"
 _EMPTY = {".gitattributes"}  # files of a repository that has just been created
 
 
@@ -43,7 +42,7 @@ def check_target(name: HubName, source: Path, private: bool, overwrite: bool) ->
     files, is_private = found
     if private and not is_private:
         raise UserError(f"--push {name}: this repository is public, so --private cannot apply; choose another name")
-    if files <= _EMPTY or overwrite or (_ORIGIN in files and _run_of_repository(name) == _run_of(source)):
+    if files <= _EMPTY or overwrite or (ORIGIN_FILE in files and _run_of_repository(name) == _run_of(source)):
         return
     raise UserError(f"--push {name}: this repository holds another model; choose another name, or add --overwrite")
 
@@ -56,7 +55,7 @@ def _run_of(model: Path) -> str | None:
 def _run_of_repository(name: HubName) -> str:
     from huggingface_hub import hf_hub_download
 
-    return _run_of(Path(call_hub(name, "model", lambda: hf_hub_download(name.repository, _ORIGIN))).parent) or ""
+    return _run_of(Path(call_hub(name, "model", lambda: hf_hub_download(name.repository, ORIGIN_FILE))).parent) or ""
 
 
 def push_folder(folder: Path, name: HubName, private: bool) -> str:

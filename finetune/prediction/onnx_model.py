@@ -15,7 +15,7 @@ from experiment.models.model_folder import has_weights, load_config
 if TYPE_CHECKING:
     import onnxruntime
 
-FILE = "model.onnx"
+ONNX_FILE = "model.onnx"
 HIDDEN = "last_hidden_state"
 """The output with the hidden states of the encoder; the others belong to the head."""
 
@@ -28,7 +28,7 @@ PADDING = "padding"
 
 def holds_onnx_model(folder: Path) -> bool:
     """Return whether a model folder has no weights but an ONNX model."""
-    return (folder / FILE).is_file() and not has_weights(folder)
+    return (folder / ONNX_FILE).is_file() and not has_weights(folder)
 
 
 def require_packages(*names: str) -> None:
@@ -48,12 +48,14 @@ class OnnxModel(nn.Module):
         super().__init__()
         require_packages("onnxruntime")
         self.config = load_config(folder)
-        self._session = _open_session(folder / FILE)
+        self._session = _open_session(folder / ONNX_FILE)
         self._rank = len(self._session.get_inputs()[0].shape)
         names = [output.name for output in self._session.get_outputs()]
         metadata = self._session.get_modelmeta().custom_metadata_map
         if HIDDEN not in names or PRECISION not in metadata:
-            raise UserError(f"{folder / FILE} was not written by `deepcloze export`, which makes one from the weights")
+            raise UserError(
+                f"{folder / ONNX_FILE} was not written by `deepcloze export`, which makes one from the weights"
+            )
         self._head = [name for name in names if name != HIDDEN]
         self.precision: str = metadata[PRECISION]
         self.avoids_padding = PADDING in metadata

@@ -28,7 +28,7 @@ from experiment.run_files.run_folder import RunFolder
 from finetune.kinds import kind_names
 from finetune.task_kind import TaskKind, find_kind
 
-FILE = "deepcloze_task.json"
+TASK_FILE = "deepcloze_task.json"
 _FOREIGN_KINDS = {"ForSequenceClassification": "classification"} | {
     "ForTokenClassification": "token_classification",
     "ForMultipleChoice": "multiple_choice",
@@ -73,7 +73,7 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
     folder may be published. An earlier task file in it is replaced."""
     config = task.kind.config
     names = {split: Path(path).name for split, path in config.files().items()}
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != FILE)
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != TASK_FILE)
     value = {
         "task": config.with_files(names).model_dump(mode="json"),
         "labels": list(task.kind.labels),
@@ -83,7 +83,7 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
         "spaced_words": task.spaced_words,
         "checksums": {path.name: checksum(path) for path in files},
     }
-    write_json(folder / FILE, value)
+    write_json(folder / TASK_FILE, value)
 
 
 def read_saved_task(folder: Path) -> SavedTask:
@@ -92,7 +92,7 @@ def read_saved_task(folder: Path) -> SavedTask:
     Raises UserError for a damaged file, or one that is not as training wrote it, and for a folder without the file
     whose model has no head that shows its task.
     """
-    path = folder / FILE
+    path = folder / TASK_FILE
     try:
         tree = read_json(path)
     except FileNotFoundError:
@@ -126,14 +126,14 @@ def _verify(folder: Path, checksums: Mapping[str, str]) -> None:
         path = folder / Path(name).name
         if path.is_file() and checksum(path) != expected:
             raise UserError(
-                f"{path} is damaged, or was changed after training: it does not match its checksum in {FILE}; to use "
-                "it as it is, remove 'checksums' there"
+                f"{path} is damaged, or was changed after training: it does not match its checksum in {TASK_FILE}; to "
+                "use it as it is, remove 'checksums' there"
             )
 
 
 def is_masked_lm(folder: Path) -> bool:
     """Return whether a model folder is for no task but has a masked-LM head."""
-    return has_masked_lm_head(load_config(folder).architectures) and not (folder / FILE).is_file()
+    return has_masked_lm_head(load_config(folder).architectures) and not (folder / TASK_FILE).is_file()
 
 
 def _read_foreign(folder: Path) -> SavedTask:
@@ -152,8 +152,8 @@ def _read_foreign(folder: Path) -> SavedTask:
         labels = ()  # the labels of the config mean nothing: choices are named by their texts
     elif kind_name is None or not single_label or len(set(labels)) < 2:
         raise UserError(
-            f"{folder} has no {FILE} and is not a sequence classifier with two or more labels, nor a model for token "
-            f"classification or multiple choice (architecture: {architecture}, labels: {', '.join(labels)}); "
+            f"{folder} has no {TASK_FILE} and is not a sequence classifier with two or more labels, nor a model for "
+            f"token classification or multiple choice (architecture: {architecture}, labels: {', '.join(labels)}); "
             "`deepcloze finetune` makes a folder to predict with"
         )
     kind_type = find_kind(kind_name)

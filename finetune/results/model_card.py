@@ -13,7 +13,7 @@ from experiment.config import flatten
 from experiment.files import write_text
 from experiment.formatting import UNKNOWN, escape, markdown_table, show
 from experiment.results.model_card import (
-    FILE,
+    CARD_FILE,
     MODEL,
     attempt_row,
     format_value,
@@ -85,7 +85,7 @@ def write_seed_card(
         columns=[[role, format_value(list(task.columns.names(role)))] for role in task.columns.cell_types()],
         training=_training(seed, run, record),
     )
-    write_text(folder / FILE, text)
+    write_text(folder / CARD_FILE, text)
 
 
 def add_seed_scores(run: RunFolder, results: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ def add_seed_scores(run: RunFolder, results: Mapping[str, Any]) -> None:
     if len(results["seeds"]) < 2:
         return
     for seed in results["seeds"]:
-        path = run.seed_folder(seed) / "model" / FILE
+        path = run.seed_folder(seed) / "model" / CARD_FILE
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if _SEEDS in text:
             write_text(path, text.replace(f"{_SEEDS}\n", _seed_scores(results), 1))

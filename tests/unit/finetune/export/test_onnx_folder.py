@@ -25,7 +25,7 @@ from experiment.models.tokenizer import load_any_tokenizer
 from finetune.export.command import export_command
 from finetune.model import ModelSpec, build_model, save_model
 from finetune.options import ExportOptions
-from finetune.prediction.onnx_model import FILE
+from finetune.prediction.onnx_model import ONNX_FILE
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.serve.served_model import load_served_model
@@ -219,7 +219,9 @@ def exported(trained_run: Path, export_onnx: ExportOnnx) -> Path:
 def int8(exported: Path, trained_run: Path, export_onnx: ExportOnnx) -> Path:
     """The same in int8, of the same graph, which takes seconds to write."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(exported / FILE, path))
+        patch.setattr(
+            "finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(exported / ONNX_FILE, path)
+        )
         return export_onnx(trained_run, int8=True)
 
 
@@ -256,7 +258,7 @@ def test_int8_predicts_about_the_same(int8: Path, trained_run: Path, tmp_path: P
     for row, other in zip(found, expected, strict=True):
         assert row["predicted"] == other["predicted"]
         assert row["probability_high"] == pytest.approx(other["probability_high"], abs=0.1)
-    tensors = onnx.load(int8 / FILE).graph.initializer
+    tensors = onnx.load(int8 / ONNX_FILE).graph.initializer
     in_fp32 = [each.name for each in tensors if each.data_type == onnx.TensorProto.FLOAT and min([*each.dims, 1]) > 1]
     assert [name for name in in_fp32 if not re.search("pooler|classifier", name)] == []
 
@@ -264,7 +266,7 @@ def test_int8_predicts_about_the_same(int8: Path, trained_run: Path, tmp_path: P
 def test_embeddings_are_rounded_by_half_a_step_at_most(int8: Path, trained_run: Path) -> None:
     """Catches the largest element of a row that overflows."""
     weights = load_file(trained_run / "seed-1" / "model" / "model.safetensors")
-    stored = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(int8 / FILE).graph.initializer}
+    stored = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(int8 / ONNX_FILE).graph.initializer}
     tables = {name.removesuffix("_int8") for name in stored if name.endswith("_int8")}
     assert len(tables) > 1
     for name in tables:
@@ -299,8 +301,10 @@ def test_a_masked_language_model(
     same = {"model": "", "loaded": ""}
     assert served.info.model_copy(update=same) == original.info.model_copy(update=same)
 
-    monkeypatch.setattr("finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(exported / FILE, path))
-    model = onnx.load(export_onnx(encoder, int8=True) / FILE)
+    monkeypatch.setattr(
+        "finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(exported / ONNX_FILE, path)
+    )
+    model = onnx.load(export_onnx(encoder, int8=True) / ONNX_FILE)
     assert not [node for node in model.graph.node if node.op_type == "Transpose" and "weight" in node.input[0]]
     shapes = [tuple(each.dims) for each in model.graph.initializer if each.data_type == onnx.TensorProto.INT8]
     assert {(45, 32), (32, 45)} <= set(shapes)
@@ -321,7 +325,8 @@ def test_a_model_that_depends_on_padding(
 
 def test_the_folder_has_all_but_the_weights(exported: Path, int8: Path, trained_run: Path) -> None:
     """Catches weights that are copied too, and files that are left behind, such as the fp32 model of an int8 one."""
-    expected = {path.name for path in (trained_run / "seed-1" / "model").iterdir()} - {"model.safetensors"} | {FILE}
+    trained = {path.name for path in (trained_run / "seed-1" / "model").iterdir()}
+    expected = trained - {"model.safetensors"} | {ONNX_FILE}
     for folder in (exported, int8):
         assert {path.name for path in folder.iterdir()} == expected
         assert [path.name for path in folder.parent.iterdir()] == ["model"]
@@ -338,7 +343,9 @@ def test_sizes_and_differences_are_printed(
     are for random tokens; and a license that is left out."""
     model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
     (model / "LICENSE.txt").write_text("Be kind.")
-    monkeypatch.setattr("finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(exported / FILE, path))
+    monkeypatch.setattr(
+        "finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(exported / ONNX_FILE, path)
+    )
     export_command(ExportOptions(checkpoint=str(model), output=str(tmp_path / "out"), format="onnx", int8=True))
     printed = capfd.readouterr()
     lines = printed.out.splitlines()
@@ -355,7 +362,7 @@ def test_outputs_that_differ_are_an_error(
     int8: Path, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a model that is written although it computes something else: here what int8 makes of it."""
-    monkeypatch.setattr("finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(int8 / FILE, path))
+    monkeypatch.setattr("finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(int8 / ONNX_FILE, path))
     with pytest.raises(UserError, match=r"logits of ONNX Runtime differ from those of PyTorch by up to .*e-\d\d"):
         export_command(ExportOptions(checkpoint=str(trained_run), output=str(tmp_path / "out"), format="onnx"))
     assert list(tmp_path.glob("*out*")) == []
@@ -410,12 +417,12 @@ def test_an_onnx_model_is_not_exported_again(exported: Path, tmp_path: Path) -> 
 def test_files_that_cannot_be_used(exported: Path, trained_run: Path, tmp_path: Path) -> None:
     """Catches a traceback of ONNX Runtime, and an ONNX file that takes the place of weights beside it."""
     damaged = Path(shutil.copytree(exported, tmp_path / "damaged"))
-    (damaged / FILE).write_bytes((exported / FILE).read_bytes()[:1000])
+    (damaged / ONNX_FILE).write_bytes((exported / ONNX_FILE).read_bytes()[:1000])
     with pytest.raises(UserError, match=r"model\.onnx is damaged: "):
         Predictor.load(damaged)
-    foreign = onnx.load(exported / FILE)
+    foreign = onnx.load(exported / ONNX_FILE)
     del foreign.metadata_props[:]
-    onnx.save(foreign, damaged / FILE)
+    onnx.save(foreign, damaged / ONNX_FILE)
     with pytest.raises(UserError, match=r"model\.onnx was not written by `deepcloze export`"):
         Predictor.load(damaged)
     shutil.copy(trained_run / "seed-1" / "model" / "model.safetensors", damaged)

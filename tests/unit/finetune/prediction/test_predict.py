@@ -20,7 +20,7 @@ from finetune.options import PredictOptions
 from finetune.prediction import predict as predict_module
 from finetune.prediction.predict import Input, _overrides
 from finetune.prediction.predictor import Predictor
-from finetune.prediction.saved_task import FILE
+from finetune.prediction.saved_task import TASK_FILE
 from finetune.task_kind import Prediction, find_kind
 from hub_server import HubServer
 from launcher.cli import main
@@ -204,16 +204,16 @@ def test_calibrated_probabilities(
 ) -> None:
     """Catches a temperature that is never used, is used unasked, or changes what is predicted."""
     model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "moved"))
-    task = json.loads((model / FILE).read_text())
+    task = json.loads((model / TASK_FILE).read_text())
     assert task["temperature"] == json.loads((trained_run / "results.json").read_text())["temperatures"][0]
-    (model / FILE).write_text(json.dumps({**task, "temperature": 2.0}))
+    (model / TASK_FILE).write_text(json.dumps({**task, "temperature": 2.0}))
     for name, flags in (("raw", ()), ("calibrated", ("--calibrated",))):
         assert predict(model, texts, tmp_path / f"{name}.csv", *flags) == 0
     for raw, calibrated in zip(read_csv(tmp_path / "raw.csv"), read_csv(tmp_path / "calibrated.csv"), strict=True):
         assert raw["predicted"] == calibrated["predicted"]
         odds = [float(row["probability_high"]) / float(row["probability_low"]) for row in (raw, calibrated)]
         assert odds[0] ** 0.5 == pytest.approx(odds[1], rel=0.02)
-    (model / FILE).write_text(json.dumps({**task, "temperature": None}))
+    (model / TASK_FILE).write_text(json.dumps({**task, "temperature": None}))
     assert predict(model, texts, tmp_path / "none.csv", "--calibrated") == 2
     assert "moved: the model has no temperature" in capsys.readouterr().err
 
@@ -223,8 +223,8 @@ def test_a_missing_temperature_is_found_first(
 ) -> None:
     """Catches a kind without a temperature that is detected after the input is read and the model loaded."""
     model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
-    task = json.loads((model / FILE).read_text())
-    (model / FILE).write_text(json.dumps({**task, "temperature": None}))
+    task = json.loads((model / TASK_FILE).read_text())
+    (model / TASK_FILE).write_text(json.dumps({**task, "temperature": None}))
     monkeypatch.setattr(Predictor, "load", None)
     assert predict(model, tmp_path / "none.csv", tmp_path / "out.csv", "--calibrated") == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -340,8 +340,8 @@ def with_format(trained_run: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def change(**keys: object) -> Path:
         model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
-        saved = json.loads((model / FILE).read_text())
-        (model / FILE).write_text(json.dumps({**saved, "task": {**saved["task"], **keys}}))
+        saved = json.loads((model / TASK_FILE).read_text())
+        (model / TASK_FILE).write_text(json.dumps({**saved, "task": {**saved["task"], **keys}}))
         return model
 
     return change
@@ -542,8 +542,8 @@ def test_damaged_weights(trained_run: Path, texts: Path, tmp_path: Path, capsys:
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:50])
     assert predict(model, texts, tmp_path / "out.csv") == 2
     assert "model.safetensors is damaged, or was changed after training" in capsys.readouterr().err
-    saved = json.loads((model / FILE).read_text())
-    (model / FILE).write_text(json.dumps({**saved, "checksums": {}}))
+    saved = json.loads((model / TASK_FILE).read_text())
+    (model / TASK_FILE).write_text(json.dumps({**saved, "checksums": {}}))
     assert predict(model, texts, tmp_path / "out.csv") == 2
     assert f"cannot load the weights in {model}" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from finetune.device import Device
 from finetune.prediction.loaded_model import NotFiniteError
 from finetune.prediction.mask_filler import MaskFiller
 from finetune.prediction.predictor import Predictor
-from finetune.prediction.saved_task import FILE, override_task, read_saved_task
+from finetune.prediction.saved_task import TASK_FILE, override_task, read_saved_task
 from hub_server import HubServer
 
 SAVED = {"labels": ["a", "b"], "max_seq_length": 8, "padded": False, "temperature": None}
@@ -109,9 +109,9 @@ def test_damaged_weights_are_rejected(model: Path, tmp_path: Path) -> None:
     weights.write_bytes(damaged)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged, or was changed .* remove 'checksums'"):
         Predictor.load(folder)
-    saved = json.loads((folder / FILE).read_text())
+    saved = json.loads((folder / TASK_FILE).read_text())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved.pop("checksums").keys()
-    (folder / FILE).write_text(json.dumps(saved))
+    (folder / TASK_FILE).write_text(json.dumps(saved))
     Predictor.load(folder)
 
 
@@ -120,7 +120,7 @@ def test_weights_that_are_not_finite_are_rejected(model: Path) -> None:
     weights = load_file(model / "model.safetensors")
     weights["bert.embeddings.position_embeddings.weight"][8] = torch.nan
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    change(model / FILE, checksums={})
+    change(model / TASK_FILE, checksums={})
     predictor, words = Predictor.load(model, "fp32"), "word1 word2 word3 word4 word5 word6"
     assert predictor.predict([{"text": words}])
     with pytest.raises(NotFiniteError, match=r"model: .* not finite in fp32; its weights are damaged, or its training"):
@@ -148,9 +148,9 @@ def test_words_are_encoded_as_in_training(model: Path, classifier: Path) -> None
     """Catches taggers of earlier versions and of transformers that get other tokens than they were trained with: in
     these, words of scripts without spaces have a space before them."""
     assert not Predictor.load(model, "fp32").loaded.encoder.spaced_words
-    saved = json.loads((model / FILE).read_text())
+    saved = json.loads((model / TASK_FILE).read_text())
     del saved["spaced_words"]
-    (model / FILE).write_text(json.dumps(saved))
+    (model / TASK_FILE).write_text(json.dumps(saved))
     for folder in (model, classifier):
         assert Predictor.load(folder, "fp32").loaded.encoder.spaced_words
 
@@ -210,14 +210,14 @@ def test_an_encoder_without_a_head_is_rejected(encoder: Path) -> None:
 def test_a_head_that_is_missing_is_not_drawn(model: Path, encoder: Path) -> None:
     """Catches predictions of a random head, for a folder whose weights were replaced."""
     shutil.copy(encoder / "model.safetensors", model)
-    change(model / FILE, checksums={})
+    change(model / TASK_FILE, checksums={})
     with pytest.raises(UserError, match=r"not fine-tuned: its weights lack .*classifier"):
         Predictor.load(model, "fp32")
 
 
 def test_a_model_that_depends_on_padding_is_padded_as_in_training(model: Path) -> None:
     """Catches predictions of such a model that change with the other rows of a batch."""
-    change(model / FILE, padded=True)
+    change(model / TASK_FILE, padded=True)
     predictor = Predictor.load(model, "fp32", batch_size=1)
     lengths = []
     predictor._inference.model.register_forward_pre_hook(
@@ -294,6 +294,6 @@ def test_a_precision_that_the_model_cannot_compute_in(
 )
 def test_a_damaged_task_file_is_a_user_error(model: Path, text: str, message: str) -> None:
     """Catches a traceback, or a file of a later version that is half understood."""
-    (model / FILE).write_text(text)
+    (model / TASK_FILE).write_text(text)
     with pytest.raises(UserError, match=message):
         read_saved_task(model)

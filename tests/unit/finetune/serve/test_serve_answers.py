@@ -28,7 +28,7 @@ from transformers import (
 from finetune.prediction import mask_filler
 from finetune.prediction.mask_filler import MaskFiller
 from finetune.prediction.predictor import Predictor
-from finetune.prediction.saved_task import FILE, find_model, override_task, read_saved_task, write_saved_task
+from finetune.prediction.saved_task import TASK_FILE, find_model, override_task, read_saved_task, write_saved_task
 from runs import soak
 
 CLOSE = 1e-5
@@ -238,7 +238,7 @@ def test_a_model_says_that_it_expects_dialogues(trained_run: Path, connect: Conn
     shutil.copytree(model, folder := tmp_path / "model")
     task = read_saved_task(folder)
     dialogue = {"dialogue.group": "scene", "special_tokens_in_text": "true"}
-    (folder / FILE).unlink()
+    (folder / TASK_FILE).unlink()
     write_saved_task(folder, override_task(task, dialogue))
     fields = connect(folder).get("/v1/model").json()["fields"]
     assert fields == {"text": "text, after the previous turns of its dialogue, with [SEP] after each of them"}
