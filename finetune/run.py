@@ -41,7 +41,7 @@ from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig
 from finetune.parallel_seeds import count_logged, log_events_of_process, move_events_to_end, train_seeds_in_parallel
 from finetune.resolve import OF_DATA_AND_MODEL, ResolvedRun, config_settings, load_run_config, resolve
-from finetune.results.model_card import add_seed_scores
+from finetune.results.finetuned_card import add_seed_scores
 from finetune.results.seed_summary import SeedRecord, write_results
 from finetune.results.tables import print_results
 from finetune.seed_run import describe_differences, finished_seeds, state_file, train_seed

@@ -20,7 +20,7 @@ from finetune.encoding.encoder import load_task_tokenizer
 from finetune.model import build_model, fit_output_range, save_model
 from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.resolve import ResolvedRun
-from finetune.results.model_card import write_seed_card
+from finetune.results.finetuned_card import write_seed_card
 from finetune.results.predictions import prediction_rows, write_rows, write_worst_rows
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_epochs

@@ -16,7 +16,7 @@ from finetune.prediction.loaded_model import LoadedModel, load_on_cpu
 from finetune.prediction.mask_filler import ranking_task
 from finetune.prediction.onnx_model import ONNX_FILE
 from finetune.prediction.saved_task import is_masked_lm, read_saved_task
-from finetune.results.model_card import COMMANDS
+from finetune.results.finetuned_card import COMMANDS
 
 _TOLERANCE = 1e-4  # of outputs in fp32: in units of the largest, or of 1 if that is larger
 

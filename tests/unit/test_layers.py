@@ -40,7 +40,7 @@ PRETRAIN_LAYERS = (
 FINETUNE_LAYERS = (
     ("finetune.run", "finetune.serve", "finetune.export"),
     ("finetune.parallel_seeds", "finetune.seed_run", "finetune.probe"),
-    ("finetune.results.model_card", "finetune.results.seed_summary"),
+    ("finetune.results.finetuned_card", "finetune.results.seed_summary"),
     ("finetune.resolve",),
     ("finetune.training", "finetune.prediction"),
     ("finetune.model_trial", "finetune.inference", "finetune.evaluation_texts", "finetune.data_report"),

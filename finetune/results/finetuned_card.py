@@ -52,9 +52,9 @@ def write_seed_card(
     title, hardware = str(task.name), attempt["hardware"]
     scores = [(title, split, *score) for split, found in record.scores.items() for score in found.items()]
     device = hardware["gpus"][0] if run.task.device.torch_device.type == "cuda" else describe_cpu(hardware)
-    tables = {split: found.table for split, found in run.task.splits.items()}
+    tables = {name: split.table for name, split in run.task.splits.items()}
     text = render_card(
-        Path(__file__).with_name("finetuned_card.md.j2"),
+        Path(__file__).with_suffix(".md.j2"),
         title,
         _usage(run),
         ancestors,
