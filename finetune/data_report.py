@@ -84,9 +84,9 @@ def _swapped(labels: Sequence[str], texts: Sequence[str], role: str) -> Iterator
         )
 
 
-def _missing(tables: Mapping[str, Table], task: TaskConfig) -> Iterator[str]:
+def _missing(tables: Mapping[str, Table], config: TaskConfig) -> Iterator[str]:
     labels = {
-        split: {label for record in table.records for label in task.labels_of(record.values)}
+        split: {label for record in table.records for label in config.labels_of(record.values)}
         for split, table in tables.items()
         if table.labelled
     }

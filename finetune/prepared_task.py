@@ -96,7 +96,8 @@ def make_task(
 def load_inputs(config: TaskConfig, spec: ModelSpec, length: int) -> tuple[PreTrainedTokenizerBase, ModelInputs]:
     """Return the tokenizer of a model and what the model takes, see `read_model_inputs`.
 
-    length: as above. Raises UserError for an unusable tokenizer or config, and for too few positions.
+    length: tokens of a sequence, at most. Raises UserError for an unusable tokenizer or config, and for too few
+    positions.
     """
     tokenizer = load_task_tokenizer(spec.folder, config, fine_tunes=True)
     inputs = read_model_inputs(spec, tokenizer)

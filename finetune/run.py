@@ -80,7 +80,7 @@ def check(config: str | Path, overrides: Mapping[str, str] | None = None) -> Non
 def run(config: FinetuneConfig) -> dict[str, Any]:
     """Train and score the run of a config of `load_run_config`. Returns the content of results.json.
 
-    Raises UserError, also if the disk refuses something, StoppedError if it is full after training has begun, and
+    Raises UserError, also if the disk cannot be written, StoppedError if it is full after training has begun, and
     SystemExit if a seed fails.
     """
     prepare_process()

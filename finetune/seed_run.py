@@ -25,7 +25,7 @@ from finetune.results.predictions import prediction_rows, write_rows, write_wors
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_epochs
 from finetune.scores.calibration import measure_calibration
-from finetune.training.fit import Epoch, Fitted, Log, StateFile, fit, score
+from finetune.training.fit import Epoch, Fitted, Log, StateFile, evaluate_untrained, fit
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
 _EVALUATIONS = "evaluations"  # folder of the models of all evaluations
@@ -95,7 +95,7 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
 
         fitted = fit(model, run.task, run.training, seed, log, state, keep)
     else:
-        fitted = score(model, run.task, run.training)
+        fitted = evaluate_untrained(model, run.task, run.training)
     record = _make_record(fitted, run)
     print_seed(seed, record, run)
     output = _working_folder(seed, run.folder) / "output"
@@ -181,25 +181,23 @@ def _write_model(
 def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
     kind = run.task.kind
     labelled = {
-        split: (run.task.splits[split].table.records, found.predictions)
-        for split, found in fitted.evaluations.items()
-        if found.scores
+        split: (run.task.splits[split].table.records, evaluation.predictions)
+        for split, evaluation in fitted.evaluations.items()
+        if evaluation.scores
     }
     counted = labelled if len(kind.labels) <= _CONFUSION_LABELS else {}
-    temperature, calibration = measure_calibration(
-        {split: kind.classified(*found) for split, found in labelled.items()}
-    )
+    temperature, calibration = measure_calibration({split: kind.classified(*rows) for split, rows in labelled.items()})
     return SeedRecord(
         settings=run.settings,
         best_epoch=fitted.best.epoch if fitted.best else 0,
         epochs=[_epoch_row(epoch, kind.config.metric) for epoch in fitted.epochs],
         scores={split: fitted.evaluations[split].scores for split in labelled},
-        intervals={split: dict(kind.intervals(*found)) for split, found in labelled.items()},
+        intervals={split: dict(kind.intervals(*rows)) for split, rows in labelled.items()},
         confusion={
-            split: matrix.tolist() for split, found in counted.items() if (matrix := kind.confusion(*found)) is not None
+            split: matrix.tolist() for split, rows in counted.items() if (matrix := kind.confusion(*rows)) is not None
         },
-        label_scores={split: scores for split, found in labelled.items() if (scores := kind.label_scores(*found))},
-        collapsed=[split for split, found in labelled.items() if kind.is_collapsed(*found)],
+        label_scores={split: scores for split, rows in labelled.items() if (scores := kind.label_scores(*rows))},
+        collapsed=[split for split, rows in labelled.items() if kind.is_collapsed(*rows)],
         temperature=temperature,
         calibration=calibration,
     )

@@ -71,7 +71,7 @@ def split_off(table: Table, config: TaskConfig) -> tuple[Table, Table]:
     if not taken:
         raise _too_small(table, config.columns, len(shuffled), len(shuffled) - len(by_label))
     indices = {index for place in taken for index in shuffled[place]}
-    records = [replace(record, skipped=0) for record in table.records]  # they have numbers of their own
+    records = [replace(record, skipped=0) for record in table.records]  # rows of a drawn split are numbered anew
     rest = tuple(record for index, record in enumerate(records) if index not in indices)
     return replace(table, records=rest), replace(table, records=tuple(records[index] for index in sorted(indices)))
 

@@ -174,8 +174,8 @@ def fit(
     state_file: StateFile | None = None,
     keep: Callable[[int], None] = lambda steps: None,
 ) -> Fitted:
-    """Train `model` in place. It ends with the weights that are best on validation, the first of equals, or with the
-    last ones if there is no validation split.
+    """Train `model` in place. It ends with the weights that are best on validation, the earliest of several equal
+    ones, or with the last ones if there is no validation split.
 
     The seed determines the order of the examples and dropout; the caller seeds the model's head. Continues from
     `state_file`, which is written at each evaluation, and on KeyboardInterrupt before StoppedError is raised. Raises
@@ -203,7 +203,7 @@ def fit(
         ) from None
 
 
-def score(model: nn.Module, task: PreparedTask, config: TrainingConfig) -> Fitted:
+def evaluate_untrained(model: nn.Module, task: PreparedTask, config: TrainingConfig) -> Fitted:
     """Predict all splits of a task that is not trained."""
     model.to(task.device.torch_device)
     use_fast_linear(model)
