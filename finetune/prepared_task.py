@@ -37,9 +37,8 @@ class PreparedTask:
 
     @property
     def loss_options(self) -> LossOptions:
-        weights = (
-            None if self.label_weights is None else torch.tensor(self.label_weights, device=self.device.torch_device)
-        )
+        device = self.device.torch_device
+        weights = None if self.label_weights is None else torch.tensor(self.label_weights, device=device)
         return LossOptions(weights, self.label_smoothing)
 
     def is_better(self, scores: Mapping[str, float], others: Mapping[str, float]) -> bool:

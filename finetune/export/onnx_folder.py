@@ -45,14 +45,14 @@ def write_onnx_folder(source: Path, folder: Path, title: str, int8: bool) -> lis
     Returns lines about sizes and differences. Raises UserError for a model that cannot be exported, or whose outputs
     differ.
     """
-    original = _load(source)
+    original, graph = _load(source), folder / ONNX_FILE
     if int8:
         check_quantizable(original.model)
     folder.mkdir()
     more = (path for pattern in ("deepcloze*.json", "LICENSE*") for path in source.glob(pattern) if path.is_file())
     for path in {*model_files(source, weights=False), *more} - unlisted_files(source):
         shutil.copyfile(path, folder / path.name)
-    write_graph(original, folder / ONNX_FILE)
+    write_graph(original, graph)
     use_fast_linear(original.model)  # as `deepcloze predict` computes it
     batches = sample_batches(original)
     found = compare(original, _load(folder), batches)
@@ -70,10 +70,8 @@ def write_onnx_folder(source: Path, folder: Path, title: str, int8: bool) -> lis
         f"ONNX fp32  {_megabytes(*folder.glob(f'{ONNX_FILE}*'))}  {_describe(found)}",
     ]
     if int8:
-        quantize(folder / ONNX_FILE)
-        lines.append(
-            f"ONNX int8  {_megabytes(folder / ONNX_FILE)}  {_describe(compare(original, _load(folder), batches))}"
-        )
+        quantize(graph)
+        lines.append(f"ONNX int8  {_megabytes(graph)}  {_describe(compare(original, _load(folder), batches))}")
     write_card(source, folder, title, _usage(original), library="onnx")
     return lines
 

@@ -47,15 +47,13 @@ class OnnxModel(nn.Module):
         """Raises UserError for a file that is damaged, or was written by something else."""
         super().__init__()
         require_packages("onnxruntime")
-        self.config = load_config(folder)
-        self._session = _open_session(folder / ONNX_FILE)
+        self.config, file = load_config(folder), folder / ONNX_FILE
+        self._session = _open_session(file)
         self._rank = len(self._session.get_inputs()[0].shape)
         names = [output.name for output in self._session.get_outputs()]
         metadata = self._session.get_modelmeta().custom_metadata_map
         if HIDDEN not in names or PRECISION not in metadata:
-            raise UserError(
-                f"{folder / ONNX_FILE} was not written by `deepcloze export`, which makes one from the weights"
-            )
+            raise UserError(f"{file} was not written by `deepcloze export`, which makes one from the weights")
         self._head = [name for name in names if name != HIDDEN]
         self.precision: str = metadata[PRECISION]
         self.avoids_padding = PADDING in metadata

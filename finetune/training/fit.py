@@ -216,15 +216,9 @@ class _Fitting:
     """The training with one seed, between two evaluations."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        task: PreparedTask,
-        config: TrainingConfig,
-        seed: int,
-        keep: Callable[[int], None],
+        self, model: nn.Module, task: PreparedTask, config: TrainingConfig, seed: int, keep: Callable[[int], None]
     ) -> None:
-        self._model, self._task, self._config, self._seed = model, task, config, seed
-        self._keep = keep
+        self._model, self._task, self._config, self._seed, self._keep = model, task, config, seed, keep
         self._updater = Updater(model, task, config)
         self._meter = LossMeter(task.device.torch_device)
         self._evaluated_at_once = evaluation_microbatch(config)
