@@ -32,7 +32,7 @@ from experiment.tracking.jsonl import Event, JsonlTracker, kept_events, read_eve
 from experiment.tracking.progress_line import ConsoleTracker
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.results.seed_summary import SeedRecord
-from finetune.seed_run import finished_seeds, is_finished, print_seed, state_file, train_seed
+from finetune.seed_run import is_finished, print_seed, read_finished_seeds, state_file, train_seed
 from finetune.training.fit import DivergedError, Log
 
 _POLL_SECONDS = 0.5  # reads the end of a file for each seed
@@ -80,7 +80,7 @@ def train_seeds_in_parallel(run: ResolvedRun, logs: Mapping[int, Log]) -> dict[i
         raise StoppedError("stopped: the seeds have saved their state; run the same command again to resume") from None
     finally:
         _stop(running.values())
-    return finished_seeds(run.folder, run.settings)
+    return read_finished_seeds(run.folder, run.settings)
 
 
 def log_events_of_process(seed: int, run: ResolvedRun, log: Log) -> None:
@@ -151,7 +151,7 @@ def _finish(ended: _SeedProcess, run: ResolvedRun) -> None:
     """Print the results of a seed whose process has ended. Raises as `train_seeds_in_parallel`."""
     seed, code = ended.seed, ended.process.returncode
     if code == 0:
-        print_seed(seed, finished_seeds(run.folder, run.settings)[seed], run)
+        print_seed(seed, read_finished_seeds(run.folder, run.settings)[seed], run)
         return
     output = _log_file(seed, run.folder)
     lines = output.read_bytes()[ended.log_start :].decode("utf-8", errors="replace").splitlines()

@@ -44,7 +44,7 @@ from finetune.resolve import OF_DATA_AND_MODEL, ResolvedRun, config_settings, lo
 from finetune.results.finetuned_card import add_seed_scores
 from finetune.results.seed_summary import SeedRecord, write_results
 from finetune.results.tables import print_results
-from finetune.seed_run import describe_differences, finished_seeds, state_file, train_seed
+from finetune.seed_run import describe_differences, read_finished_seeds, state_file, train_seed
 from finetune.training.fit import DivergedError, Log
 
 # Beginnings of the keys of a config that do not change the curves of a run.
@@ -95,14 +95,14 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
 def _resolve(config: FinetuneConfig) -> ResolvedRun:
     """Like `resolve`, but compare the training of finished seeds with the config before the data is read."""
-    finished_seeds(RunFolder(Path(config.run.dir)), config_settings(config), OF_DATA_AND_MODEL)
+    read_finished_seeds(RunFolder(Path(config.run.dir)), config_settings(config), OF_DATA_AND_MODEL)
     return resolve(config)
 
 
 def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str, Any]:
     """Train and score all seeds. config: to be written to the run folder and to trackers."""
     folder, model, seeds = resolved.folder, resolved.model, resolved.training.seeds
-    finished = finished_seeds(folder, resolved.settings)
+    finished = read_finished_seeds(folder, resolved.settings)
     is_other_config = has_logged_with_other_config(folder, config, _SAME_RESULT)
     ancestors = ancestors_of(model.folder, "init_from") if model.pretrained else []
     records = {seed: finished[seed] for seed in seeds if seed in finished}

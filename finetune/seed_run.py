@@ -33,7 +33,7 @@ _CHECKSUMS = ("data.", "encoder.")
 _CONFUSION_LABELS = 1000  # whose counts are kept: files of more would have tens of megabytes
 
 
-def finished_seeds(
+def read_finished_seeds(
     folder: RunFolder, settings: Mapping[str, Any], not_compared: tuple[str, ...] = ()
 ) -> dict[int, SeedRecord]:
     """Return the finished seeds in a run folder. not_compared: prefixes of the keys of settings that are left out.

@@ -27,7 +27,7 @@ from finetune import seed_run
 from finetune.device import Device
 from finetune.results.seed_summary import SeedRecord
 from finetune.run import finetune
-from finetune.seed_run import finished_seeds
+from finetune.seed_run import read_finished_seeds
 from finetune.training.fit import StateFile
 from launcher.cli import main
 from launches import patched
@@ -434,7 +434,7 @@ def test_a_damaged_seed_is_rejected(tmp_path: Path, content: str | None) -> None
     else:
         complete.write_text(content)
     with pytest.raises(UserError, match=r"COMPLETE is damaged: remove .*seed-1 to train this seed again"):
-        finished_seeds(RunFolder(tmp_path), {})
+        read_finished_seeds(RunFolder(tmp_path), {})
 
 
 @pytest.mark.parametrize(("number", "expected"), [(errno.EIO, HostError), (errno.EACCES, UserError)])
@@ -452,12 +452,12 @@ def test_a_seed_that_cannot_be_read_now_is_no_damage(
         patch.setattr(Path, "open", fail)
         patch.setattr(Path, "read_bytes", fail)
         with pytest.raises(expected, match=rf"COMPLETE cannot be read: {os.strerror(number)}") as caught:
-            finished_seeds(RunFolder(tmp_path), {})
+            read_finished_seeds(RunFolder(tmp_path), {})
         assert type(caught.value) is expected
     monkeypatch.setattr(os, "listdir", fail)
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(OSError, match=os.strerror(number)):
-        finished_seeds(RunFolder(tmp_path), {})
+        read_finished_seeds(RunFolder(tmp_path), {})
 
 
 def test_a_copy_of_a_seed_is_no_seed(tmp_path: Path) -> None:
@@ -465,7 +465,7 @@ def test_a_copy_of_a_seed_is_no_seed(tmp_path: Path) -> None:
     for name in ("seed-1.bak", "seed-01", "seed-"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "COMPLETE").write_text("{}")
-    assert finished_seeds(RunFolder(tmp_path), {}) == {}
+    assert read_finished_seeds(RunFolder(tmp_path), {}) == {}
 
 
 @pytest.mark.parametrize(("pages", "code"), [(0, 2), (12, 75)])
