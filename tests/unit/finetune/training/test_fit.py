@@ -191,7 +191,9 @@ def test_precision_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("fp16")
 
 
-def fit_without_dropout(config: TrainingConfig, ready: Task | None = None, model: nn.Module | None = None) -> Fitted:
+def fit_without_dropout(
+    config: TrainingConfig, ready: PreparedTask | None = None, model: nn.Module | None = None
+) -> Fitted:
     model = model or Bag()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
