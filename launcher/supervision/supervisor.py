@@ -3,8 +3,6 @@
 `attempt` runs the ranks once, `restarts` decides whether to run them again.
 """
 
-import os
-import shutil
 import signal
 import time
 from collections.abc import Collection, Iterator
@@ -12,28 +10,26 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from experiment.errors import UserError, describe_disk_error, notify
-from experiment.files import remove_unfinished
 from experiment.run_files.checkpoints import completed_saves
 from experiment.run_files.goodput import record_end
 from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
-from experiment.run_files.run_folder import RunFolder
-from experiment.run_files.run_lock import CLOCK_SKEW, lock_run
-from experiment.tracking.alerts import REPEAT_SECONDS, Alert, AlertFilter, Messenger, send_last_alert
-from experiment.tracking.config import AlertEvent, TrackingConfig
+from experiment.run_files.run_lock import lock_run
+from experiment.tracking.alerts import REPEAT_SECONDS
 from launcher.hosts.guarded_hosts import name_reasons
 from launcher.hosts.hostfile import Slots
 from launcher.supervision.attempt import Launch, Layout, run_attempt
+from launcher.supervision.doubted_hosts import DoubtedHosts
+from launcher.supervision.launch_alerts import LaunchAlerts
 from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt
+from launcher.supervision.leftovers import remove_launch_leftovers
 from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.returning_hosts import look_intervals, unusable_hosts, watch_for_hosts
 from launcher.supervision.stop_signals import StopSignals
 
 _RELEASE_SECONDS = 5.0  # until the driver has freed the GPU memory of ranks that were killed
 _OUTAGE_HOURS = 24.0  # for which a launch waits for a first usable host
-_MAX_FAILURES = 3  # in a row, of attempts with a host that has rejoined
 
 
 def supervise(launch: Launch) -> LaunchResult:
@@ -51,7 +47,7 @@ def supervise(launch: Launch) -> LaunchResult:
         closing(LaunchAlerts(launch.tracking, folder)) as alerts,
         lock_run(folder, on_lost=lambda: stop.abandon(taken_over), dead=launch.dead_owner),
     ):
-        remove_leftovers(folder, launch.checked_at)
+        remove_launch_leftovers(folder, launch.checked_at)
         with stop.handle(), nullcontext() if launch.local else _ignored_suspension():
             result = _Supervisor(launch, stop, alerts).run()
         if not stop.abandoned:
@@ -70,40 +66,6 @@ def _ignored_suspension() -> Iterator[None]:
         signal.signal(signal.SIGTSTP, before)
 
 
-class LaunchAlerts:
-    """Sends alerts about a launch; through W&B too when no attempt is about to start."""
-
-    def __init__(self, config: TrackingConfig, folder: RunFolder) -> None:
-        """Raises UserError if an environment variable is missing."""
-        self._project, self._folder = config.project, folder
-        self._events = config.alerts.events
-        self._filter = AlertFilter(self._events)
-        others = {"W&B": self._send_to_wandb} if config.alerts.wandb else {}
-        self._messenger = Messenger(config.alerts, folder, lambda message: notify(f"warning: {message}"), others)
-
-    def report(self, result: LaunchResult, next_step: str = "", restarting: bool = False) -> None:
-        """Send an alert if an attempt has failed, or could not save a checkpoint. `next_step`: empty if the launch
-        ends."""
-        if result.outcome is Outcome.DONE or (result.outcome is Outcome.STOPPED and result.cause is not Cause.AGREED):
-            return
-        stalled = result.cause is Cause.HUNG and "stall" in self._events
-        event: AlertEvent = "stall" if stalled else "crash"
-        what, newline, details = result.message.partition("\n")  # details, which services may cut off, come last
-        text = f"{result.outcome}: {what}\n{next_step or 'the launch has ended'}{newline}{details}"
-        alert = Alert(event, text, restarting, result.outcome)
-        if passed := self._filter.filtered(alert):
-            self._messenger.alert(passed)
-
-    def _send_to_wandb(self, alert: Alert) -> None:
-        """Send an alert to W&B now: the next attempt will have the W&B run open, if there is one."""
-        if not alert.repeated:
-            send_last_alert(self._project, self._folder, alert)
-
-    def close(self) -> None:
-        """Wait a moment for alerts that are not sent yet."""
-        self._messenger.close()
-
-
 class _Supervisor:
     def __init__(self, launch: Launch, stop: StopSignals, alerts: LaunchAlerts) -> None:
         self._launch = launch
@@ -113,10 +75,7 @@ class _Supervisor:
         self._attempts: list[Attempt] = []
         self._unusable: dict[str, str] = {}  # host -> why, as printed at the last look
         self._halvings: dict[int, int] = {}  # ranks -> how often the microbatch was halved, which fewer ranks need too
-        # Host that has rejoined, or that two failures in a row were on -> failures; until a checkpoint with it
-        self._failures: dict[str, int] = {}
-        self._last_failed_on: frozenset[str] = frozenset()  # hosts; until a checkpoint
-        self._suspects: set[str] = set()  # hosts that two failures in a row were on; until a checkpoint
+        self._doubted = DoubtedHosts(launch.slots)
 
     def run(self) -> LaunchResult:
         layout = Layout(self._launch.slots)
@@ -137,16 +96,14 @@ class _Supervisor:
                     if not self._stop.is_asked_for():
                         self._announce(layout, attempt, restart)
                         self._stop.wait(restart.wait_seconds)
-                    slots = self._choose(self._await_slots(_trusted(layout, attempt.result)), layout, attempt)
+                    usable = self._await_slots(_trusted(layout, attempt.result))
+                    slots = self._doubted.choose(usable, layout.slots, attempt)
                     if self._stop.is_asked_for():
                         return _as_stop(attempt.result)
                     if not slots:
                         result = self._no_host()
                         self._alerts.report(result)
                         return result
-                    if not slots.keys().isdisjoint(layout.slots):  # else there is nothing to rejoin
-                        rejoining = slots.keys() - layout.slots.keys() - self._suspects
-                        self._failures = dict.fromkeys(rejoining, 0) | self._failures
                     if restart.halve_microbatch:
                         self._halvings[layout.ranks] = layout.microbatch_halvings + 1
                     ranks = sum(map(len, slots.values()))
@@ -174,69 +131,9 @@ class _Supervisor:
             record_end(self._folder, record.start_time)
         now_saved = completed_saves(self._folder.checkpoints)
         has_saved = saved is not None and now_saved is not None and not now_saved <= saved
-        taken_back = self._take_back(layout, result, has_saved)
-        left_out = self._leave_out(layout, result, has_saved)
+        microbatch_has_grown = layout.microbatch_halvings < max(self._halvings.values(), default=0)
+        left_out, taken_back = self._doubted.note(layout.slots, result, has_saved, microbatch_has_grown)
         return Attempt(result, time.monotonic(), has_saved, joins_hosts, left_out, taken_back)
-
-    def _take_back(self, layout: Layout, result: LaunchResult, has_saved: bool) -> set[str]:
-        """Return the hosts to take back after an attempt without them has failed, before a checkpoint: perhaps it was
-        not their fault, or the run needs them. They are not suspected again until a checkpoint."""
-        if has_saved:
-            self._suspects.clear()
-        if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
-            return set()
-        hosts = (self._suspects & self._failures.keys()) - layout.slots.keys()
-        for host in hosts:
-            del self._failures[host]
-        return hosts
-
-    def _leave_out(self, layout: Layout, result: LaunchResult, has_saved: bool) -> set[str]:
-        """Count an attempt that has failed before a checkpoint was saved against the host that it has failed on, from
-        the second time in a row, else against those that have rejoined: the run was fine without them. If all of
-        several have rejoined, one is tried alone. Returns those to leave out; none if there are no others."""
-        if has_saved:
-            self._last_failed_on = frozenset()
-            self._failures = {host: count for host, count in self._failures.items() if host not in layout.slots}
-            return set()
-        if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
-            return set()
-        if layout.slots.keys() <= result.lost:  # all hosts at once: the network or the power has failed
-            return set()
-        if result.cause is Cause.OUT_OF_MEMORY and layout.microbatch_halvings < max(self._halvings.values(), default=0):
-            return set()  # the microbatch has grown again, and is too large
-        if failed_on := result.lost or result.failed_on:
-            if len(failed_on) == 1 < len(layout.slots) and failed_on == self._last_failed_on:
-                new = failed_on - self._failures.keys() - self._suspects
-                self._suspects |= new
-                self._failures |= dict.fromkeys(new, 0)
-            self._last_failed_on = failed_on
-        hosts = layout.slots.keys() & self._failures.keys()
-        hosts = hosts & failed_on if result.lost else hosts & failed_on or hosts
-        if len(hosts) > 1 and hosts == layout.slots.keys():
-            hosts.remove(min(layout.slots, key=self._failures.__getitem__))
-        for host in hosts:
-            self._failures[host] += 1
-        return hosts if hosts < layout.slots.keys() else set()
-
-    def _choose(self, usable: Slots, layout: Layout, last: Attempt) -> Slots:
-        """Leave out hosts with which the run has failed since they rejoined. Take one of them back after a checkpoint,
-        or if there are no others: with several, a failure would not say which of them does not work."""
-        before = layout.slots.keys() - last.left_out
-        if all(map(self._failures.get, before)):  # the run has failed on each of them
-            before = set()
-        doubted = [host for host in usable if self._failures.get(host) and host not in before]
-        others = usable.keys() - doubted
-        if doubted and (not others or (last.joins_hosts and others <= before)):
-            doubted.remove(min(doubted, key=lambda host: (self._failures[host], host in layout.slots)))
-        return {host: slots for host, slots in usable.items() if host not in doubted}
-
-    def _given_up(self) -> dict[str, str]:
-        """Return the hosts that have failed too often to be taken back, and why. Never all hosts: the limit of restarts
-        ends a run that fails with each of them."""
-        minutes = f"{REPEAT_SECONDS / 60:.0f} minutes"
-        reason = f"given up after {_MAX_FAILURES} failures (used again if no other host answers for {minutes})"
-        best = min(self._launch.slots, key=lambda host: self._failures.get(host, 0))
-        return {host: reason for host, count in self._failures.items() if count >= _MAX_FAILURES and host != best}
 
     def _run_or_stop(self, layout: Layout, record: AttemptRecord) -> tuple[LaunchResult, bool]:
         """Return the result, and whether the attempt was ended to take hosts back."""
@@ -244,7 +141,7 @@ class _Supervisor:
             message = f"found {self._folder.stop}; run the same command again to resume"
             return LaunchResult(Outcome.STOPPED, message), False
         own_stop = _OwnStopFile(self._folder.stop)
-        missing = self._launch.slots.keys() - layout.slots.keys() - self._given_up().keys()
+        missing = self._launch.slots.keys() - layout.slots.keys() - self._doubted.given_up().keys()
         with watch_for_hosts(missing, partial(self._passing, layout.slots), self._folder, own_stop.make):
             result = run_attempt(self._launch, layout, self._stop, record)
         withdrawn = own_stop.withdraw()
@@ -255,7 +152,7 @@ class _Supervisor:
             return
         smaller = ", with half the microbatch" if restart.halve_microbatch else ""
         when = f" in {restart.wait_seconds:.0f} s" if restart.wait_seconds else ""
-        given_up = self._given_up()
+        given_up = self._doubted.given_up()
         left_out = [
             f"{host} {'while other hosts answer' if host in given_up else 'until the next checkpoint if others work'}"
             for host in layout.slots
@@ -276,16 +173,16 @@ class _Supervisor:
         for seconds in look_intervals():
             if self._stop.is_asked_for():
                 break
-            left_out = () if alerted else self._given_up().keys()
+            left_out = () if alerted else self._doubted.given_up().keys()
             slots, waited = self._usable_slots(trusted, left_out), time.monotonic() - start
             if slots or waited > _OUTAGE_HOURS * 3600:
                 return slots
             if not waiting:
                 waiting = f"waiting for a host, for {_OUTAGE_HOURS:.0f} hours at most"
-                notify("; ".join(filter(None, (waiting, name_reasons(self._given_up())))))
+                notify("; ".join(filter(None, (waiting, name_reasons(self._doubted.given_up())))))
             if waited > REPEAT_SECONDS and not alerted:
                 self._alerts.report(self._no_host(), waiting)
-                if given_up := ", ".join(self._given_up()):
+                if given_up := ", ".join(self._doubted.given_up()):
                     notify(f"no other host has answered for {waited / 60:.0f} minutes: trying {given_up} again")
                 alerted = True
             trusted = ()
@@ -293,7 +190,7 @@ class _Supervisor:
         return {}
 
     def _no_host(self) -> LaunchResult:
-        message = f"no host can be used: {name_reasons(self._unusable | self._given_up())}"
+        message = f"no host can be used: {name_reasons(self._unusable | self._doubted.given_up())}"
         return LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST)
 
     def _usable_slots(self, trusted: Collection[str], left_out: Collection[str]) -> Slots:
@@ -355,27 +252,3 @@ def _as_stop(result: LaunchResult) -> LaunchResult:
         return result
     message = f"{result.message}\nstopped instead of restarting; run the same command again to resume"
     return replace(result, outcome=Outcome.STOPPED, message=message)
-
-
-def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
-    """Remove trials, unfinished files of killed processes of this machine, the output of a background launch, and
-    a STOP file that is older than `checked_at`, when deepcloze began to check this launch, or dated in the future.
-    Raises OSError for the STOP file."""
-    if folder.stop.exists():
-        with NamedTemporaryFile(dir=folder.logs) as file:
-            now = Path(file.name).stat().st_mtime  # by the clock of the disk
-        age = now - folder.stop.stat().st_mtime
-        if not -CLOCK_SKEW < age <= time.time() - checked_at:
-            folder.stop.unlink()
-            notify(f"removed {folder.stop}, which is not from this launch by its date")
-    shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
-    for written in (folder.path, folder.logs):
-        remove_unfinished(written)
-    remove_earlier_output(folder)
-
-
-def remove_earlier_output(folder: RunFolder) -> None:
-    """Remove the output of an earlier launch in the background, unless this process prints there."""
-    with suppress(OSError):
-        if not os.path.samestat(folder.launch_output.stat(), os.fstat(2)):
-            folder.launch_output.unlink()

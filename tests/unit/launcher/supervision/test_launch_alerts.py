@@ -9,8 +9,8 @@ from experiment.run_files.run_folder import RunFolder
 from experiment.tracking import alerts as alerts_module
 from experiment.tracking.alerts import Alert, Messenger
 from experiment.tracking.config import AlertsConfig, TrackingConfig
+from launcher.supervision.launch_alerts import LaunchAlerts
 from launcher.supervision.launch_result import LaunchResult
-from launcher.supervision.supervisor import LaunchAlerts
 from wandb_server import wandb_server
 
 
