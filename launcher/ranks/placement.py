@@ -71,7 +71,7 @@ def place_ranks(devices: Devices, options: PlacementOptions, hosts: Hosts | None
     count, include, exclude = options.num_gpus, options.include, options.exclude
     if count is not None and (include is not None or exclude is not None):
         raise UserError("--num_gpus cannot be combined with --include or --exclude")
-    given = None if hosts is None else _hostfile_slots(hosts, options)
+    given = None if hosts is None else name_localhost(_hostfile_slots(hosts, options))
     if given is not None and not is_local(given):
         return given
     if devices.problem is not None:
@@ -82,8 +82,8 @@ def place_ranks(devices: Devices, options: PlacementOptions, hosts: Hosts | None
 
 
 def is_local(slots: Slots) -> bool:
-    """Return whether all ranks run on this machine."""
-    return len(slots) == 1 and is_this_machine(next(iter(slots)))
+    """Return whether all ranks run on this machine. slots: as `place_ranks` returns them."""
+    return slots.keys() == {"localhost"}
 
 
 def check_launcher(launcher: Launcher, slots: Slots, environ: Mapping[str, str]) -> None:
@@ -122,7 +122,8 @@ def check_installed(launcher: Launcher) -> None:
 
 def name_localhost(slots: Slots) -> Slots:
     """Return the slots, under the name `localhost` if all are on this machine: it needs no ssh."""
-    return {"localhost": next(iter(slots.values()))} if is_local(slots) else slots
+    are_here = len(slots) == 1 and is_this_machine(next(iter(slots)))
+    return {"localhost": next(iter(slots.values()))} if are_here else slots
 
 
 def _hostfile_slots(hosts: Hosts, options: PlacementOptions) -> Slots:
