@@ -1,4 +1,5 @@
-"""The flags of the commands, but for those that pretrain/corpus/options.py and finetune/options.py have."""
+"""The flags of the commands, but for those in launcher/ranks/placement.py, pretrain/corpus/options.py and
+finetune/options.py."""
 
 from typing import Annotated, Literal, Self
 
