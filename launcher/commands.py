@@ -405,7 +405,7 @@ def validate(options: ValidateOptions) -> None:
     Example:
         deepcloze validate my-run.yaml
     """
-    from launcher.run_validation import check_pretraining, command_of
+    from launcher.configs import command_of
 
     file, overrides = options.config, options.overrides
     command = command_of(file)
@@ -428,6 +428,8 @@ def validate(options: ValidateOptions) -> None:
 
         check(file, overrides)
     else:
+        from launcher.run_sets.validation import check_pretraining
+
         check_pretraining(file, overrides)
     print(f"{file}: valid, for deepcloze {command}")
 

@@ -2,6 +2,7 @@
 
 from experiment.config.field_types import Metavar, Positional
 from experiment.config.loading import (
+    FlatConfig,
     Section,
     build_config,
     dump_config,
@@ -14,6 +15,7 @@ from experiment.config.loading import (
 from experiment.config.validation_errors import did_you_mean
 
 __all__ = [
+    "FlatConfig",
     "Metavar",
     "Positional",
     "Section",

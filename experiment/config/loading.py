@@ -63,6 +63,9 @@ _DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".conll", ".gz", ".zst")
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
+FlatConfig = Mapping[str, object]
+"""Dotted config key -> value."""
+
 
 def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping[str, str] | None = None) -> ConfigT:
     """Read `path` (YAML), apply `overrides` (dotted key -> raw text of the value) and return the typed config.

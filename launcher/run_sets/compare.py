@@ -31,8 +31,9 @@ from finetune.scores.significance import (
     percentile_interval,
 )
 from launcher.report import print_report
+from launcher.run_sets.child_run import DONE
 from launcher.run_sets.compare_plan import ComparePlan
-from launcher.run_sets.run_set import DONE, PlannedRun, has_planned_seeds
+from launcher.run_sets.run_set import PlannedRun, has_planned_seeds
 
 RESAMPLES = 1000
 

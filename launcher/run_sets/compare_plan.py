@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.config import flatten, load_config, read_config_file
+from experiment.config import FlatConfig, flatten, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in, warn_once
 from experiment.formatting import shorten
 from experiment.models.model_folder import load_config as load_model_config
@@ -18,17 +18,10 @@ from finetune.device import choose_device
 from finetune.resolve import check_data, load_run_config
 from launcher.options import CompareOptions, LaunchOptions
 from launcher.run_sets.compare_config import CompareConfig, RowConfig
-from launcher.run_sets.run_set import (
-    CONFIGS,
-    FlatConfig,
-    PlannedRun,
-    RunSet,
-    record_model_of_set,
-    recorded_configs,
-    recorded_data,
-)
+from launcher.run_sets.recorded_runs import record_model_of_set, recorded_configs, recorded_data
+from launcher.run_sets.run_set import CONFIG_COPIES, PlannedRun, RunSet
 from launcher.run_sets.sweep import check_points, parse_grid, read_grid
-from launcher.run_validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
+from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
 _COMMAND = module_command("launcher")
@@ -37,7 +30,7 @@ _ROWS_SHOWN = 300  # characters of the rows of a warning
 _PRETRAINING = "pretrain"  # folder, beside the folders of the tasks
 # Beside the folders of the rows: of the comparison, or what would make its folder one of another kind.
 _USED = (
-    *("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", CONFIGS, COMPARISON_RECORD),
+    *("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", CONFIG_COPIES, COMPARISON_RECORD),
     *("checkpoints", "config.json", "config.yaml", "launch.jsonl", "manifest.json", "metrics.jsonl"),
 )
 

@@ -8,56 +8,32 @@ meanwhile. A run that a killed command has left is waited for.
 
 import os
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import NotRequired, TypedDict
 
-from experiment.config import read_config_file, with_defaults
-from experiment.errors import StoppedError, UserError, inform, notify, reason, stopped_by_disk_errors, user_errors_in
+from experiment.config import FlatConfig, read_config_file
+from experiment.errors import UserError, inform, notify, reason, stopped_by_disk_errors
 from experiment.files import read_json, write_file, write_json
-from experiment.hub_data import PREFIX
-from experiment.models.hub_names import HubName
-from experiment.models.model_names import mention_state, record_model
-from experiment.process.own_process import module_command, own_environment
-from experiment.process.signals import handle_stop_signals
-from experiment.run_files.checkpoints import mention_newer, names_model_folder
+from experiment.process.own_process import module_command
 from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_outcome
 from experiment.run_files.provenance import other_version
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, open_run_folder, planned_folders
-from experiment.run_files.run_lock import folder_use, lock_run
+from experiment.run_files.run_lock import lock_run
 from experiment.tracking.config import RUN_SET, WANDB_GROUP, WANDB_NAME
-from finetune.config import CHANGE_ROUNDING_ONLY, PATHS, FinetuneConfig, config_of_kind
-from pretrain.config import CHANGE_ROUNDING_ONLY as PRETRAINING_ROUNDING_ONLY
-from pretrain.config import PretrainConfig
+from finetune.config import PATHS
+from launcher.run_sets.child_run import DONE, ChildRun, start, wait_for_other_process
+from launcher.run_sets.recorded_runs import SEEDS, find_change, recorded_configs, with_new_keys
 
-CONFIGS = "configs"
+CONFIG_COPIES = "configs"
 """Folder of the copies of config files, in the folder of the set."""
 
-DONE = "done"
-REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported
-
-_SEEDS = "training.seeds"  # may change: finished seeds are not trained again
-_PRECISION = "training.precision"
-_IRRELEVANT = (  # beginnings of keys
-    "run.keep",
-    *PRETRAINING_ROUNDING_ONLY,
-    *(f"pretrain.{key}" for key in ("run.dir", "run.log_every", *PRETRAINING_ROUNDING_ONLY)),
-    *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY),
-)
-_PRETRAIN_ORIGINS = ("corpus.fingerprint", "corpus.eval_fingerprints", "encoder.", "engine.ds_config.")
-_ORIGINS = ("data.", *_PRETRAIN_ORIGINS, *(f"pretrain.{key}" for key in _PRETRAIN_ORIGINS))
-"""Beginnings of keys that records of earlier versions may lack."""
-_POLL_SECONDS = 0.5
 _NAMES = 100  # characters of the names of further runs in a message
-
-FlatConfig = Mapping[str, object]
-"""Dotted config key -> value."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +166,7 @@ class RunSet:
             return run.argv
         at = run.argv.index("--config") + 1
         file = run.argv[at]
-        copy = write_copy(file, self.configs[file], self.folder.path / CONFIGS / run.name)
+        copy = write_copy(file, self.configs[file], self.folder.path / CONFIG_COPIES / run.name)
         return (*run.argv[:at], str(copy), *run.argv[at + 1 :])
 
     def _read(self) -> dict[str, RunRecord]:
@@ -220,13 +196,13 @@ class RunSet:
         for run in self.runs:
             new = RunRecord(config=run.config)
             record = records.get(run.name, new) if self.run_folder(run).path.exists() else new
-            before = _with_new_keys(record["config"], run.config)
+            before = with_new_keys(record["config"], run.config)
             # The folders are moved with the set. `encoder.*` and `data.*` tell the contents of models and data.
             has_content = any(key.startswith("encoder.") for key in record["config"])
             moved = [key for key in {*before, *run.config} if has_content and PATHS.fullmatch(key)]
-            if key := _changed_key(before, run.config, ["run.dir", *moved]):
-                changes[run.name] = _describe_change(key, before, run.config)
-            if before.get(_SEEDS) != run.config.get(_SEEDS):
+            if change := find_change(before, run.config, ["run.dir", *moved]):
+                changes[run.name] = change
+            if before.get(SEEDS) != run.config.get(SEEDS):
                 record = new
             records[run.name] = {**record, "config": run.config}
             if run.values:
@@ -238,7 +214,7 @@ class RunSet:
         return {name: {**found, "removed": name not in planned} for name, found in records.items() if name in kept}
 
     def _refusal(self, changes: Mapping[str, str]) -> UserError:
-        """Return the error about runs that were started with another config. changes: name -> `_describe_change`."""
+        """Return the error about runs that were started with another config. changes: name -> `find_change`."""
         (first, change), *others = changes.items()
         names = shorten(", ".join(name for name, _ in others), _NAMES, placeholder=" …")
         more = f", and {len(others)} more with another config ({names})" if others else ""
@@ -264,47 +240,6 @@ def write_copy(file: str, content: bytes, folder: Path) -> Path:
     return copy
 
 
-def recorded_configs(record: Path) -> dict[str, FlatConfig]:
-    """Return the config of each run in the record of a set that has a folder: others have not started, or were removed
-    to run again. Empty if the record is missing, or damaged, which `RunSet.opened` rejects."""
-    with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
-        content = read_json(record)
-        configs = {name: dict(run["config"]) for name, run in content.get("runs", content).items()}
-        return {name: config for name, config in configs.items() if (record.parent / name).exists()}
-    return {}
-
-
-def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig], same: Iterable[FlatConfig]) -> str:
-    """Return the model that runs of a set start from, as `record_model` gives it: the one that they began with. Someone
-    may have pushed to the Hub since, or a run may have saved newer checkpoints.
-
-    configs: `recorded_configs` of the set. same: those of the runs that start from `init_from`, as all do that name the
-    same model of the Hub. Raises UserError.
-    """
-    name = HubName.of_model(init_from)
-    began = dict.fromkeys(str(config.get("model.init_from")) for config in (same if name is None else configs.values()))
-    if name is not None:
-        return record_model(init_from, next(filter(name.may_mean, began), None))
-    kept = [model for model in began if names_model_folder(Path(init_from), Path(model))]
-    if len(kept) != 1:
-        model = record_model(init_from)
-        mention_state(init_from, model)
-        return model
-    with user_errors_in("recorded by earlier runs"):
-        if not Path(kept[0]).exists():
-            advice = "restore it, or remove the folders of these runs to run them again from another model"
-            raise UserError(f"{kept[0]} does not exist; {advice}")
-        mention_newer(Path(init_from), Path(kept[0]))
-        return record_model(kept[0])
-
-
-def recorded_data(configs: Mapping[str, FlatConfig]) -> list[str]:
-    """Return the data sets of the Hub, with the commits that runs of a set began with. configs: `recorded_configs` of
-    it."""
-    texts = dict.fromkeys(str(value) for config in configs.values() for value in config.values())
-    return [text for text in texts if text.startswith(PREFIX)]
-
-
 def _has_failed(run: PlannedRun, records: Mapping[str, RunRecord]) -> bool:
     """Return whether a run failed when it was last run, or its pretraining did, which comes before it."""
     names = (run.name, run.pretraining) if run.pretraining is not None else (run.name,)
@@ -325,10 +260,10 @@ def has_planned_seeds(run: PlannedRun, folder: RunFolder) -> bool:
 
     True for a pretraining run, and if the results are missing or damaged, which is reported where they are read.
     """
-    found = [config.get(_SEEDS) for config in recorded_configs(folder.path / SWEEP_RECORD).values()]
+    found = [config.get(SEEDS) for config in recorded_configs(folder.path / SWEEP_RECORD).values()]
     with suppress(OSError, ValueError, KeyError, TypeError):
         found.append(read_json(folder.results)["seeds"])
-    return all(seeds == run.config.get(_SEEDS) for seeds in found)
+    return all(seeds == run.config.get(SEEDS) for seeds in found)
 
 
 @contextmanager
@@ -340,108 +275,3 @@ def _locked(folder: RunFolder, option: str) -> Iterator[None]:
         except UserError as error:
             raise UserError(str(error).replace("run.dir", option, 1)) from None
         yield
-
-
-def _with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
-    """Return a recorded config with the keys of `now` that an earlier version did not have, at their defaults. Such a
-    version recorded the precision `auto`, not what it stood for."""
-    kind = config_of_kind(str(now["task.kind"])) if "task.kind" in now else FinetuneConfig
-    known = with_defaults(with_defaults(with_defaults(before, kind), PretrainConfig), PretrainConfig, "pretrain.")
-    missing = tuple(part for part in _ORIGINS if not any(key.startswith(part) for key in before))
-    origins = {key: value for key, value in now.items() if key.startswith(missing)}
-    full = origins | {key: known[key] for key in now if key in known} | dict(before)
-    return full if full.get(_PRECISION) != "auto" else full | {_PRECISION: now.get(_PRECISION)}
-
-
-def _changed_key(before: FlatConfig, now: FlatConfig, ignored: Sequence[str]) -> str | None:
-    """Return the first key with another value, of a checksum only if there is no other."""
-    keys = (key for key in {*before, *now} - {_SEEDS, *ignored} if not key.startswith(_IRRELEVANT))
-    changed = (key for key in keys if before.get(key) != now.get(key))
-    return min(changed, key=lambda key: (key.startswith(_ORIGINS), key), default=None)
-
-
-def _describe_change(key: str, before: FlatConfig, now: FlatConfig) -> str:
-    """Return what a run was started with: the value of a key, or other content of the file that a checksum is of."""
-    section, _, name = key.partition(".")
-    paths = {
-        "data": (f"task.{name}", f"task.test.{name}"),
-        "encoder": ("pretrain.model.init_from", "model.init_from"),  # of a chain, the model that its pretraining had
-    }
-    path = next((path for path in paths.get(section, ()) if path in now), key)
-    if path == key or before.get(path) != now[path]:
-        advice = f" (set {key}: {before.get(key)} to resume)" if key == _PRECISION else ""  # of `auto`, elsewhere
-        return f"another {path}: {before.get(path)!r}, now {now.get(path)!r}{advice}"
-    return f"other content of {now[path]}" + (f"/{name}" if section == "encoder" else "")
-
-
-@dataclass(frozen=True)
-class ChildRun:
-    """A run to start."""
-
-    command: str  # that starts it: "sweep", for messages
-    name: str  # for messages
-    folder: RunFolder
-    argv: tuple[str, ...]  # the command that starts or resumes it
-    shows_results: bool = True  # which it prints to stdout
-    environment: Mapping[str, str] = field(default_factory=dict)  # further variables
-
-
-def wait_for_other_process(run: ChildRun) -> None:
-    """Wait while another process uses the run folder, such as the process of a killed command.
-
-    Raises StoppedError if that process was stopped, or on a stop signal, which does not reach it.
-    """
-    if not folder_use(run.folder).alive:
-        return
-    signals: list[int] = []
-    with handle_stop_signals(signals.append):
-        notify(f"{run.command}: {run.name}: waiting for the process that is using {run.folder.path}")
-        while folder_use(run.folder).alive:
-            if signals:
-                raise StoppedError(
-                    f"{run.command}: stopped at {run.name}; the process that is using {run.folder.path} still runs"
-                )
-            time.sleep(_POLL_SECONDS)
-    outcome = read_outcome(run.folder)
-    if outcome is not None and outcome.outcome is Outcome.STOPPED:
-        raise _stopped(run)
-
-
-def start(run: ChildRun) -> str:
-    """Run the command. Returns `DONE`, `REJECTED` or how it failed. Raises StoppedError if it was stopped."""
-    exit_code = _run_command(run)
-    if exit_code not in (0, Outcome.STOPPED.exit_code) and folder_use(run.folder).alive:
-        # The process that a killed command had just started has locked the folder meanwhile.
-        wait_for_other_process(run)
-        exit_code = _run_command(run)
-    if exit_code == Outcome.STOPPED.exit_code:
-        raise _stopped(run)
-    return {0: DONE, 2: REJECTED}.get(exit_code, f"failed (exit code {exit_code})")
-
-
-def _stopped(run: ChildRun) -> StoppedError:
-    return StoppedError(f"{run.command}: stopped at {run.name}; run the same command again to resume")
-
-
-def _run_command(run: ChildRun) -> int:
-    """Run a command, forward stop signals to it and return its exit code.
-
-    After a forwarded signal, returns the exit code of a stopped run, even if the command exits with 0.
-    """
-    process: subprocess.Popen[bytes] | None = None
-    signals: list[int] = []
-
-    def forward(number: int) -> None:
-        signals.append(number)
-        if process is not None:
-            process.send_signal(number)
-
-    with handle_stop_signals(forward):
-        # A new session, so that Ctrl-C does not reach it twice.
-        stdout = None if run.shows_results else subprocess.DEVNULL
-        environment = {**own_environment(), **run.environment}
-        process = subprocess.Popen(run.argv, env=environment, start_new_session=True, stdout=stdout)
-        if signals:  # since the start
-            process.send_signal(signals[0])
-        exit_code = process.wait()
-    return Outcome.STOPPED.exit_code if signals else exit_code

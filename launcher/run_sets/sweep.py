@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from experiment.config import did_you_mean, flatten, load_config, read_config_file
+from experiment.config import FlatConfig, did_you_mean, flatten, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest
 from experiment.process.own_process import module_command
@@ -25,16 +25,11 @@ from experiment.results.sweep_summary import (
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, check_run_folder
 from experiment.storage import is_url
 from finetune.config import FinetuneConfig, check_validation
+from launcher.configs import command_of
 from launcher.options import LaunchOptions, SweepOptions
-from launcher.run_sets.run_set import (
-    FlatConfig,
-    PlannedRun,
-    RunSet,
-    record_model_of_set,
-    recorded_configs,
-    recorded_data,
-)
-from launcher.run_validation import command_of, data_origin, encoder_origin, validate_finetuning, validate_pretraining
+from launcher.run_sets.recorded_runs import record_model_of_set, recorded_configs, recorded_data
+from launcher.run_sets.run_set import PlannedRun, RunSet
+from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
 _CLOSING = {"[": "]", "{": "}"}

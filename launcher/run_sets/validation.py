@@ -1,20 +1,16 @@
-"""Validation of runs that are not started: which command a config is for, and the config of the run."""
+"""Validation of runs that are not started, and their configs."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from experiment.config import flatten, load_config
-from experiment.config.yaml_dialect import read_yaml
+from experiment.config import FlatConfig, flatten, load_config
 from experiment.errors import notify, user_errors_in, warn_once
 from experiment.files import checksum
 from experiment.models.model_names import local_model
 from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
 from experiment.run_files.run_folder import RunFolder, check_not_moved
 from finetune.data.task_config import TaskConfig, data_checksums
-from launcher.configs import CONFIGS
 from launcher.hosts.machine import launch_machine
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
@@ -23,20 +19,9 @@ from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
-    from launcher.run_sets.run_set import FlatConfig
 
 _PRECISION = tuple(f"engine.ds_config.{key}" for key in ("bf16.", "fp16.", "data_types.", "communication_data_type"))
 """Beginnings of keys of `run_identity`. Others change the results by rounding at most."""
-
-
-def command_of(config: str) -> str:
-    """Return the command whose config has the most sections of a file; `pretrain` for one that cannot be read."""
-    try:
-        tree = read_yaml(Path(config).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        tree = None  # `load_config` raises it with a message
-    sections = tree if isinstance(tree, dict) else {}
-    return max(CONFIGS, key=lambda command: len(sections.keys() & CONFIGS[command].model_fields.keys()))
 
 
 def check_pretraining(config: str, overrides: dict[str, str]) -> None:
@@ -51,7 +36,7 @@ def check_pretraining(config: str, overrides: dict[str, str]) -> None:
         notify(f"warning: {warning}")
 
 
-def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> "FlatConfig":
+def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> FlatConfig:
     """Return the config of a pretraining run, the fingerprints of its corpora, the checksums of the model that it
     starts from, and the settings of precision in its DeepSpeed JSON, and print warnings. placement: of `LaunchOptions`.
 
@@ -85,12 +70,12 @@ def validate_finetuning(config: str, overrides: Mapping[str, str], models: set[s
     return loaded.model_copy(update={"training": loaded.training.model_copy(update={"precision": precision})})
 
 
-def data_origin(task: TaskConfig) -> "FlatConfig":
+def data_origin(task: TaskConfig) -> FlatConfig:
     """Return the checksums of the data of a fine-tuning run, `data.SPLIT`. Raises UserError for missing files."""
     return {f"data.{split}": found for split, found in data_checksums(task).items()}
 
 
-def encoder_origin(init_from: str, weights: str) -> "FlatConfig":
+def encoder_origin(init_from: str, weights: str) -> FlatConfig:
     """Return the checksums of the files that a run starts from, `encoder.FILE`.
 
     weights: see `finetune.config.ModelConfig`.

@@ -18,16 +18,8 @@ from experiment.tracking.downstream import DownstreamResult
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, ModelConfig, TrainingConfig, check_validation
 from finetune.data.task_config import data_checksums
 from finetune.task_kind import find_kind
-from launcher.run_sets.run_set import (
-    CONFIGS,
-    DONE,
-    REJECTED,
-    ChildRun,
-    check_unchanged,
-    start,
-    wait_for_other_process,
-    write_copy,
-)
+from launcher.run_sets.child_run import DONE, REJECTED, ChildRun, start, wait_for_other_process
+from launcher.run_sets.run_set import CONFIG_COPIES, check_unchanged, write_copy
 
 _PROBED_KIND = "classification"
 _REPLACED = {
@@ -143,7 +135,7 @@ def _remove_leftovers(work: Path, kept: Path) -> None:
 
 def _argv_with_copy(task: WatchedTask, folder: Path) -> tuple[str, ...]:
     """Write a copy of the task's config to `folder`, and return the command that scores the model in it."""
-    config = str(write_copy(task.file, task.content, folder / CONFIGS))
+    config = str(write_copy(task.file, task.content, folder / CONFIG_COPIES))
     overrides = {**_REPLACED, **task.data, "model.init_from": str(folder / "hf"), "run.dir": str(folder / "run")}
     assignments = [f"{key}={value}" for key, value in overrides.items()]
     if task.probe:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.run_validation import command_of
+from launcher.configs import command_of
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ from finetune.results import predictions
 from hub_server import HubServer
 from launcher.cli import main
 from launcher.run_sets import compare, run_set
+from launcher.run_sets.child_run import DONE, REJECTED, ChildRun
 from launcher.run_sets.compare import CellScores
-from launcher.run_sets.run_set import DONE, REJECTED, ChildRun
 
 LOW, HIGH = "ba de fi go lu mar", "pol rin sta ter ud ven"
 

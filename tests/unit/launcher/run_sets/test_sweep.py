@@ -30,9 +30,10 @@ from launcher.cli import main
 from launcher.command_line import parse_command_line
 from launcher.commands import COMMANDS
 from launcher.options import PretrainOptions, SweepOptions
-from launcher.run_sets import run_set
+from launcher.run_sets import child_run, run_set
 from launcher.run_sets import sweep as sweep_module
-from launcher.run_sets.run_set import DONE, ChildRun, PlannedRun, RunSet
+from launcher.run_sets.child_run import DONE, ChildRun
+from launcher.run_sets.run_set import PlannedRun, RunSet
 from launcher.run_sets.sweep import SweepPlan, grid_points, parse_grid, plan_sweep, run_sweep
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
@@ -509,7 +510,7 @@ def left_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
                 assert str(folder) in message
                 (when_waiting or (folder / "end").touch)()
 
-        monkeypatch.setattr(run_set, "notify", notify)
+        monkeypatch.setattr(child_run, "notify", notify)
         return process
 
     yield start

@@ -19,7 +19,7 @@ from launcher.command_line import parse_command_line
 from launcher.commands import COMMANDS
 from launcher.options import FinetuneOptions
 from launcher.run_sets import watched_task
-from launcher.run_sets.run_set import DONE, ChildRun
+from launcher.run_sets.child_run import DONE, ChildRun
 from launcher.run_sets.watched_task import ScoringError, WatchedTask, read_watched_task, score_checkpoint
 
 Save = Callable[..., Path]
