@@ -15,8 +15,9 @@ from experiment.models.tokenizer import load_tokenizer
 from experiment.results.fillings import FilledSentence, MaskedSentence, read_fillings
 from experiment.run_files.checkpoints import mark_complete
 from experiment.run_files.run_folder import RunFolder, open_run_folder
-from launcher import report
-from launcher.report import choose_sentences, fill_new_checkpoints, report_runs
+from launcher import sentence_filling
+from launcher.report import report_runs
+from launcher.sentence_filling import choose_sentences, fill_new_checkpoints
 from pretrain.corpus.added_tokens import extend_tokenizer
 from pretrain.corpus.reader import open_corpus
 
@@ -74,7 +75,7 @@ def test_each_checkpoint_is_filled_once(run: RunFolder, tmp_path: Path) -> None:
 def test_a_second_report_fills_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches reports that each fill six more of a hundred checkpoints, and one that ignores new checkpoints."""
     sentence = FilledSentence(MaskedSentence("a ", "b", " c"), (("b", 0.5),))
-    monkeypatch.setattr(report, "_fill", lambda model, sentences: [sentence])
+    monkeypatch.setattr(sentence_filling, "_fill", lambda model, sentences: [sentence])
     for step in range(20, 80, 10):
         shutil.copytree(run.checkpoints / "step-00000010", run.checkpoints / f"step-{step:08d}")
     fill_new_checkpoints(run)
@@ -198,7 +199,7 @@ def test_a_word_of_several_tokens_is_filled(chinese: PreTrainedTokenizerFast, tm
     chinese.save_pretrained(tmp_path / "hf")
     save_checkpoint(folder, 10, tmp_path / "hf")
     sentences = [MaskedSentence("我们支持", "手机", "，他说的对。"), MaskedSentence("我们支持手机，他说", "的", "对。")]
-    two, one = report._fill(folder.checkpoints / "step-00000010" / "hf", sentences)
+    two, one = sentence_filling._fill(folder.checkpoints / "step-00000010" / "hf", sentences)
     for filled in (two, one):
         assert len({word for word, _ in filled.top}) == 5
         probabilities = [probability for _, probability in filled.top]
@@ -206,7 +207,12 @@ def test_a_word_of_several_tokens_is_filled(chinese: PreTrainedTokenizerFast, tm
     assert all(probability < one.top[-1][1] for _, probability in two.top)
     first = [{"token": "手", "probability": 0.6}, {"token": "很", "probability": 0.4}]
     second = [{"token": "机", "probability": 0.7}, {"token": "好", "probability": 0.2}]
-    assert report._best_words([first, second]) == (("手机", 0.42), ("很机", 0.28), ("手好", 0.12), ("很好", 0.08))
+    assert sentence_filling._best_words([first, second]) == (
+        ("手机", 0.42),
+        ("很机", 0.28),
+        ("手好", 0.12),
+        ("很好", 0.08),
+    )
 
 
 def test_a_word_that_is_cut_off_is_not_masked(chinese: PreTrainedTokenizerFast) -> None:
