@@ -1,4 +1,4 @@
-"""`deepcloze pretrain` and `preflight`: plan a launch, check its hosts, carry it out and report how it ended."""
+"""`deepcloze pretrain`: plan a launch, check its hosts, carry it out and report how it ended."""
 
 import contextlib
 import logging
@@ -6,45 +6,34 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 from experiment.config import dump_config, load_config
-from experiment.errors import StoppedError, UserError, end_line, inform, is_quiet, notify
-from experiment.formatting import counted, describe_duration
+from experiment.errors import StoppedError, UserError, inform, is_quiet, notify
 from experiment.process.own_process import raise_limit_of_open_files
 from experiment.process.signals import handle_stop_signals, interrupt
-from experiment.run_files.checkpoints import (
-    BEST,
-    checkpoint_candidates,
-    checkpoint_path,
-    checkpoints_to_resume,
-    completed_saves,
-)
+from experiment.run_files.checkpoints import checkpoints_to_resume, completed_saves
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder, check_not_moved, check_run_folder, open_run_folder
 from experiment.run_files.run_lock import Renewal, check_unlocked, lock_run
 from experiment.storage import StorageError
-from experiment.tracking.jsonl import read_events, read_last_events
 from launcher.autotune import autotune
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine, launch_machine
+from launcher.launch_messages import announce_checks, announce_done, announce_failure, announce_stop
 from launcher.launch_plan import LaunchPlan, chosen_slots, local_command, plan_launch
-from launcher.options import PreflightOptions, PretrainOptions
+from launcher.options import PretrainOptions
 from launcher.preflight.checks import lack_of_space
 from launcher.preflight.run import check_hosts, require_hosts
-from launcher.preflight.target import Target, target_of_hosts
 from launcher.ranks.placement import is_local, name_localhost
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.rank_processes import HeldRanks, held_ranks
 from launcher.supervision.supervisor import supervise
 from pretrain.config import PretrainConfig
 from pretrain.restore import restore_run
-
-_PEAK_RATIO = 1.5  # highest loss divided by the first one; healthy runs stay below, also with batches of two sequences
 
 
 def launch_pretraining(options: PretrainOptions, start_time: float | None = None) -> None:
@@ -78,9 +67,7 @@ def launch_pretraining(options: PretrainOptions, start_time: float | None = None
             with warnings_left_to_rank0():
                 plan = plan_launch(options, config, machine, slots)  # imports libraries, which takes seconds
                 if plan.local:
-                    free = shutil.disk_usage(open_run_folder(plan.folder.path).path).free
-                    if lack := lack_of_space(free, plan.target):  # on hosts, preflight checks it
-                        notify(f"warning: {lack}: free space, or lower checkpoint.keep_last")
+                    _warn_of_full_disk(plan)  # on hosts, preflight checks it
                 else:
                     plan = _plan_without_failed_hosts(plan)
                     if plan.slots != slots:
@@ -92,8 +79,17 @@ def launch_pretraining(options: PretrainOptions, start_time: float | None = None
             else:  # the copy that the ranks read has all keys
                 for warning in config.warnings_of_unset_keys():
                     notify(f"warning: {warning}")
-            launch = replace(plan.settings(), start_time=start_time, checked_at=checked_at)
-            run_launch(replace(launch, dead_owner=dead_owner, held=held), plan.summary)
+            launch = replace(
+                plan.settings(), start_time=start_time, checked_at=checked_at, dead_owner=dead_owner, held=held
+            )
+            run_launch(launch, plan.summary)
+
+
+def _warn_of_full_disk(plan: LaunchPlan) -> None:
+    """Warn if checkpoints will not fit on the disk of the run folder, which this creates."""
+    free = shutil.disk_usage(open_run_folder(plan.folder.path).path).free
+    if lack := lack_of_space(free, plan.target):
+        notify(f"warning: {lack}: free space, or lower checkpoint.keep_last")
 
 
 def _restore_for_plan(config: PretrainConfig, folder: RunFolder, dead_owner: Renewal | None) -> None:
@@ -185,89 +181,3 @@ def warnings_left_to_rank0() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def announce_checks(config: str, slots: Slots) -> None:
-    """Announce the checks. config: path of the config file."""
-    ranks = sum(map(len, slots.values()))
-    where = "this machine" if is_local(slots) else counted(len(slots), "host")
-    inform(f"checking {config} for {counted(ranks, 'rank')} on {where}")
-
-
-def announce_done(folder: RunFolder, before: set[tuple[int, int]], seconds: float) -> None:
-    """Announce the end. `before`: `completed_saves` before this launch; `seconds`: that it took."""
-    if not (found := completed_saves(folder.checkpoints)):
-        return
-    path, new = folder.path, found - before
-    step, _ = max(new or found)
-    if not new:
-        inform(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
-        return
-    losses = [event["loss"] for event in read_events(folder.metrics) if event.get("loss") is not None]
-    with_loss = f", loss {losses[-1]:.4f}" if losses else ""
-    inform(f"done: {counted(step, 'step')}{with_loss}, {describe_duration(seconds)} in this launch")
-    best = checkpoint_candidates(folder.checkpoints / BEST)
-    inform(f"  model: {(best or [checkpoint_path(folder.checkpoints, step)])[0] / 'hf'}")
-    if has_diverged(losses):
-        risen = f"the loss has risen from {losses[0]:.4f} to as much as {max(losses):.4f}"
-        notify(f"warning: {risen}: lower optimizer.lr, and start in a new run.dir")
-        return
-    run, start = shlex.quote(str(path)), shlex.quote(str(folder.checkpoints / BEST if best else path))
-    inform(f"  next:  deepcloze report {run}; deepcloze finetune --config TASK --model.init_from={start}")
-
-
-def has_diverged(losses: Sequence[float]) -> bool:
-    """Return whether the loss of a run has left the range of its start and has not come back: the mean of the last
-    tenth is higher than the first value. A diverged run may end only a few percent higher, having learned token
-    frequencies."""
-    if not losses:
-        return False
-    first, end = losses[0], fmean(losses[-max(1, len(losses) // 10) :])
-    return end > first and max(losses) > _PEAK_RATIO * first
-
-
-def announce_stop(folder: RunFolder, before: set[tuple[int, int]]) -> None:
-    """Print the step that a stopped run has saved. `before`: `completed_saves` before this launch."""
-    end_line()
-    if not (new := (completed_saves(folder.checkpoints) or set()) - before):
-        return
-    step, _ = max(new)
-    reached = max((event["step"] for event in read_last_events(folder.metrics)), default=step)
-    lost = f"; step {reached:,} was reached, but could not be saved" if reached > step else ""
-    inform(f"stopped at step {step:,}, saved{lost}")
-
-
-def announce_failure(folder: RunFolder) -> None:
-    """Print where the same command would resume a failed run, and where its logs are."""
-    end_line()
-    if found := completed_saves(folder.checkpoints):
-        step, _ = max(found)
-        inform(f"the newest checkpoint is of step {step:,}: the same command resumes from it; logs: {folder.logs}")
-    else:
-        inform(f"no checkpoint was saved; logs: {folder.logs}")
-
-
-def preflight_command(options: PreflightOptions) -> None:
-    """Check the hosts of a launch and print a row for each.
-
-    Raises UserError if one fails, unless `options.allow_missing`, and for anything else that would keep a run from
-    starting.
-    """
-    raise_limit_of_open_files()
-    with handle_stop_signals(interrupt):  # not to leave processes on other hosts
-        machine = launch_machine()
-        target = _target(options, machine)
-        report = check_hosts(target, machine)
-    print(report.text)
-    require_hosts(report, target, options.allow_missing)
-
-
-def _target(options: PreflightOptions, machine: Machine) -> Target:
-    if options.config is None:
-        if options.overrides:
-            raise UserError(f"--{next(iter(options.overrides))} applies to a config: give --config too")
-        return target_of_hosts(chosen_slots(options, machine), machine, options)
-    launch = PretrainOptions(**options.model_dump())
-    config = load_config(PretrainConfig, launch.config, launch.overrides)
-    with warnings_left_to_rank0():
-        return plan_launch(launch, config, machine).target

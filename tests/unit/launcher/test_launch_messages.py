@@ -7,7 +7,7 @@ import pytest
 from experiment.run_files.checkpoints import checkpoint_path, completed_saves, mark_complete, write_best
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
-from launcher.launch import announce_checks, announce_done, announce_failure, announce_stop, has_diverged
+from launcher.launch_messages import announce_checks, announce_done, announce_failure, announce_stop, has_diverged
 
 
 @pytest.fixture
