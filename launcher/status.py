@@ -5,7 +5,7 @@ It may run on another machine, or be a copy that is not complete.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +13,7 @@ from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from typing import Any, TypeVar
 
 from rich.table import Table
 
@@ -29,6 +30,8 @@ from experiment.run_files.run_life import READERS, State, read_life
 from experiment.tracking.jsonl import last_number, read_last_events
 from experiment.tracking.progress_line import TimedStep, estimate_left
 from launcher.supervision.launch_result import count_attempts
+
+T = TypeVar("T")
 
 _LEAST_IMPORTANT = ("attempts", "goodput", "bad batches", "tokens/s", "last checkpoint", "loss", "time left", "seeds")
 
@@ -64,7 +67,8 @@ def read_status(run: str) -> RunStatus:
     folder = RunFolder(Path(run).absolute())
     logged = [folder.metrics, *folder.logs.glob("seed-*.jsonl")]  # the others: of seeds that are trained at a time
     events, *others = map(read_last_events, logged)
-    seeds, times = _seeds(folder), read_attempt_times(folder)
+    config, times = read_recorded(folder.config), read_attempt_times(folder)
+    seeds = _value(config, "training", "seeds", list)
     checkpoints = complete_checkpoints(folder.checkpoints, times[-1].step if times else None)
     saved = checkpoint_step(checkpoints[-1]) if checkpoints else None
     # Scores of `deepcloze watch` come later, and a checkpoint may be newer than the last event.
@@ -74,7 +78,7 @@ def read_status(run: str) -> RunStatus:
         times = _times_of_commands(folder, step, logged)
     attempts = last_lines(times)
     life = read_life(folder)
-    total = _total_steps(folder, attempts)
+    total = attempts[-1].total_steps if attempts else _value(config, "schedule", "steps", int)
     recent = [line for line in times if line.start == times[-1].start]
     metric, split, score = _score(folder)
     # The file of a finished seed stays until those before it have finished.
@@ -119,23 +123,11 @@ def find_run(run: str) -> RunFolder:
     raise UserError(f"{folder.path} is not a run folder: expected one of {names}, found none")
 
 
-def _total_steps(folder: RunFolder, attempts: Sequence[AttemptTime]) -> int | None:
-    """Return the steps from the last attempt; before its first line, from the config."""
-    if attempts:
-        return attempts[-1].total_steps
-    steps = _config_value(folder, "schedule", "steps")
-    return steps if isinstance(steps, int) else None
-
-
-def _config_value(folder: RunFolder, section: str, key: str) -> object:
-    """Read a config value; None if the file is missing, incomplete, or lacks the key."""
-    values = read_recorded(folder.config).get(section)
-    return values.get(key) if isinstance(values, dict) else None
-
-
-def _seeds(folder: RunFolder) -> list[int] | None:
-    seeds = _config_value(folder, "training", "seeds")
-    return seeds if isinstance(seeds, list) else None
+def _value(config: Mapping[str, Any], section: str, key: str, kind: type[T]) -> T | None:
+    """Return the value of a key in a config that may be incomplete; None if there is none of that kind."""
+    values = config.get(section)
+    value = values.get(key) if isinstance(values, dict) else None
+    return value if isinstance(value, kind) else None
 
 
 def _times_of_commands(folder: RunFolder, step: int | None, logged: Sequence[Path]) -> list[AttemptTime]:
