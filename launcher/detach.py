@@ -16,7 +16,7 @@ from typing import IO
 
 from experiment.config import load_config
 from experiment.errors import notify
-from experiment.process.own_process import module_command, own_environment
+from experiment.process.own_process import deepcloze_command, own_environment
 from experiment.run_files.outcome_file import RankRecord, read_rank_record
 from experiment.run_files.run_folder import RunFolder, check_not_moved, open_run_folder
 from experiment.run_files.run_lock import check_unlocked
@@ -67,8 +67,8 @@ def launch_detached(options: PretrainOptions) -> None:
 
 def background_command(options: PretrainOptions) -> Sequence[str]:
     """Return the command without `--detach`."""
-    flags = options.model_dump(exclude={"detach", "overrides"}, exclude_defaults=True) | options.overrides
-    return [*module_command("launcher"), "pretrain", *(f"--{name}={value}" for name, value in flags.items())]
+    flags = options.model_dump(exclude={"config", "detach", "overrides"}, exclude_defaults=True)
+    return deepcloze_command("pretrain", options.config, flags | options.overrides)
 
 
 def _trains(folder: RunFolder, before: RankRecord | None) -> bool:

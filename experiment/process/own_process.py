@@ -42,6 +42,12 @@ def module_command(module: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", module)
 
 
+def deepcloze_command(name: str, config: str, values: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the command line of a command that takes a config file. values: of flags and config keys."""
+    flags = (f"--{key}={value}" for key, value in values.items())
+    return (*module_command("launcher"), name, "--config", config, *flags)
+
+
 def own_environment() -> dict[str, str]:
     environment = given_environment()
     return {**environment, "PYTHONPATH": python_path(environment)}

@@ -10,7 +10,7 @@ from experiment.errors import UserError, user_errors_in, warn_once
 from experiment.formatting import shorten
 from experiment.models.model_folder import load_config as load_model_config
 from experiment.models.model_names import local_model
-from experiment.process.own_process import module_command
+from experiment.process.own_process import deepcloze_command
 from experiment.run_files.checkpoints import BEST
 from experiment.run_files.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
 from finetune.config import FinetuneConfig
@@ -24,7 +24,6 @@ from launcher.run_sets.sweep import check_points, parse_grid, read_grid
 from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
-_COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
 _ROWS_SHOWN = 300  # characters of the rows of a warning
 _PRETRAINING = "pretrain"  # folder, beside the folders of the tasks
@@ -149,8 +148,7 @@ def _plan_pretraining(row: RowConfig, parent: Path, folder: str, placement: Mapp
     if mirror is not None:
         overrides["checkpoint.mirror"] = f"{mirror}/{name}"
     config = validate_pretraining(row.pretrain, overrides, placement)
-    flags = [f"--{key}={value}" for key, value in {**placement, **overrides}.items()]
-    return PlannedRun(name, (*_COMMAND, "pretrain", "--config", row.pretrain, *flags), config)
+    return PlannedRun(name, deepcloze_command("pretrain", row.pretrain, {**placement, **overrides}), config)
 
 
 def _plan_cells(
@@ -253,7 +251,6 @@ def _check_cell(
 
 
 def _cell_argv(file: str, overrides: Mapping[str, str], folder: Path, grid: str | None) -> tuple[str, ...]:
-    flags = [f"--{key}={value}" for key, value in overrides.items()]
     if grid is None:
-        return (*_COMMAND, "finetune", "--config", file, f"--run.dir={folder}", *flags)
-    return (*_COMMAND, "sweep", "--config", file, f"--grid={grid}", f"--output={folder}", *flags)
+        return deepcloze_command("finetune", file, {"run.dir": folder, **overrides})
+    return deepcloze_command("sweep", file, {"grid": grid, "output": folder, **overrides})

@@ -13,7 +13,7 @@ from pathlib import Path
 from experiment.config import FlatConfig, did_you_mean, flatten, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest
-from experiment.process.own_process import module_command
+from experiment.process.own_process import deepcloze_command
 from experiment.results.sweep_summary import (
     metric_title,
     read_metric,
@@ -80,9 +80,6 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     if finetuning and placement:
         raise UserError(f"--{next(iter(placement))} applies to pretraining only; {config} is a fine-tuning config")
     points = read_grid(options.grid, options.overrides)
-    command = [*module_command("launcher"), "finetune" if finetuning else "pretrain", "--config", config]
-    command += [f"--{name}={value}" for name, value in placement.items()]
-
     config_type: type[FinetuneConfig | PretrainConfig] = FinetuneConfig if finetuning else PretrainConfig
     output = options.output
     if output is None:  # the folder that the config names may be in use: no run of the sweep writes to it
@@ -110,7 +107,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
                 validated = {**flatten(run), **data_origin(run.task), **encoder_origin(model.init_from, model.weights)}
             else:
                 validated = validate_pretraining(config, overrides, placement)
-        argv = (*command, *(f"--{key}={text}" for key, text in overrides.items()))
+        argv = deepcloze_command("finetune" if finetuning else "pretrain", config, {**placement, **overrides})
         runs.append(PlannedRun(name, argv, validated, values=values))
     metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
     header = {"metric": metric, "lower_is_better": lower_is_better}

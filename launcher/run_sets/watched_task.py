@@ -10,7 +10,7 @@ from pathlib import Path
 from experiment.config import load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest, read_json, removed_on_error
-from experiment.process.own_process import module_command
+from experiment.process.own_process import deepcloze_command, module_command
 from experiment.run_files.checkpoints import checkpoint_step, files_below, link_model, verify, verify_name
 from experiment.run_files.run_folder import RunFolder, folder_name
 from experiment.run_files.run_lock import folder_use
@@ -137,11 +137,9 @@ def _argv_with_copy(task: WatchedTask, folder: Path) -> tuple[str, ...]:
     """Write a copy of the task's config to `folder`, and return the command that scores the model in it."""
     config = str(write_copy(task.file, task.content, folder / CONFIG_COPIES))
     overrides = {**_REPLACED, **task.data, "model.init_from": str(folder / "hf"), "run.dir": str(folder / "run")}
-    assignments = [f"{key}={value}" for key, value in overrides.items()]
     if task.probe:
-        return (*module_command("finetune.probe"), config, *assignments)
-    flags = (f"--{assignment}" for assignment in assignments)
-    return (*module_command("launcher"), "finetune", "--config", config, *flags)
+        return (*module_command("finetune.probe"), config, *(f"{key}={value}" for key, value in overrides.items()))
+    return deepcloze_command("finetune", config, overrides)
 
 
 def _read_results(path: Path) -> tuple[dict[str, float], int]:
