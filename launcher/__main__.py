@@ -12,8 +12,8 @@ from experiment.process.signals import HANDLED_SIGNALS
 
 
 def run() -> NoReturn:
-    """Run the command line and end the process with its exit code, at once: to take apart all that was imported, as
-    Python does at the end, takes a second after an import of torch."""
+    """Run the command line and end the process with its exit code. Skip Python's teardown, which takes a second after
+    torch is imported."""
     _open_closed_streams()
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":  # may lack … and ×
         sys.stdout.reconfigure(errors="replace")

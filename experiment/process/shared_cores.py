@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-_SECONDS = 0.25  # between looks
+_SECONDS = 0.25  # between measurements
 _BUSY, _IDLE = 0.2, 0.06  # share of its time for which a thread waits for a core
 _CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
@@ -108,7 +108,7 @@ class Spinning:
 
     def __init__(self, openmp: ctypes.CDLL, cores: int) -> None:
         self._openmp = openmp
-        self._threads = cores + 1  # of a team that lets others hardly spin, while it sleeps
+        self._threads = cores + 1  # of a team that keeps others from spinning, while it sleeps
         self._team: threading.Thread | None = None  # starts the others
         self._ended = threading.Event()
 

@@ -195,7 +195,7 @@ class GuardedHosts:
 
 
 def _join(threads: Sequence[threading.Thread], seconds: float) -> None:
-    """Wait until the threads have ended, for so long at most."""
+    """Join the threads, for at most `seconds`."""
     deadline = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))

@@ -36,7 +36,7 @@ ENDED = "ended"
 PREFIX = "deepcloze guard: "
 """Prefix of the lines from the host, whose shell may print others, or something before the first one."""
 
-_LIST_SECONDS = 5.0  # between looks at all processes of the host
+_LIST_SECONDS = 5.0  # between listings of all processes of the host
 _KILL_SECONDS = 10.0
 _LEAVE = "leave"
 

@@ -157,7 +157,7 @@ class Watch:
             except OSError as error:
                 if is_damage(error) or error.errno in {*DENIED, errno.ENOSPC, errno.EDQUOT}:
                     raise
-                self._announce_waiting(f"until the disk answers: {describe_disk_error(error) or error}")
+                self._announce_once(f"until the disk answers: {describe_disk_error(error) or error}")
                 self._wait()
 
     def _look(self) -> bool:
@@ -172,7 +172,7 @@ class Watch:
         logged = self._log_results(state)
         is_finished = due is None and state == "done" and logged
         if due is None and not is_finished:
-            self._say_what_is_awaited(state)
+            self._announce_wait(state)
             self._wait()
         return is_finished
 
@@ -180,14 +180,14 @@ class Watch:
         if not self._run.path.is_dir():
             raise UserError(f"the run folder {self._run.path} is gone")
 
-    def _say_what_is_awaited(self, state: str) -> None:
+    def _announce_wait(self, state: str) -> None:
         """Print the event that the watch waits for. state: of the run."""
         if state in _ENDED:
-            self._announce_waiting(f"until {self._run.path} is resumed: it has ended before its last step")
+            self._announce_once(f"until {self._run.path} is resumed: it has ended before its last step")
         elif state != "done":
-            self._announce_waiting("for checkpoints")
+            self._announce_once("for checkpoints")
 
-    def _announce_waiting(self, awaited: str) -> None:
+    def _announce_once(self, awaited: str) -> None:
         """Print what the watch waits for, once until it changes."""
         if awaited != self._awaited:
             self._awaited = awaited

@@ -128,7 +128,7 @@ class ExitWatch:
         self._silent: set[int] = set()  # the first ranks that ended without recording it
 
     def check(self) -> bool:
-        """Call now and then. Returns whether the processes were killed."""
+        """Call periodically. Returns whether the processes were killed."""
         try:
             records = read_rank_records(self._folder)
         except OSError:  # a network disk does not answer for a moment

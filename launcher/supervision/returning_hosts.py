@@ -20,8 +20,8 @@ _MAX_POLL_SECONDS = 120.0
 _TIMED_OUT = 124  # exit code of `timeout`
 
 
-def look_intervals() -> Iterator[float]:
-    """Yield the seconds before each further look at hosts that cannot be used: more and more."""
+def poll_intervals() -> Iterator[float]:
+    """Yield polling intervals in seconds, with exponential backoff."""
     seconds = _POLL_SECONDS
     while True:
         yield seconds
@@ -78,7 +78,7 @@ def watch_for_hosts(
     ended, lock = threading.Event(), threading.Lock()
 
     def watch() -> None:
-        for seconds in look_intervals():
+        for seconds in poll_intervals():
             if ended.wait(seconds):
                 return
             if find_usable(hosts):

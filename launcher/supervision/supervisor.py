@@ -25,7 +25,7 @@ from launcher.supervision.launch_alerts import LaunchAlerts
 from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt
 from launcher.supervision.leftovers import remove_launch_leftovers
 from launcher.supervision.restarts import Attempt, End, Restart, decide
-from launcher.supervision.returning_hosts import look_intervals, unusable_hosts, watch_for_hosts
+from launcher.supervision.returning_hosts import poll_intervals, unusable_hosts, watch_for_hosts
 from launcher.supervision.stop_signals import StopSignals
 
 _RELEASE_SECONDS = 5.0  # until the driver has freed the GPU memory of ranks that were killed
@@ -170,7 +170,7 @@ class _Supervisor:
         if not (trusted or self._launch.local):
             self._stop.wait(_RELEASE_SECONDS)  # else preflight finds busy GPUs
         start, waiting, alerted = time.monotonic(), "", False
-        for seconds in look_intervals():
+        for seconds in poll_intervals():
             if self._stop.is_asked_for():
                 break
             left_out = () if alerted else self._doubted.given_up().keys()

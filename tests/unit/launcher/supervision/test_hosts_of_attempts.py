@@ -163,7 +163,7 @@ def supervise_endings(
     monkeypatch.setattr(supervisor, "watch_for_hosts", watch)
     monkeypatch.setattr(supervisor, "run_attempt", end)
     monkeypatch.setattr(restarts, "_FIRST_WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(supervisor, "look_intervals", lambda: repeat(look_seconds))
+    monkeypatch.setattr(supervisor, "poll_intervals", lambda: repeat(look_seconds))
     settings = {"max_restarts": 1} | settings
     return supervise(replace(launch(folder, ""), **settings)), hosts
 

@@ -60,7 +60,7 @@ def test_a_host_has_as_long_to_answer_as_its_guard(
 
 def test_hosts_are_looked_at_less_and_less_often() -> None:
     """Catches thousands of connections to a host that is away for weeks."""
-    assert list(itertools.islice(module.look_intervals(), 6)) == [10, 20, 40, 80, 120, 120]
+    assert list(itertools.islice(module.poll_intervals(), 6)) == [10, 20, 40, 80, 120, 120]
 
 
 def test_a_host_is_taken_back_after_the_next_checkpoint(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
