@@ -1,5 +1,6 @@
 """Compare the facts of hosts with the needs of a run. Pure, and linear in the number of hosts."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
@@ -86,10 +87,10 @@ def _problems_of_host(host: str, answer: HostAnswer, own: HostFacts, target: Tar
 
 
 def _software_problems(host: str, facts: HostFacts, own: HostFacts, target: Target) -> Iterator[Problem]:
-    python = quoted_for_host(target.python)
+    python = quoted_for_host(sys.executable)
     if facts.python != own.python:
-        text = f"Python {facts.python} at {target.python}, expected {own.python}"
-        yield Problem("Python", text, copy_command(str(Path(target.python).parent.parent), host))
+        text = f"Python {facts.python} at {sys.executable}, expected {own.python}"
+        yield Problem("Python", text, copy_command(str(Path(sys.executable).parent.parent), host))
     wrong = {name: version for name, version in own.versions.items() if version and facts.versions[name] != version}
     if wrong:
         found = ", ".join(f"{name} {facts.versions[name] or 'missing'} (expected {wrong[name]})" for name in wrong)

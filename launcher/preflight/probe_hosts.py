@@ -75,8 +75,8 @@ class HostFacts:
     interfaces: tuple[str, ...]
     address: str | None  # the own one towards the peer
     network_error: str | None  # why it cannot reach the peer
-    gpu_error: str | None = None  # why nvidia-smi fails
-    machine: str | None = None  # the same only for another name of the machine, or of the container
+    gpu_error: str | None  # why nvidia-smi fails
+    machine: str | None  # the same only for another name of the machine, or of the container
     shell: str | None = None  # the login shell; None: not reached over ssh
 
 

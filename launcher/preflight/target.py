@@ -1,6 +1,5 @@
 """The requirements that preflight compares hosts with: of the ranks on each host and, with a config, of the run."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,7 +50,6 @@ class Target:
     host_environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables for ranks on other hosts
     uses_cpu: bool = False  # on hosts with GPUs too
     oversubscribe: bool = False
-    python: str = sys.executable
     folder: Path | None = None  # of the run; None: without a config
     files: tuple[Path, ...] = ()  # that must be the same on all hosts
     checkpoint_bytes: int = 0  # still to be written

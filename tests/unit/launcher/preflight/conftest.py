@@ -23,6 +23,8 @@ HEALTHY = HostFacts(
     interfaces=("lo", "eth0"),
     address="10.0.0.1",
     network_error=None,
+    gpu_error=None,
+    machine=None,
 )
 
 
@@ -45,7 +47,6 @@ def target() -> Callable[..., Target]:
             slots=dict.fromkeys(hosts, (0, 1)),
             project="/deepcloze",
             interfaces={"GLOO_SOCKET_IFNAME": ("eth0",)},
-            python="/venv/bin/python",
             folder=Path("/runs/first"),
             checkpoint_bytes=10**11,
         )

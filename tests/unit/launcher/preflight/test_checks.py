@@ -1,6 +1,7 @@
 """Facts of hosts that differ in one thing from what a run needs."""
 
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -78,9 +79,16 @@ GB = 10**9
     ],
 )
 def test_a_difference_is_one_problem_of_its_host(
-    answer: Answers, target: Targets, changes: dict[str, Any], check: str, text: str, fix: str
+    answer: Answers,
+    target: Targets,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    check: str,
+    text: str,
+    fix: str,
 ) -> None:
     """Catches a check that does not see its difference, or blames another check or host for it."""
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
     answers = {"a": answer(), "b": answer(**changes), "c": answer()}
     problems = find_problems(answers, answer().facts, target("a", "b", "c"), {"a", "b", "c"})
     assert problems["a"] == problems["c"] == []
