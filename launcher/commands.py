@@ -120,7 +120,7 @@ def plan(options: PlanOptions) -> None:
     Example:
         deepcloze plan --config my-run.yaml --hostfile hosts --device H100 --memory_gib 80
     """
-    from launcher.plan import print_run_plan
+    from launcher.plan_command import print_run_plan
 
     print_run_plan(options)
 

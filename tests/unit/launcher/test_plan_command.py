@@ -88,7 +88,7 @@ def test_warns_of_the_device_of_other_machines(
 ) -> None:
     """Catches a plan for the CPU of a login node, or of a laptop, in place of the GPUs of the hosts."""
     cpu = Machine(Devices("cpu", (0, 1)), {}, free_port)
-    monkeypatch.setattr("launcher.plan.launch_machine", lambda: cpu)
+    monkeypatch.setattr("launcher.plan_command.launch_machine", lambda: cpu)
     hostfile = tmp_path / "hosts"
     hostfile.write_text("192.0.2.1 slots=1\n192.0.2.2 slots=1\n", encoding="utf-8")
     remote = ("--hostfile", str(hostfile))
@@ -108,7 +108,7 @@ def test_warns_of_a_gpu_that_nvidia_smi_does_not_list(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a plan for the CPU of a machine with GPUs: in a container without nvidia-smi, or if it is slow."""
-    monkeypatch.setattr("launcher.plan.launch_machine", lambda: Machine(Devices("cuda", (0,)), {}, free_port))
+    monkeypatch.setattr("launcher.plan_command.launch_machine", lambda: Machine(Devices("cuda", (0,)), {}, free_port))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["plan", "--config", str(config), "--json"]) == 0
     printed = capsys.readouterr()
