@@ -29,7 +29,7 @@ from launcher.options import PretrainOptions
 from launcher.preflight.checks import lack_of_space
 from launcher.preflight.run import check_hosts, require_hosts
 from launcher.ranks.placement import is_local, name_localhost
-from launcher.supervision.attempt import Launch, Layout
+from launcher.supervision.attempt import LaunchSettings, Layout
 from launcher.supervision.rank_processes import HeldRanks, held_ranks
 from launcher.supervision.supervisor import supervise
 from pretrain.config import PretrainConfig
@@ -144,7 +144,7 @@ def _describe_plan(plan: LaunchPlan) -> str:
     return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(argv)}"
 
 
-def run_launch(launch: Launch, summary: str) -> None:
+def run_launch(launch: LaunchSettings, summary: str) -> None:
     """Let the ranks begin and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`.
 
     `summary`: of the run, to print.

@@ -25,7 +25,7 @@ from launcher.ranks.deepspeed_command import DeepSpeedCommand, command_on_hosts,
 from launcher.ranks.environment import launch_environment
 from launcher.ranks.microbatch import max_halvings, scaled_microbatch
 from launcher.ranks.placement import HostOptions, check_launcher, is_local, place_ranks
-from launcher.supervision.attempt import Launch, Layout
+from launcher.supervision.attempt import LaunchSettings, Layout
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ class LaunchPlan:
         """The variables that the launch adds for all ranks."""
         return launch_environment(self.machine.environ, self.machine.devices.kind if self.local else None)
 
-    def settings(self) -> Launch:
+    def settings(self) -> LaunchSettings:
         """Return the settings with which the supervisor starts the ranks."""
         if (max_restarts := self.options.max_restarts) is None:
             max_restarts = 0 if self.local else _MAX_RESTARTS_ON_HOSTS
-        return Launch(
+        return LaunchSettings(
             self.folder,
             self.slots,
             self.command,

@@ -69,7 +69,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchSettings:
     """Settings for starting ranks, as often as needed."""
 
     folder: RunFolder
@@ -91,7 +91,7 @@ class Launch:
     held: HeldRanks | None = None  # the ranks of the first attempt, if they have been started already
 
 
-def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
+def run_attempt(launch: LaunchSettings, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
     """Run the ranks of this layout until they have exited. No process of theirs remains on a host that answers."""
     if stop.killed:
         return _KILLED
@@ -104,7 +104,7 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
     return _run(launch, layout, ranks, stop, processes, None)
 
 
-def _run_on_hosts(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
+def _run_on_hosts(launch: LaunchSettings, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
     processes = RankProcesses()
     name = f"{xxhash.xxh3_64_hexdigest(os.fsencode(launch.folder.path))}-{os.urandom(8).hex()}"  # of this attempt
     guards = GuardedHosts(list(layout.slots), name, launch.host_environment, processes.kill)
@@ -130,7 +130,7 @@ def _is_explained_by_a_lost_host(result: LaunchResult) -> bool:
 
 
 def _run(
-    launch: Launch,
+    launch: LaunchSettings,
     layout: Layout,
     ranks: RunningRanks,
     stop: StopSignals,
@@ -172,7 +172,12 @@ def _failed_on(result: LaunchResult, hang: HangWatch, exits: ExitWatch, guards: 
 
 
 def _result(
-    launch: Launch, stop: StopSignals, hang: HangWatch, exits: ExitWatch, exit_code: int, earlier: Mapping[Path, int]
+    launch: LaunchSettings,
+    stop: StopSignals,
+    hang: HangWatch,
+    exits: ExitWatch,
+    exit_code: int,
+    earlier: Mapping[Path, int],
 ) -> LaunchResult:
     """Return the result of processes that have exited.
 
@@ -200,7 +205,7 @@ def _result(
     return read_result(launch.folder, exit_code, earlier, silent, remote=not launch.local)
 
 
-def _wait(process: "subprocess.Popen[bytes]", launch: Launch, ranks: int) -> int:
+def _wait(process: "subprocess.Popen[bytes]", launch: LaunchSettings, ranks: int) -> int:
     """Return the exit code of DeepSpeed's launcher, once its process group is empty. On this machine, the rest of the
     group is killed when all ranks are done: DeepSpeed takes up to a second to notice that and to exit."""
     exit_code = None

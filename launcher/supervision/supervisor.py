@@ -19,7 +19,7 @@ from experiment.run_files.run_lock import lock_run
 from experiment.tracking.alerts import REPEAT_SECONDS
 from launcher.hosts.guarded_hosts import name_reasons
 from launcher.hosts.hostfile import Slots
-from launcher.supervision.attempt import Launch, Layout, run_attempt
+from launcher.supervision.attempt import LaunchSettings, Layout, run_attempt
 from launcher.supervision.doubted_hosts import DoubtedHosts
 from launcher.supervision.launch_alerts import LaunchAlerts
 from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt
@@ -32,7 +32,7 @@ _RELEASE_SECONDS = 5.0  # until the driver has freed the GPU memory of ranks tha
 _OUTAGE_HOURS = 24.0  # for which a launch waits for a first usable host
 
 
-def supervise(launch: Launch) -> LaunchResult:
+def supervise(launch: LaunchSettings) -> LaunchResult:
     """Run a launch until it is done, stopped, or has failed too often, and record each attempt in `RUN/launch.jsonl`.
 
     A STOP file that is older than `launch.checked_at` is removed; a newer one was created since then, and no rank
@@ -67,7 +67,7 @@ def _ignored_suspension() -> Iterator[None]:
 
 
 class _Supervisor:
-    def __init__(self, launch: Launch, stop: StopSignals, alerts: LaunchAlerts) -> None:
+    def __init__(self, launch: LaunchSettings, stop: StopSignals, alerts: LaunchAlerts) -> None:
         self._launch = launch
         self._folder = launch.folder
         self._stop = stop

@@ -35,7 +35,7 @@ from launcher.hosts.machine import Devices, Machine
 from launcher.launch_plan import LaunchPlan
 from launcher.options import PretrainOptions
 from launcher.preflight.target import target_of_hosts
-from launcher.supervision.attempt import Launch, Layout
+from launcher.supervision.attempt import LaunchSettings, Layout
 from launcher.supervision.launch_result import AttemptRecord, LaunchResult
 from launcher.supervision.stop_signals import StopSignals
 from pretrain.config import PretrainConfig
@@ -297,7 +297,9 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tri
     """A runner of trials whose ranks a function stands for."""
 
     def make(rank: Rank, seconds: float = 600.0) -> TrialRunner:
-        def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
+        def run_attempt(
+            launch: LaunchSettings, layout: Layout, stop: StopSignals, record: AttemptRecord
+        ) -> LaunchResult:
             assert launch.quiet
             return rank(launch.folder, stop)
 

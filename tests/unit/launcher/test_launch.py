@@ -37,7 +37,7 @@ from launcher.preflight.target import Target
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.ranks.microbatch import scaled_microbatch
 from launcher.supervision import supervisor
-from launcher.supervision.attempt import Launch, Layout, Rendezvous
+from launcher.supervision.attempt import LaunchSettings, Layout, Rendezvous
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.rank_processes import HeldRanks
 from pretrain.config import PretrainConfig
@@ -112,11 +112,11 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture(autouse=True)
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[LaunchSettings]:
     """Stands for the ranks; records what would be started."""
-    seen: list[Launch] = []
+    seen: list[LaunchSettings] = []
 
-    def supervise(launch: Launch) -> LaunchResult:
+    def supervise(launch: LaunchSettings) -> LaunchResult:
         seen.append(launch)
         return LaunchResult(Outcome.DONE)
 
@@ -153,7 +153,7 @@ def failed_hosts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return failed
 
 
-def first_command(launch: Launch) -> DeepSpeedCommand:
+def first_command(launch: LaunchSettings) -> DeepSpeedCommand:
     """The command of the first attempt, on this machine."""
     assert launch.held is not None
     return launch.held.command
@@ -183,7 +183,7 @@ def test_a_plan_depends_on_the_given_machine_only(config: str, resolved: list[tu
 def test_a_launch_and_its_process_may_begin_at_different_times(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a STOP file compared with the start of a shell that has prepared the launch, or time missing in the
     ledger."""
-    seen: list[Launch] = []
+    seen: list[LaunchSettings] = []
     monkeypatch.setattr(launch, "supervise", lambda start: seen.append(start) or LaunchResult(Outcome.DONE))
     monkeypatch.setattr("experiment.run_files.goodput.process_start", lambda: 5.0)
     before = time.time()
@@ -192,7 +192,7 @@ def test_a_launch_and_its_process_may_begin_at_different_times(config: str, monk
     assert seen[0].start_time == 5.0
 
 
-def test_a_call_begins_when_it_is_made(config: str, launches: list[Launch]) -> None:
+def test_a_call_begins_when_it_is_made(config: str, launches: list[LaunchSettings]) -> None:
     """Catches a run that counts the hours of a notebook before it was called, and whose second attempt is taken for the
     first one."""
     before = time.time()
@@ -225,7 +225,7 @@ def test_only_a_dry_run_prints_warnings(config: str, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize("where", [{"num_gpus": 2}, {"hostfile": "hosts"}, {"autotune": True}])
 def test_an_unset_rate_is_warned_of_once(
     config: str,
-    launches: list[Launch],
+    launches: list[LaunchSettings],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     where: dict[str, Any],
@@ -251,7 +251,7 @@ def test_an_unset_rate_is_warned_of_once(
     assert warnings_of_ranks(Layout(started.slots, restarted=True)) == []
 
 
-def test_ranks_get_the_users_config_and_overrides(config: str, launches: list[Launch], resolved: list[Any]):
+def test_ranks_get_the_users_config_and_overrides(config: str, launches: list[LaunchSettings], resolved: list[Any]):
     """Catches ranks that run another config than the validated one."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, overrides={"schedule.steps": "20"}))
     (started,) = launches
@@ -273,7 +273,7 @@ def test_ranks_get_the_users_config_and_overrides(config: str, launches: list[La
 
 
 def test_a_run_is_restored_before_its_plan(
-    config: str, launches: list[Launch], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: str, launches: list[LaunchSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a run that does not continue on new hosts because the model that it began with was on the lost one."""
     lost = RunFolder(tmp_path / "lost")
@@ -294,7 +294,11 @@ def test_a_run_is_restored_before_its_plan(
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(
-    config: str, launches: list[Launch], held: list[str], resolved: list[Any], capsys: pytest.CaptureFixture[str]
+    config: str,
+    launches: list[LaunchSettings],
+    held: list[str],
+    resolved: list[Any],
+    capsys: pytest.CaptureFixture[str],
 ):
     """Catches a dry run that starts or writes something, or prints something else than what would run."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, dry_run=True, overrides={"run.dir": "2024 01"}))
@@ -311,7 +315,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
 
 
 def test_ranks_start_while_the_launch_is_checked(
-    config: str, launches: list[Launch], held: list[str], monkeypatch: pytest.MonkeyPatch
+    config: str, launches: list[LaunchSettings], held: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a start of seconds that waits for checks of seconds, and ranks that wait but are not the planned ones."""
     monkeypatch.setattr("launcher.hosts.machine.free_port", lambda: 29501)
@@ -341,7 +345,7 @@ def edit_during_checks(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_config_that_is_edited_during_the_checks_is_refused(
-    config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+    config: str, launches: list[LaunchSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches ranks that train with values that nobody has checked, or in a run folder that is not locked."""
     edit_during_checks(config, monkeypatch)
@@ -353,7 +357,7 @@ def test_a_config_that_is_edited_during_the_checks_is_refused(
 
 
 def test_a_config_that_is_edited_during_trials_is_ignored(
-    config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+    config: str, launches: list[LaunchSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches ranks that read the file minutes after the checks."""
     edit_during_checks(config, monkeypatch)
@@ -399,7 +403,7 @@ def test_the_outcome_of_the_ranks_decides_how_the_command_ends(
 @pytest.mark.parametrize(("free", "warned"), [(79_999, True), (80_000, False)])
 def test_a_small_disk_is_reported_before_the_ranks_begin(
     config: str,
-    launches: list[Launch],
+    launches: list[LaunchSettings],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     free: int,
@@ -413,7 +417,7 @@ def test_a_small_disk_is_reported_before_the_ranks_begin(
 
 
 def test_other_hosts_get_the_resolved_config_and_the_environment(
-    config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+    config: str, launches: list[LaunchSettings], monkeypatch: pytest.MonkeyPatch
 ):
     """Catches overrides that a remote shell would split, settings that do not reach other hosts, and logged secrets."""
     for name, value in {"GLOO_SOCKET_IFNAME": "eth7", "WANDB_API_KEY": "secret", "MY_TOKEN": "two words"}.items():
@@ -442,13 +446,13 @@ def test_other_hosts_get_the_resolved_config_and_the_environment(
     assert not {"WANDB_API_KEY", "GLOO_SOCKET_IFNAME"} & command.environment.keys(), "DeepSpeed logs what it exports"
 
 
-def test_attempts_know_the_launcher(config: str, launches: list[Launch]) -> None:
+def test_attempts_know_the_launcher(config: str, launches: list[LaunchSettings]) -> None:
     """Catches exit codes of MPICH's ranks that are read as those of pdsh."""
     launch_pretraining(PretrainOptions(config=config, launcher="mpich"))
     assert launches[0].launcher == "mpich"
 
 
-def test_a_smaller_microbatch_reaches_the_ranks(config: str, launches: list[Launch]) -> None:
+def test_a_smaller_microbatch_reaches_the_ranks(config: str, launches: list[LaunchSettings]) -> None:
     """Catches a restart after running out of memory with the same microbatch, or with another global batch."""
     stages = "[{steps: 5, max_seq_length: 64, microbatch_tokens: 100}, {sequences: 4}]"
     overrides = {"batch.microbatch_tokens": "1000", "schedule.stages": stages}
@@ -461,7 +465,7 @@ def test_a_smaller_microbatch_reaches_the_ranks(config: str, launches: list[Laun
     assert [stage["microbatch_tokens"] for stage in sent["schedule"]["stages"]] == [64, 250]
 
 
-def test_a_restart_may_use_the_folder_of_its_launch(config: str, launches: list[Launch]) -> None:
+def test_a_restart_may_use_the_folder_of_its_launch(config: str, launches: list[LaunchSettings]) -> None:
     """Catches `run.resume: never`, which keeps a launch from restarting after a failure."""
     launch_pretraining(PretrainOptions(config=config, overrides={"run.resume": "never"}))
     (started,) = launches
@@ -475,7 +479,7 @@ def test_a_restart_may_use_the_folder_of_its_launch(config: str, launches: list[
     assert yaml.safe_load(text)["run"]["resume"] == "auto"
 
 
-def test_a_restart_has_the_config_of_its_launch(config: str, launches: list[Launch]) -> None:
+def test_a_restart_has_the_config_of_its_launch(config: str, launches: list[LaunchSettings]) -> None:
     """Catches an edit for the next run that a restart of this one reads, with another run folder."""
     launch_pretraining(PretrainOptions(config=config))
     (started,) = launches
@@ -485,7 +489,7 @@ def test_a_restart_has_the_config_of_its_launch(config: str, launches: list[Laun
     assert yaml.safe_load(text)["run"]["dir"] == str(started.folder.path)
 
 
-def test_a_profile_is_requested_from_the_ranks(config: str, launches: list[Launch]) -> None:
+def test_a_profile_is_requested_from_the_ranks(config: str, launches: list[LaunchSettings]) -> None:
     """Catches a flag that the ranks do not get."""
     launch_pretraining(PretrainOptions(config=config, profile=True))
     (started,) = launches
@@ -493,7 +497,7 @@ def test_a_profile_is_requested_from_the_ranks(config: str, launches: list[Launc
 
 
 def test_trials_precede_the_launch_but_not_a_dry_run(
-    config: str, launches: list[Launch], held: list[str], monkeypatch: pytest.MonkeyPatch
+    config: str, launches: list[LaunchSettings], held: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a choice that the run does not start with, and trials for a plan that is only printed."""
     chosen: list[LaunchPlan] = []
@@ -549,14 +553,14 @@ def test_spaces_that_deepspeed_does_not_quote_are_refused(config: str, monkeypat
         launch_pretraining(remote)
 
 
-def test_an_unset_variable_is_refused(config: str, launches: list[Launch]) -> None:
+def test_an_unset_variable_is_refused(config: str, launches: list[LaunchSettings]) -> None:
     with pytest.raises(UserError, match="--env: MY_TOKEN is not set"):
         launch_pretraining(PretrainOptions(config=config, env="MY_TOKEN"))
     assert not Path("my-run").exists()
 
 
 def test_hosts_that_fail_preflight_are_left_out_on_request(
-    config: str, launches: list[Launch], resolved: list[tuple[Any, int]], failed_hosts: set[str]
+    config: str, launches: list[LaunchSettings], resolved: list[tuple[Any, int]], failed_hosts: set[str]
 ) -> None:
     """Catches ranks on a host that failed, and a run that was resolved for other ranks than it has."""
     Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n192.0.2.3 slots=1\n")
@@ -579,7 +583,7 @@ def test_hosts_that_fail_preflight_are_left_out_on_request(
 
 
 def test_if_only_this_machine_passes_it_runs_without_ssh(
-    config: str, launches: list[Launch], failed_hosts: set[str], held: list[str]
+    config: str, launches: list[LaunchSettings], failed_hosts: set[str], held: list[str]
 ) -> None:
     Path("hosts").write_text("localhost slots=2\n192.0.2.2 slots=2\n")
     failed_hosts.add("192.0.2.2")
@@ -595,7 +599,7 @@ def test_a_dead_machine_is_waited_for_before_preflight_only(config: str, monkeyp
     Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
     seen: list[object] = []
 
-    def end(start: Launch) -> LaunchResult:
+    def end(start: LaunchSettings) -> LaunchResult:
         seen.append(start.dead_owner)
         return LaunchResult(Outcome.DONE)
 
@@ -646,7 +650,7 @@ def test_the_devices_of_this_machine_concern_a_launch_on_it_only(config: str, ki
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_before_the_ranks_start_exits_with_75(
-    config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    config: str, launches: list[LaunchSettings], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """Catches a queue system that does not submit a run again because it was stopped while it was checked."""
     monkeypatch.setattr(launch, "plan_launch", lambda *_: os.kill(os.getpid(), number))

@@ -19,7 +19,7 @@ from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import parse_hostfile
 from launcher.hosts.machine import Devices, Machine
 from launcher.ranks.deepspeed_command import DeepSpeedCommand, command_on_hosts
-from launcher.supervision.attempt import Launch, Layout
+from launcher.supervision.attempt import LaunchSettings, Layout
 from launcher.supervision.launch_result import read_result
 from launcher.supervision.supervisor import supervise
 from runs import soak
@@ -77,7 +77,7 @@ def test_a_lost_host_of_many_is_left_out(
         seen.append((layout, rendezvous))
         return DeepSpeedCommand((sys.executable, "-c", RANKS, str(folder.path)), {"PYTHONPATH": str(ROOT)})
 
-    result = supervise(Launch(folder, slots, command, local=False, max_restarts=1))
+    result = supervise(LaunchSettings(folder, slots, command, local=False, max_restarts=1))
     assert result.outcome is Outcome.DONE, result
     first, second = [json.loads(line) for line in folder.launches.read_text().splitlines()]
     assert (len(first["hosts"]), first["cause"]) == (count, Cause.LOST_HOST)

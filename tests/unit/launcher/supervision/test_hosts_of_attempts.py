@@ -28,7 +28,7 @@ from experiment.tracking.alerts import Messenger
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import attempt, rank_processes, restarts, stop_signals, supervisor
-from launcher.supervision.attempt import Launch, Layout
+from launcher.supervision.attempt import LaunchSettings, Layout
 from launcher.supervision.launch_result import LaunchResult, read_silent_end
 from launcher.supervision.stop_signals import StopSignals
 from launcher.supervision.supervisor import supervise
@@ -174,14 +174,14 @@ def losing(*hosts: str) -> Callable[..., dict[str, str]]:
     return lambda *_: dict.fromkeys(next(looks, "").split(), "refused")
 
 
-def launch(folder: RunFolder, body: str, layouts: list[Layout] | None = None) -> Launch:
+def launch(folder: RunFolder, body: str, layouts: list[Layout] | None = None) -> LaunchSettings:
     def command(layout: Layout, _: Rendezvous | None) -> DeepSpeedCommand:
         if layouts is not None:
             layouts.append(layout)
         argv = (sys.executable, "-c", RANKS + body, str(folder.path))
         return DeepSpeedCommand(argv, os.environ | {"PYTHONPATH": str(ROOT)}, {folder.logs / "worker.env": "A=1\n"})
 
-    return Launch(folder, SLOTS, command, local=False)
+    return LaunchSettings(folder, SLOTS, command, local=False)
 
 
 def launches(folder: RunFolder) -> list[dict[str, object]]:

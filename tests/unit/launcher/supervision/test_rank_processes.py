@@ -24,7 +24,7 @@ from experiment.run_files.outcome_file import Outcome, RankRecord
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import rank_processes
-from launcher.supervision.attempt import Launch
+from launcher.supervision.attempt import LaunchSettings
 from launcher.supervision.rank_processes import ExitWatch, RankProcesses, filtered_output, held_ranks, is_noise, started
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
@@ -250,7 +250,7 @@ def test_a_restart_starts_ranks_of_its_own(tmp_path: Path) -> None:
     without the time for which held ranks have waited."""
     folder: RunFolder = open_run_folder(tmp_path / "run")
     body = "write_outcome(RunFolder(folder / 'run'), Outcome.{}, 'lost a rank', Cause.LOST_RANK)"
-    launch = Launch(folder, {"localhost": (0,)}, lambda *_: rank(tmp_path, body.format("DONE")), max_restarts=1)
+    launch = LaunchSettings(folder, {"localhost": (0,)}, lambda *_: rank(tmp_path, body.format("DONE")), max_restarts=1)
     began = time.time() - 100
     with held_ranks(rank(tmp_path, body.format("FAILED")), began) as held:
         result = supervise(replace(launch, start_time=began, held=held))

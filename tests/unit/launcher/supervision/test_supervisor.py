@@ -23,7 +23,7 @@ from experiment.tracking.config import AlertsConfig, TrackingConfig
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import attempt as attempt_module
 from launcher.supervision import launch_result, rank_processes, restarts
-from launcher.supervision.attempt import Launch
+from launcher.supervision.attempt import LaunchSettings
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.stop_signals import StopSignals
 from launcher.supervision.supervisor import supervise
@@ -52,11 +52,11 @@ from pathlib import Path
 from experiment.process import signals
 from experiment.run_files.run_folder import RunFolder
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
-from launcher.supervision.attempt import Launch
+from launcher.supervision.attempt import LaunchSettings
 from launcher.supervision.supervisor import supervise
 signals.REPEATED_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
 command = DeepSpeedCommand(tuple(sys.argv[2:]), os.environ)
-launch = Launch(RunFolder(Path(sys.argv[1])), {"localhost": (0,)}, lambda *_: command)
+launch = LaunchSettings(RunFolder(Path(sys.argv[1])), {"localhost": (0,)}, lambda *_: command)
 result = supervise(launch)
 print(result.message)
 sys.exit(result.outcome.exit_code)
@@ -88,9 +88,9 @@ def attempt(folder: RunFolder, body: str) -> LaunchResult:
     return supervise(one_launch(folder, body))
 
 
-def one_launch(folder: RunFolder, body: str, path: str = str(ROOT)) -> Launch:
+def one_launch(folder: RunFolder, body: str, path: str = str(ROOT)) -> LaunchSettings:
     command = DeepSpeedCommand(tuple(rank(folder, body)), os.environ | {"PYTHONPATH": path})
-    return Launch(folder, SLOTS, lambda *_: command)
+    return LaunchSettings(folder, SLOTS, lambda *_: command)
 
 
 def start(
