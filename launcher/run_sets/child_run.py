@@ -12,7 +12,7 @@ from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_lock import folder_use
 
-DONE = "done"
+DONE = Outcome.DONE.value
 REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported
 
 _POLL_SECONDS = 0.5
