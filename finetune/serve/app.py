@@ -38,7 +38,7 @@ from finetune.serve.request_checks import (
     require_token,
 )
 from finetune.serve.served_model import ServedModel
-from finetune.serve.serving import Serving
+from finetune.serve.serving_state import ServingState
 
 _ABOUT = """Predictions of one model. Texts of all requests are computed together; an answer does not depend on others.
 Errors are answered with `{"error": MESSAGE}`. If the server has a token, send `Authorization: Bearer TOKEN`."""
@@ -76,24 +76,24 @@ _CLEARER = {
 """FastAPI's own messages -> ours."""
 
 
-def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None = None) -> ASGIApp:
+def make_app(state: ServingState, token: str | None, hosts: frozenset[str] | None = None) -> ASGIApp:
     """Return the whole application. hosts: that it answers to; None: any."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with serving:
+        async with state:
             yield
 
     settings: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
     app = FastAPI(title="deepcloze serve", description=_ABOUT, lifespan=lifespan, **settings)
-    app.state.serving = serving
+    app.state.serving_state = state
     app.include_router(api)
     app.include_router(site)
     handle_errors(app)
     permitted = require_host(require_token(read_as_json(app, _JSON_PATHS), token), hosts, only_own_pages=token is None)
-    limited = limit_time(limit_size(permitted, serving.limits), serving.limits)
+    limited = limit_time(limit_size(permitted, state.limits), state.limits)
     paths = {getattr(route, "path", "unknown") for route in (*app.routes, *api.routes, *site.routes)}
-    observed = observe(limited, serving.metrics, paths)
+    observed = observe(limited, state.metrics, paths)
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
         # The start and the end of the server are no requests.
@@ -102,51 +102,51 @@ def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None =
     return route
 
 
-async def _serving(request: Request) -> Serving:  # FastAPI calls other functions in a thread
-    serving: Serving = request.app.state.serving
-    return serving
+async def _state(request: Request) -> ServingState:  # FastAPI calls other functions in a thread
+    state: ServingState = request.app.state.serving_state
+    return state
 
 
-State = Annotated[Serving, Depends(_serving)]
+State = Annotated[ServingState, Depends(_state)]
 
 
 @api.post("/predict", response_model=schemas.PredictResponse)
-async def predict(asked: schemas.PredictRequest, serving: State, request: Request) -> Response:
+async def predict(asked: schemas.PredictRequest, state: State, request: Request) -> Response:
     """Predict for texts, pairs of texts, or records."""
     texts = request.state.texts = len(asked.texts or asked.pairs or asked.records)
-    serving.admission.check(texts)
-    records = _requested_records(asked, serving.served)
-    options = sum(_predicting(serving.served).kind.count_options(record) for record in records)
-    with serving.answering(texts, options) as services:
-        found = await services.predict(_predicting(services.served), records, asked.calibrated)
+    state.admission.check(texts)
+    records = _requested_records(asked, state.served)
+    options = sum(_predicting(state.served).kind.count_options(record) for record in records)
+    with state.answering(texts, options) as worker:
+        found = await worker.predict(_predicting(worker.served), records, asked.calibrated)
         return await _render("predictions", found)
 
 
 @api.post("/fill-mask", response_model=schemas.FillMaskResponse)
-async def fill_mask(asked: schemas.FillMaskRequest, serving: State, request: Request) -> Response:
+async def fill_mask(asked: schemas.FillMaskRequest, state: State, request: Request) -> Response:
     """Fill the masks in texts with the most probable tokens, or rank given options."""
     request.state.texts = len(asked.texts)
     options = sum(len(each) for lists in asked.options or [] for each in lists)
-    with serving.answering(len(asked.texts), options) as services:
-        if services.served.filler is None:
-            raise HTTPException(404, f"the model fills no masks: its kind is {services.served.info.kind}")
+    with state.answering(len(asked.texts), options) as worker:
+        if worker.served.filler is None:
+            raise HTTPException(404, f"the model fills no masks: its kind is {worker.served.info.kind}")
         if asked.options is None:
-            masks = sum(text.count(services.served.filler.mask) for text in asked.texts)
-            serving.admission.check_candidates(masks * asked.top_k)
-            found = await services.fill(asked.texts, asked.top_k)
+            masks = sum(text.count(worker.served.filler.mask) for text in asked.texts)
+            state.admission.check_candidates(masks * asked.top_k)
+            found = await worker.fill(asked.texts, asked.top_k)
         else:
-            found = await services.rank(asked.texts, asked.options)
+            found = await worker.rank(asked.texts, asked.options)
         return await _render("predictions", found)
 
 
 @api.post("/embed", response_model=schemas.EmbedResponse)
-async def embed(asked: schemas.EmbedRequest, serving: State, request: Request) -> Response:
+async def embed(asked: schemas.EmbedRequest, state: State, request: Request) -> Response:
     """Embed texts: the hidden states of the encoder's last layer, pooled."""
     request.state.texts = len(asked.texts)
-    with serving.answering(len(asked.texts)) as services:
-        if not services.served.embedders:
+    with state.answering(len(asked.texts)) as worker:
+        if not worker.served.embedders:
             raise HTTPException(404, "the model embeds no texts: it has no hidden state for each token")
-        return await _render("embeddings", await services.embed(asked.texts, asked.pooling))
+        return await _render("embeddings", await worker.embed(asked.texts, asked.pooling))
 
 
 _SENTENCES = schemas.ModelPredictionRequest.model_json_schema()
@@ -163,41 +163,41 @@ _SENTENCES = schemas.ModelPredictionRequest.model_json_schema()
         }
     },
 )
-async def model_prediction(serving: State, request: Request) -> Response:
+async def model_prediction(state: State, request: Request) -> Response:
     """Predict for one text or pair, as JSON or as a form: `[label, probability of the label]`."""
     try:
         asked = schemas.ModelPredictionRequest.model_validate(await _read_json_or_form(request))
     except ValidationError as error:
         raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
     request.state.texts = 1
-    with serving.answering(1) as services:
+    with state.answering(1) as worker:
         texts = [asked.sentence1, *([asked.sentence2] if asked.sentence2 else [])]
-        (found,) = await services.predict(_predicting(services.served), _text_records([texts], services.served))
+        (found,) = await worker.predict(_predicting(worker.served), _text_records([texts], worker.served))
         if "label" not in found:
-            raise HTTPException(404, f"a model of kind {services.served.info.kind} predicts no label; use /v1/predict")
+            raise HTTPException(404, f"a model of kind {worker.served.info.kind} predicts no label; use /v1/predict")
         return JSONResponse([found["label"], found["probabilities"][found["label"]]])
 
 
 @api.get("/model", response_model=schemas.ModelInfo)
-async def model(serving: State) -> schemas.ModelInfo:
+async def model(state: State) -> schemas.ModelInfo:
     """Return the model, and the requests that it accepts."""
-    return serving.served.info
+    return state.served.info
 
 
 @site.head("/healthz", include_in_schema=False)
 @site.get("/healthz", response_model=schemas.Status, responses={503: {"model": schemas.Error}}, tags=["operation"])
-async def healthz(serving: State) -> Response:
+async def healthz(state: State) -> Response:
     """Return whether the process answers, and its device has not failed."""
-    if serving.device_failed:
+    if state.device_failed:
         raise HTTPException(503, "the device has failed; restart the server")
     return JSONResponse({"status": "ok"})
 
 
 @site.head("/readyz", include_in_schema=False)
 @site.get("/readyz", response_model=schemas.Status, responses={503: {"model": schemas.Error}}, tags=["operation"])
-async def readyz(serving: State) -> Response:
+async def readyz(state: State) -> Response:
     """Return whether the server takes further requests."""
-    if serving.admission.is_full:
+    if state.admission.is_full:
         raise busy("too many texts are waiting")
     return JSONResponse({"status": "ready"})
 
@@ -205,9 +205,9 @@ async def readyz(serving: State) -> Response:
 @site.get(
     "/metrics", tags=["operation"], responses={200: {"content": {"text/plain": {}}}, 401: {"model": schemas.Error}}
 )
-async def metrics(serving: State) -> Response:
+async def metrics(state: State) -> Response:
     """Return counts for Prometheus."""
-    return Response(serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @site.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

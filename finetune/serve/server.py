@@ -27,7 +27,7 @@ from finetune.serve.app import make_app
 from finetune.serve.monitoring import log_as_json, log_event
 from finetune.serve.request_checks import Limits
 from finetune.serve.served_model import ServedModel, load_served_model
-from finetune.serve.serving import Serving
+from finetune.serve.serving_state import ServingState
 
 TOKEN_VARIABLE = "DEEPCLOZE_SERVE_TOKEN"
 
@@ -63,20 +63,20 @@ def serve_command(options: ServeOptions) -> None:
         first = in_daemon_thread(load, "load").result()
         stack.enter_context(_json_lines())
         limits = Limits(options.max_texts, options.max_request_kib * 1024, options.max_queue, options.timeout)
-        serving = Serving(first, load, limits, options.batch_delay_ms / 1000, options.batch_tokens)
+        state = ServingState(first, load, limits, options.batch_delay_ms / 1000, options.batch_tokens)
         del first  # it is freed when it is replaced
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         if token is None and not ip_address(address).is_loopback:
             log_event("any client that reaches this address may send requests: there is no token", logging.WARNING)
 
         def announce() -> None:
-            info = serving.served.info
+            info = state.served.info
             with suppress(OSError):  # a full disk; without this line the server answers all the same
                 print(f"{url}  {info.model} ({info.kind}, {info.precision})", flush=True)
             if wanted:
-                serving.reload()
+                state.reload()
 
-        run_server(make_app(serving, token, hosts), listener, options.timeout, announce, serving.reload)
+        run_server(make_app(state, token, hosts), listener, options.timeout, announce, state.reload)
 
 
 @contextmanager

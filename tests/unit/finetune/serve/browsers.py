@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from finetune.serve.app import make_app
 from finetune.serve.served_model import load_served_model
-from finetune.serve.serving import Serving
+from finetune.serve.serving_state import ServingState
 from waiting import wait_until
 
 
@@ -29,8 +29,8 @@ class PageServer:
 
     def __init__(self, folder: Path, token: str | None = None, port: int = 0, **limits: float) -> None:
         load = partial(load_served_model, folder, "fp32")
-        self.serving = Serving(load(), load, replace(LIMITS, **limits), 0.001)
-        self._app = make_app(self.serving, token)
+        self.state = ServingState(load(), load, replace(LIMITS, **limits), 0.001)
+        self._app = make_app(self.state, token)
         self._held: list[threading.Event] = []
         self.asked = 0  # requests with a body
         self.broken = False  # whether something else answers instead, such as a proxy

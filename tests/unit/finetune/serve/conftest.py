@@ -18,7 +18,7 @@ from transformers import BertForTokenClassification as TokenClassification
 
 from finetune.serve.app import make_app
 from finetune.serve.served_model import load_served_model
-from finetune.serve.serving import Serving
+from finetune.serve.serving_state import ServingState
 
 _HEADS: dict[str, tuple[type[PreTrainedModel], list[str]]] = {
     "sequence": (SequenceClassification, ["no", "yes"]),
@@ -50,9 +50,9 @@ def _servers() -> Iterator[Connect]:
             folder: Path, token: str | None = None, batch_tokens: int | None = None, **limits: float
         ) -> TestClient:
             load = partial(load_served_model, folder, "fp32")
-            serving = Serving(load(), load, replace(LIMITS, **limits), 0.001, batch_tokens)
-            client = TestClient(make_app(serving, token), raise_server_exceptions=False)
-            client.serving = serving  # type: ignore[attr-defined]
+            state = ServingState(load(), load, replace(LIMITS, **limits), 0.001, batch_tokens)
+            client = TestClient(make_app(state, token), raise_server_exceptions=False)
+            client.state = state  # type: ignore[attr-defined]
             return stack.enter_context(client)
 
         yield start

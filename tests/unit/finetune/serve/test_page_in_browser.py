@@ -182,10 +182,10 @@ def test_a_mistake_is_one_message(folders: dict[str, Path], start: Start, open_p
     page.predict()
     page.wait_for_error("the request is larger than 64 KiB")
     recovers()
-    server.serving.admission.texts += 256
+    server.state.admission.texts += 256
     page.predict()
     page.wait_for_error("256 texts are waiting already; try again")
-    server.serving.admission.texts -= 256
+    server.state.admission.texts -= 256
     recovers()
     page.run("document.querySelector('textarea').value = '\\ud800'")
     page.predict()

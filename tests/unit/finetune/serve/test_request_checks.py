@@ -299,7 +299,7 @@ def test_a_body_that_is_never_read_is_not_awaited(client: TestClient) -> None:
     async def send(event: Any) -> None:
         sent.append(event)
 
-    app = limit_size(client.app, client.serving.limits)  # type: ignore[attr-defined]
+    app = limit_size(client.app, client.state.limits)  # type: ignore[attr-defined]
     scope = {"type": "http", "path": "/v1/predict", "headers": [(b"content-length", b"1" + b"0" * 12)]}
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 413
@@ -369,7 +369,7 @@ def test_other_hosts_and_pages_of_other_sites(
     """Catches a page on the web that reads predictions, through a name that it has pointed at this machine, one that
     lets visitors compute, and requests that are rejected behind a proxy, which calls the server by its address."""
     hosts = allowed_hosts(names, "127.0.0.1")
-    app = make_app(shared_client.serving, None, hosts)  # type: ignore[attr-defined]
+    app = make_app(shared_client.state, None, hosts)  # type: ignore[attr-defined]
     answer = TestClient(app).get("/v1/model", headers=headers)
     assert answer.status_code == status, answer.text
     if status == 421:
@@ -385,7 +385,7 @@ def test_names_of_hosts_that_no_request_has(name: str) -> None:
 
 def test_probes_have_any_name(client: TestClient) -> None:
     """Catches a server that is restarted because Kubernetes asks for its health by address, or a balancer by HEAD."""
-    app = make_app(client.serving, None, allowed_hosts(["models.example"], "0.0.0.0"))  # type: ignore[attr-defined]
+    app = make_app(client.state, None, allowed_hosts(["models.example"], "0.0.0.0"))  # type: ignore[attr-defined]
     for method, path in itertools.product(("GET", "HEAD"), ("/healthz", "/readyz")):
         assert TestClient(app).request(method, path, headers={"Host": "10.0.0.7:8000"}).status_code == 200
     assert TestClient(app).get("/metrics", headers={"Host": "10.0.0.7:8000"}).status_code == 421
@@ -466,13 +466,13 @@ def test_too_many_choices(
     assert re.search(message, answer.json()["error"])
     few = {"choices": ["word2", "word3"]} if head == "choice" else {"options": [["word2", "word3"]]}
     assert client.post("/v1/predict", json={"records": [records[0] | few]}).status_code == 200
-    client.serving.admission.texts += 255  # type: ignore[attr-defined]
+    client.state.admission.texts += 255  # type: ignore[attr-defined]
     assert client.post("/v1/predict", json={"records": [records[0] | few]}).status_code == 503
 
 
 def test_a_full_queue(client: TestClient) -> None:
     """Catches a queue without limits, and one that does not become empty again."""
-    admission = client.serving.admission  # type: ignore[attr-defined]
+    admission = client.state.admission  # type: ignore[attr-defined]
     admission.texts += 250
     assert client.post("/v1/predict", json={"texts": ["a"] * 6}).status_code == 200
     answer = client.post("/v1/predict", json={"texts": ["a"] * 7})
@@ -495,7 +495,7 @@ def test_a_request_that_takes_too_long(
     resume.set()
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert "not answered within 0.2 s" in answer.json()["error"]
-    assert client.serving.admission.texts == 0  # type: ignore[attr-defined]
+    assert client.state.admission.texts == 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("path", ["predict", "embed", "fill-mask"])
@@ -513,7 +513,7 @@ def test_running_out_of_memory_is_the_servers_error(
         if computed[-1] > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    client.serving.served.loaded.model.base_model.encoder.register_forward_pre_hook(compute)  # type: ignore[attr-defined]
+    client.state.served.loaded.model.base_model.encoder.register_forward_pre_hook(compute)  # type: ignore[attr-defined]
     body = {"texts": ["word1 [MASK]"] * 8}
     answer = client.post(f"/v1/{path}", json=body)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

@@ -29,7 +29,7 @@ from finetune.serve.app import make_app
 from finetune.serve.request_checks import Limits
 from finetune.serve.served_model import ServedModel, load_served_model
 from finetune.serve.server import TOKEN_VARIABLE, read_token
-from finetune.serve.serving import Serving
+from finetune.serve.serving_state import ServingState
 from launcher.cli import main
 from waiting import LIMIT, wait_until
 
@@ -132,7 +132,7 @@ def test_a_full_disk_keeps_no_server_from_starting(tmp_path: Path, monkeypatch: 
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(server, "load_served_model", lambda *_: Served())
-    monkeypatch.setattr(server, "Serving", lambda served, *_: SimpleNamespace(served=served, reload=None))
+    monkeypatch.setattr(server, "ServingState", lambda served, *_: SimpleNamespace(served=served, reload=None))
     monkeypatch.setattr(server, "make_app", lambda *_: None)
     monkeypatch.setattr(server, "run_server", lambda app, listener, timeout, announce, reload: announce())
     monkeypatch.setattr(sys, "stdout", Full())
@@ -143,7 +143,7 @@ def test_a_reload_prints_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Catches a line in the log that is not JSON, about a download from the Hub."""
     printed = []
     monkeypatch.setattr(server, "load_served_model", lambda *_: Served())
-    monkeypatch.setattr(server, "Serving", lambda served, *_: SimpleNamespace(served=served, reload=None))
+    monkeypatch.setattr(server, "ServingState", lambda served, *_: SimpleNamespace(served=served, reload=None))
     monkeypatch.setattr(server, "make_app", lambda *_: None)
     monkeypatch.setattr(server, "run_server", lambda *_: printed.append(not is_quiet()))
     server.serve_command(ServeOptions(model=str(tmp_path), port=0))
@@ -218,10 +218,10 @@ def test_a_server_that_reloads_ends(folders: dict[str, Path]) -> None:
         downloaded.wait(LIMIT)
         return first
 
-    serving = Serving(first, load, Limits(64, 1024, 64, 60.0), 0.001)
-    with TestClient(make_app(serving, None)) as client:
+    state = ServingState(first, load, Limits(64, 1024, 64, 60.0), 0.001)
+    with TestClient(make_app(state, None)) as client:
         assert client.portal is not None
-        client.portal.call(serving.reload)
+        client.portal.call(state.reload)
         assert begun.wait(LIMIT)
     downloaded.set()
 
@@ -300,7 +300,7 @@ def test_a_closed_terminal_reloads_no_server_under_nohup(tmp_path: Path, monkeyp
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr(server, "load_served_model", hang_up)
     monkeypatch.setattr(
-        server, "Serving", lambda served, *_: SimpleNamespace(served=served, reload=lambda: reloads.append(None))
+        server, "ServingState", lambda served, *_: SimpleNamespace(served=served, reload=lambda: reloads.append(None))
     )
     monkeypatch.setattr(server, "make_app", lambda *_: None)
     monkeypatch.setattr(server, "run_server", run)
@@ -312,7 +312,7 @@ def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPat
     """Catches SIGHUP, such as from `systemctl reload`, ending a server that is still loading its model; and a replaced
     model whose memory is not freed."""
     first: list[weakref.ref[Served]] = []
-    serving = SimpleNamespace(reloads=0)
+    state = SimpleNamespace(reloads=0)
 
     def load(*_: object) -> Served:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -320,21 +320,21 @@ def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPat
         first.append(weakref.ref(served))
         return served
 
-    def make_serving(served: Served, *_: object) -> SimpleNamespace:
-        serving.served = served
-        serving.reload = lambda: setattr(serving, "reloads", serving.reloads + 1)
-        return serving
+    def make_state(served: Served, *_: object) -> SimpleNamespace:
+        state.served = served
+        state.reload = lambda: setattr(state, "reloads", state.reloads + 1)
+        return state
 
     def run(app: object, listener: object, timeout: object, announce: Callable[[], None], reload: object) -> None:
         announce()
-        serving.served = Served()
+        state.served = Served()
         wait_until(
             lambda: gc.collect() is not None and first[0]() is None
         )  # the thread that loaded may hold it a moment
 
     monkeypatch.setattr(server, "load_served_model", load)
-    monkeypatch.setattr(server, "Serving", make_serving)
+    monkeypatch.setattr(server, "ServingState", make_state)
     monkeypatch.setattr(server, "make_app", lambda *_: None)
     monkeypatch.setattr(server, "run_server", run)
     server.serve_command(ServeOptions(model=str(tmp_path), port=0))
-    assert serving.reloads == 1
+    assert state.reloads == 1

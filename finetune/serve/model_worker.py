@@ -1,14 +1,11 @@
-"""The state of a server: the model that answers, and counts and limits of requests.
+"""One model that answers requests of many clients.
 
-Texts are encoded in threads, computed in batches in one thread, and decoded. Each model has batchers of its own. A
-reload puts another `Services` in place; requests that began with the old one are answered by it.
+Texts are encoded in threads, computed in batches in one thread, and decoded.
 """
 
 import asyncio
-import gc
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -17,20 +14,14 @@ import torch
 from fastapi import HTTPException
 
 from experiment.errors import UserError, is_out_of_memory
-from experiment.process.daemon_thread import in_daemon_thread
-from experiment.process.hardware import trim_memory
 from finetune.data.records import Record
 from finetune.encoding.examples import Example, Split
 from finetune.pooling import Pooling
 from finetune.prediction.predictor import Predictor
 from finetune.serve.batching import Batcher, BatchLimits, Size
-from finetune.serve.monitoring import Metrics, log, log_event
-from finetune.serve.request_checks import Admission, Limits
+from finetune.serve.monitoring import log
+from finetune.serve.request_checks import Limits
 from finetune.serve.served_model import ServedModel
-
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-_BATCH_COST = {"cpu": 64, "cuda": 4096}  # tokens that take as long to compute as the fixed costs of a batch
-
 
 ResultT = TypeVar("ResultT")
 
@@ -43,8 +34,8 @@ def _computes(device: torch.device) -> bool:
         return is_out_of_memory(error)
 
 
-class Services:
-    """A model that answers requests of many clients. Belongs to the running event loop."""
+class ModelWorker:
+    """Encodes, computes and decodes with one model until it is replaced. Belongs to the running event loop."""
 
     def __init__(
         self,
@@ -91,8 +82,8 @@ class Services:
         self._masked = None if served.filler is None else batcher(served.filler.compute)
 
     @contextmanager
-    def used(self) -> Iterator["Services"]:
-        """Use the services for a request, which is answered before they close."""
+    def used(self) -> Iterator[Self]:
+        """Use the model for a request, which is answered before the worker closes."""
         self._users += 1
         try:
             yield self
@@ -101,7 +92,7 @@ class Services:
             self._unused.set()
 
     async def close(self) -> None:
-        """Wait for the requests that use it, then stop."""
+        """Wait for the requests that use the model, then stop."""
         while self._users:
             self._unused.clear()
             await self._unused.wait()
@@ -171,84 +162,3 @@ class Services:
             message = f"a text whose options have {most:,} tokens; at most {limit:,} are accepted"
             raise HTTPException(413, message)
         return sizes
-
-
-class Serving:
-    """Answers requests while it is entered, `async with`."""
-
-    def __init__(
-        self,
-        served: ServedModel,
-        load: Callable[[], ServedModel],
-        limits: Limits,
-        batch_delay: float,
-        batch_tokens: int | None = None,
-    ) -> None:
-        """load: loads the model again. batch_delay: seconds. batch_tokens: default: as the device needs."""
-        self._first: ServedModel | None = served
-        self._load = load
-        self._delay, self._batch_tokens = batch_delay, batch_tokens
-        self._thread = ThreadPoolExecutor(1, "model")
-        self._wanted = asyncio.Event()
-        self.limits = limits
-        self.admission = Admission(limits)
-        self.metrics = Metrics(self.admission)
-
-    async def __aenter__(self) -> Self:
-        assert self._first is not None, "entered twice"
-        self._services, self._first = self._serve(self._first), None
-        self._reloading = asyncio.create_task(self._reload_when_wanted())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._reloading.cancel()
-        await self._services.close()
-        self._thread.shutdown()
-
-    @property
-    def served(self) -> ServedModel:
-        return self._services.served
-
-    @property
-    def device_failed(self) -> bool:
-        return self._services.device_failed
-
-    @contextmanager
-    def answering(self, texts: int, options: int = 0) -> Iterator[Services]:
-        """Admit a request. options: of all texts, for masks or as choices. Raises HTTPException for too many."""
-        with self.admission.admit(texts, options), self._services.used() as services:
-            yield services
-
-    def reload(self) -> None:
-        """Reload the model in the background. Requests are answered by the old one until then."""
-        self._wanted.set()
-
-    async def _reload_when_wanted(self) -> None:
-        while True:
-            await self._wanted.wait()
-            self._wanted.clear()
-            try:
-                served = await asyncio.wrap_future(in_daemon_thread(self._load, "load"))
-            except UserError as error:
-                log_event("the model was not reloaded: the old one stays", logging.ERROR, reason=str(error))
-            except Exception:
-                log.exception("the model was not reloaded: the old one stays")
-            else:
-                await self._replace(served)
-                self.metrics.observe_reload(succeeded=True)
-                continue
-            self.metrics.observe_reload(succeeded=False)
-
-    async def _replace(self, served: ServedModel) -> None:
-        old, self._services = self._services, self._serve(served)
-        log_event("the model was reloaded", **served.info.model_dump(include={"model", "kind", "precision"}))
-        await old.close()
-        del old
-        gc.collect()
-        trim_memory()  # of the old one
-
-    def _serve(self, served: ServedModel) -> Services:
-        device = served.loaded.device.torch_device.type
-        tokens = self._batch_tokens or _BATCH_TOKENS[device]
-        batch_limits = BatchLimits(tokens, self._delay, _BATCH_COST[device])
-        return Services(served, self.limits, batch_limits, self._thread, self.metrics.observe_batch)
