@@ -115,11 +115,11 @@ async def predict(asked: schemas.PredictRequest, state: State, request: Request)
     """Predict for texts, pairs of texts, or records."""
     texts = request.state.texts = len(asked.texts or asked.pairs or asked.records)
     state.admission.check(texts)
-    records = _requested_records(asked, state.served)
-    options = sum(_predicting(state.served).kind.count_options(record) for record in records)
+    predictor = _predicting(state.served)
+    records = _requested_records(asked, predictor, state.served.info)
+    options = sum(predictor.kind.count_options(record) for record in records)
     with state.answering(texts, options) as worker:
-        found = await worker.predict(_predicting(worker.served), records, asked.calibrated)
-        return await _render("predictions", found)
+        return await _render("predictions", await worker.predict(predictor, records, asked.calibrated))
 
 
 @api.post("/fill-mask", response_model=schemas.FillMaskResponse)
@@ -172,7 +172,7 @@ async def model_prediction(state: State, request: Request) -> Response:
     request.state.texts = 1
     with state.answering(1) as worker:
         texts = [asked.sentence1, *([asked.sentence2] if asked.sentence2 else [])]
-        (found,) = await worker.predict(_predicting(worker.served), _text_records([texts], worker.served))
+        (found,) = await worker.predict(_predicting(worker.served), _text_records([texts], worker.served.info))
         if "label" not in found:
             raise HTTPException(404, f"a model of kind {worker.served.info.kind} predicts no label; use /v1/predict")
         return JSONResponse([found["label"], found["probabilities"][found["label"]]])
@@ -258,29 +258,27 @@ def _parse_form(body: bytes) -> dict[str, str]:
         raise HTTPException(400, "the form is not UTF-8") from error
 
 
-def _requested_records(asked: schemas.PredictRequest, served: ServedModel) -> list[Record]:
-    """Read the records. Raises UserError for input that the model rejects, HTTPException if it does not predict."""
-    predictor = _predicting(served)
+def _requested_records(asked: schemas.PredictRequest, predictor: Predictor, info: schemas.ModelInfo) -> list[Record]:
+    """Read the records. Raises UserError for input that the model rejects."""
     if asked.records:
         return [predictor.record(f"records[{index}]", values) for index, values in enumerate(asked.records)]
     rows = [[text] for text in asked.texts] or asked.pairs
-    return _text_records(rows, served) if rows else []
+    return _text_records(rows, info) if rows else []
 
 
 def _predicting(served: ServedModel) -> Predictor:
+    """Return the predictor. Raises HTTPException if the model does not predict."""
     if served.predictor is None:
         raise HTTPException(404, "a masked language model predicts no labels; use POST /v1/fill-mask")
     return served.predictor
 
 
-def _text_records(rows: Sequence[Sequence[str]], served: ServedModel) -> list[Record]:
+def _text_records(rows: Sequence[Sequence[str]], info: schemas.ModelInfo) -> list[Record]:
     """Return the records of single texts or of pairs. Raises UserError for input that the model does not accept."""
-    _predicting(served)
     asked, name = ("texts", "text") if len(rows[0]) == 1 else ("pairs", "pair")
-    if asked not in served.info.accepts:
+    if asked not in info.accepts:
         raise UserError(
-            f"{asked}: the model, of kind {served.info.kind}, accepts {' and '.join(served.info.accepts)}; see GET "
-            "/v1/model"
+            f"{asked}: the model, of kind {info.kind}, accepts {' and '.join(info.accepts)}; see GET /v1/model"
         )
     roles = ("text", "text_pair")
     return [Record(f"{name} {index}", dict(zip(roles, row, strict=False))) for index, row in enumerate(rows)]
