@@ -26,17 +26,18 @@ from finetune.data.records import Record
 from finetune.prediction.loaded_model import NotFiniteError
 from finetune.prediction.predictor import Predictor
 from finetune.serve import schemas
-from finetune.serve.monitoring import log, observe
-from finetune.serve.request_checks import (
+from finetune.serve.admission import busy
+from finetune.serve.middleware import (
     FORM,
-    busy,
     error_response,
     limit_size,
     limit_time,
+    observe,
     read_as_json,
     require_host,
     require_token,
 )
+from finetune.serve.monitoring import log
 from finetune.serve.served_model import ServedModel
 from finetune.serve.serving_state import ServingState
 

@@ -18,9 +18,9 @@ from finetune.data.records import Record
 from finetune.encoding.examples import Example, Split
 from finetune.pooling import Pooling
 from finetune.prediction.predictor import Predictor
+from finetune.serve.admission import Limits
 from finetune.serve.batching import Batcher, BatchLimits, Size
 from finetune.serve.monitoring import log
-from finetune.serve.request_checks import Limits
 from finetune.serve.served_model import ServedModel
 
 ResultT = TypeVar("ResultT")

@@ -4,9 +4,7 @@ them. docs/serving.md describes both.
 
 import json
 import logging
-import time
 import traceback
-from collections.abc import Collection
 from datetime import UTC, datetime
 
 from prometheus_client import (
@@ -19,17 +17,15 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finetune.serve.admission import Admission
 from finetune.serve.batching import Size
-from finetune.serve.request_checks import Admission
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 log = logging.getLogger("finetune.serve")
 
-_GONE = 499  # as nginx logs it: the client has gone before its answer
 _FIELDS = "fields"  # of a record, to write with its message
 
 
@@ -98,29 +94,3 @@ def log_as_json() -> logging.Handler:
 
 def log_event(message: str, level: int = logging.INFO, **fields: object) -> None:
     log.log(level, message, extra={_FIELDS: fields})
-
-
-def observe(app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> ASGIApp:
-    """Log and count each request, and log the errors of the application. paths: those of its routes."""
-
-    async def observed(scope: Scope, receive: Receive, send: Send) -> None:
-        start, status = time.perf_counter(), _GONE
-
-        async def note_status(event: Message) -> None:
-            nonlocal status
-            status = event.get("status", status)
-            await send(event)
-
-        try:
-            await app(scope, receive, note_status)
-        except Exception:  # it was answered with 500
-            log.exception("an error in the server")
-        finally:
-            seconds = time.perf_counter() - start
-            path = scope["path"] if scope["path"] in paths else "unknown"
-            texts = scope.get("state", {}).get("texts", 0)
-            metrics.observe_request(path, status, seconds, texts)
-            figures = {"status": status, "ms": round(1000 * seconds, 1), "texts": texts}
-            log_event("request", method=scope["method"], path=path, **figures)
-
-    return observed

@@ -23,9 +23,9 @@ from experiment.process.daemon_thread import in_daemon_thread
 from experiment.process.hardware import prepare_process
 from experiment.progress import quiet, terminal
 from finetune.options import ServeOptions
+from finetune.serve.admission import Limits
 from finetune.serve.app import make_app
 from finetune.serve.monitoring import log_as_json, log_event
-from finetune.serve.request_checks import Limits
 from finetune.serve.served_model import ServedModel, load_served_model
 from finetune.serve.serving_state import ServingState
 

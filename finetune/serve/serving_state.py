@@ -14,10 +14,10 @@ from typing import Self
 from experiment.errors import UserError
 from experiment.process.daemon_thread import in_daemon_thread
 from experiment.process.hardware import trim_memory
+from finetune.serve.admission import Admission, Limits
 from finetune.serve.batching import BatchLimits
 from finetune.serve.model_worker import ModelWorker
 from finetune.serve.monitoring import Metrics, log, log_event
-from finetune.serve.request_checks import Admission, Limits
 from finetune.serve.served_model import ServedModel
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}

@@ -25,8 +25,8 @@ from finetune.kinds import cloze, embedding
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.serve.app import make_app
+from finetune.serve.middleware import limit_size
 from finetune.serve.monitoring import JsonFormatter, log_as_json
-from finetune.serve.request_checks import limit_size
 from finetune.serve.schemas import FillMaskRequest, PredictRequest
 
 JSON = {"Content-Type": "application/json"}

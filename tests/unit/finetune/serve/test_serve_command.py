@@ -25,8 +25,8 @@ from uvicorn.server import ServerState
 from experiment.errors import UserError, is_quiet
 from finetune.options import ServeOptions
 from finetune.serve import server
+from finetune.serve.admission import Limits
 from finetune.serve.app import make_app
-from finetune.serve.request_checks import Limits
 from finetune.serve.served_model import ServedModel, load_served_model
 from finetune.serve.server import TOKEN_VARIABLE, read_token
 from finetune.serve.serving_state import ServingState

@@ -1,13 +1,13 @@
-"""Checks of the requests to a server: by size, time, host, origin, token and number of texts.
+"""Middleware of a server: logs, and checks of requests by time, size, host, origin and token.
 
-All but the last wrap an ASGI application for HTTP requests, see https://asgi.readthedocs.io.
+Each function wraps an ASGI application for HTTP requests, see https://asgi.readthedocs.io.
 """
 
 import asyncio
 import hmac
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Collection
+from contextlib import suppress
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -15,26 +15,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from experiment.local_server import LOCAL_HOSTS, host_name
+from finetune.serve.admission import RETRY_SECONDS, Limits
+from finetune.serve.monitoring import Metrics, log, log_event
 
 _OPEN = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")  # pages without data, and probes
 FORM = "application/x-www-form-urlencoded"
-_CANDIDATES_PER_TEXT = 100  # on average, of as many texts as a request may have
-_RETRY_SECONDS = "1"
 _LONGEST_MESSAGE = 500  # characters
 _DISCARDED_BYTES = 64 * 2**20  # of a request that is too large, at most
 _DISCARD_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of a request, and of all requests together."""
-
-    max_texts: int  # of one request
-    max_bytes: int  # of one request
-    max_queue: int  # texts of all requests that are being answered
-    timeout: float  # seconds, from the headers of a request to the end of its answer
-    max_item_tokens: int = 32768  # of a text, with all its options
-    max_option_tokens: int = 8 * 32768  # of the options of all texts of one request
+_GONE = 499  # as nginx logs it: the client has gone before its answer
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -45,49 +34,30 @@ def error_response(status: int, message: str, headers: dict[str, str] | None = N
     return JSONResponse({"error": line}, status, headers)
 
 
-def busy(message: str) -> HTTPException:
-    return HTTPException(503, message, {"Retry-After": _RETRY_SECONDS})
+def observe(app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> ASGIApp:
+    """Log and count each request, and log the errors of the application. paths: those of its routes."""
 
+    async def observed(scope: Scope, receive: Receive, send: Send) -> None:
+        start, status = time.perf_counter(), _GONE
 
-class Admission:
-    """Counts the texts that are being answered."""
+        async def note_status(event: Message) -> None:
+            nonlocal status
+            status = event.get("status", status)
+            await send(event)
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self.texts = 0
-
-    @property
-    def is_full(self) -> bool:
-        return self.texts >= self._limits.max_queue
-
-    def check_candidates(self, count: int) -> None:
-        """Raise HTTPException for too many candidates for the masks of one request: memory grows with them."""
-        most = self._limits.max_texts * _CANDIDATES_PER_TEXT
-        if count > most:
-            raise HTTPException(413, f"{count:,} candidates for all masks; at most {most:,} are accepted")
-
-    def check(self, texts: int, options: int = 0) -> None:
-        """Check the sizes of a request. Raises HTTPException for too many texts or options."""
-        for name, count in (("texts", texts), ("options", options)):
-            if count > self._limits.max_texts:
-                most = f"at most {self._limits.max_texts:,} are accepted"
-                raise HTTPException(413, f"{count:,} {name} in one request; {most}")
-
-    @contextmanager
-    def admit(self, texts: int, options: int) -> Iterator[None]:
-        """Admit a request. options: of all texts, for masks or as choices; they count as texts.
-
-        Raises HTTPException like `check`, and 503 if too many wait already.
-        """
-        self.check(texts, options)
-        texts = max(texts, options)
-        if self.texts and self.texts + texts > self._limits.max_queue:
-            raise busy(f"{self.texts:,} texts are waiting already; try again")
-        self.texts += texts
         try:
-            yield
+            await app(scope, receive, note_status)
+        except Exception:  # it was answered with 500
+            log.exception("an error in the server")
         finally:
-            self.texts -= texts
+            seconds = time.perf_counter() - start
+            path = scope["path"] if scope["path"] in paths else "unknown"
+            texts = scope.get("state", {}).get("texts", 0)
+            metrics.observe_request(path, status, seconds, texts)
+            figures = {"status": status, "ms": round(1000 * seconds, 1), "texts": texts}
+            log_event("request", method=scope["method"], path=path, **figures)
+
+    return observed
 
 
 def require_host(app: ASGIApp, hosts: frozenset[str] | None, only_own_pages: bool) -> ASGIApp:
@@ -246,5 +216,5 @@ def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
 
 def _timeout_response(arrived: bool, seconds: float) -> JSONResponse:
     if arrived:
-        return error_response(503, f"not answered within {seconds:g} s; try again", {"Retry-After": _RETRY_SECONDS})
+        return error_response(503, f"not answered within {seconds:g} s; try again", {"Retry-After": RETRY_SECONDS})
     return error_response(408, f"the request did not arrive within {seconds:g} s", {"Connection": "close"})
