@@ -122,8 +122,8 @@ def read_table(
     return _check_targets(path, records, columns.cell_types(), targets_required, "-1" in known)
 
 
-def find_labels(table: Table, columns: Columns) -> set[str]:
-    """Return the labels of a table. A number to predict is none: -1 is one of many, and in all rows it means none."""
+def target_texts(table: Table, columns: Columns) -> set[str]:
+    """Return the targets that are text. A number to predict is none: -1 is one of many, and in all rows means none."""
     targets = [role for role, cell_type in columns.cell_types().items() if cell_type.target]
     values = (record.values.get(role) for record in table.records for role in targets)
     return {value for value in values if isinstance(value, str)}

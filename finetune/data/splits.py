@@ -10,7 +10,7 @@ import numpy as np
 from experiment.errors import UserError
 from experiment.formatting import counted
 from finetune.data.columns import CONTEXT, Columns
-from finetune.data.records import Record, Table, TurnJoiner, find_labels, read_table
+from finetune.data.records import Record, Table, TurnJoiner, read_table, target_texts
 from finetune.data.task_config import TaskConfig
 
 
@@ -29,7 +29,7 @@ def read_splits(config: TaskConfig, joiner: TurnJoiner | None, fit_on: str = "tr
             required = split in ("train", "validation")
             tables[split] = read_table(Path(path), config.columns, config.file_format(), required, joiner, known)
             if split == "train":
-                known |= find_labels(tables[split], config.columns)
+                known |= target_texts(tables[split], config.columns)
     if fit_on == "train+validation" and "train" in tables:
         if validation := tables.pop("validation", None):
             tables["train"] = _joined(tables["train"], validation, config.columns)
