@@ -36,7 +36,7 @@ _ACCEPTABLE = 0.01  # share of sequences that may be cut without a suggestion
 def data_warnings(tables: Mapping[str, Table], kind: TaskKind[Any]) -> list[str]:
     """Return a line for each oddity of the splits, with examples."""
     columns = kind.config.columns
-    targets = [role for role, cell_type in columns.cell_types().items() if not cell_type.is_input]
+    targets = [role for role, cell_type in columns.cell_types().items() if not cell_type.read_by_model]
     texts = columns.roles(TEXT, CONTEXT)
     lines = [
         f"{split}: {counted(empty, 'row')} with an empty text"

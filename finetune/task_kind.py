@@ -196,7 +196,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         """Yield the texts of a record that pretraining text must not have, if it is evaluated on: all that the model
         reads."""
         for role, cell_type in self.config.columns.cell_types().items():
-            if cell_type.is_input and role in record.values:
+            if cell_type.read_by_model and role in record.values:
                 value = record.values[role]
                 yield from [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value
 
@@ -269,8 +269,7 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
         """Return whether a model predicts the same for all records although their targets differ, see `is_constant`."""
-        roles = [role for role, cell_type in self.config.columns.cell_types().items() if cell_type.target]
-        targets = [record.values[role] for record in records for role in roles]
+        targets = [record.values[role] for role in self.config.columns.target_roles() for record in records]
         return is_constant([prediction[self.answer] for prediction in predictions], targets)
 
     def intervals(

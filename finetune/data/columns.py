@@ -41,7 +41,7 @@ class CellType:
     """Whether a value stands for no target, as an empty cell does, if all rows of a test split have such a value."""
 
     @property
-    def is_input(self) -> bool:
+    def read_by_model(self) -> bool:
         return not self.target or self.encoded
 
 
@@ -320,10 +320,13 @@ class Columns(Section):
         """Return the roles of those given columns that have one of these types."""
         return [role for role, found in self.cell_types().items() if found in cell_types]
 
+    def target_roles(self) -> list[str]:
+        """Return the roles of those given columns that are to be predicted."""
+        return [role for role, cell_type in self.cell_types().items() if cell_type.target]
+
     def without_targets(self) -> Self:
         """Return only the columns that a prediction needs."""
-        targets = [role for role, cell_type in self.cell_types().items() if cell_type.target]
-        return self.model_copy(update=dict.fromkeys(targets))
+        return self.model_copy(update=dict.fromkeys(self.target_roles()))
 
 
 class TextColumns(Columns):

@@ -124,8 +124,7 @@ def read_table(
 
 def target_texts(table: Table, columns: Columns) -> set[str]:
     """Return the targets that are text. A number to predict is none: -1 is one of many, and in all rows means none."""
-    targets = [role for role, cell_type in columns.cell_types().items() if cell_type.target]
-    values = (record.values.get(role) for record in table.records for role in targets)
+    values = (record.values.get(role) for role in columns.target_roles() for record in table.records)
     return {value for value in values if isinstance(value, str)}
 
 

@@ -91,7 +91,7 @@ def related_records(records: Sequence[Record], columns: Columns) -> list[list[in
 
 def _too_small(table: Table, columns: Columns, units: int, once: int) -> UserError:
     """Return the error. once: how many units have a label that occurs once."""
-    named = " and ".join(f"task.columns.{role}" for role, cell_type in columns.cell_types().items() if cell_type.target)
+    named = " and ".join(f"task.columns.{role}" for role in columns.target_roles())
     if once > max(1, len(table) / 2):
         advice = f"{once:,} of its {len(table):,} rows have a label that no other row has: is {named} the column of the"
         return UserError(f"{table.path}: no validation split can be taken from it: {advice} labels?")
