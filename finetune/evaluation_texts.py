@@ -7,7 +7,8 @@ from experiment.config import load_config
 from experiment.decontamination import EvaluationText, decontamination_of, texts_digests
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
-from finetune.data.records import Table, TurnJoiner, read_table
+from finetune.data.dialogue import TurnJoiner
+from finetune.data.records import Table, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.task_kind import find_kind
 

@@ -1,4 +1,4 @@
-"""Read the rows of a split, and their cells as the columns of the task declare. Turns of a dialogue are joined."""
+"""Read the rows of a split, and their cells as the columns of the task declare."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,8 +20,8 @@ from experiment.errors import UserError, warn_once
 from experiment.files import json_digest
 from experiment.formatting import counted
 from finetune.data.columns import LABEL, WORDS, CellType, Columns
+from finetune.data.dialogue import TurnJoiner
 from finetune.data.formats import FileFormat, Row, conll_advice, read_rows, separator
-from finetune.data.task_config import DialogueContext
 
 _MANY_ROWS = 20  # of which nearly all have one word: a line per word
 _MAX_DASHES = 0.1  # share of the rows of a training split that have no label
@@ -52,47 +52,6 @@ class Table:
     def digest(self) -> str:
         """A checksum of all values, which tells whether two tables are the same data."""
         return json_digest([record.values for record in self.records])
-
-
-@dataclass(frozen=True)
-class TurnJoiner:
-    """Finds the dialogue of each text, and puts the previous turns before the text.
-
-    Without a separator of turns, `text` stays as it is, and `previous` has the turns that are columns.
-    """
-
-    context: DialogueContext
-    separator: str | None
-
-    def join(self, rows: Sequence[Row], records: Sequence[Record], section: str) -> Iterator[Record]:
-        """section: see `read_records`."""
-        key = f"{section}dialogue"
-        turns = [record.values for record in _records(rows, self.context, True, key)]
-        self._check_order(records, turns, key)
-        if self.separator is None:
-            changes = [{"previous": turn.get("previous", [])} for turn in turns]
-        else:
-            texts = join_turns([record.values["text"] for record in records], turns, self.context, self.separator)
-            changes = [{"text": text} for text in texts]
-        for record, turn, changed in zip(records, turns, changes, strict=True):
-            yield replace(record, values={**record.values, **changed}, group=turn.get("group"))
-
-    def _check_order(self, records: Sequence[Record], turns: Sequence[Mapping[str, Any]], key: str) -> None:
-        """Raise UserError for a turn of a dialogue without a number, and if a dialogue has two turns of the same
-        number: they are two dialogues."""
-        places: dict[tuple[str, float], str] = {}
-        for record, turn in zip(records, turns, strict=True):
-            if turn.get("group") is None or "order" not in turn:
-                continue
-            if turn["order"] is None:
-                raise unexpected_cell(record.place, str(self.context.order), turn["order"], "a number")
-            earlier = places.setdefault((turn["group"], turn["order"]), record.place)
-            if earlier != record.place:
-                raise UserError(
-                    f"{record.place}: dialogue {turn['group']} has turn {turn['order']:.15g} twice, see {earlier}; if "
-                    "dialogues are numbered anew in each part of the data, name all columns that identify one in "
-                    f"{key}.group, such as [Episode_ID, Scene_ID]"
-                )
 
 
 def read_table(
@@ -224,7 +183,15 @@ def read_records(
     if joiner is None:
         return _records(rows, columns, targets_required, key)
     rows = list(rows)
-    return joiner.join(rows, list(_records(rows, columns, targets_required, key)), section)
+    records = list(_records(rows, columns, targets_required, key))
+    turns = list(_records(rows, joiner.context, True, f"{section}dialogue"))
+    values = [turn.values for turn in turns]
+    joiner.check_order([turn.place for turn in turns], values, f"{section}dialogue")
+    changes = joiner.join([record.values["text"] for record in records], values)
+    return (
+        replace(record, values={**record.values, **changed}, group=turn.get("group"))
+        for record, turn, changed in zip(records, values, changes, strict=True)
+    )
 
 
 def _records(rows: Iterable[Row], columns: Columns, targets_required: bool, key: str) -> Iterator[Record]:
@@ -300,31 +267,3 @@ def read_value(cell: object, cell_type: CellType, place: str, column: str) -> An
     if not is_unicode(value):
         raise UserError(f"{place}: expected Unicode text in '{column}', found half of a surrogate pair")
     return value
-
-
-def join_turns(
-    texts: Sequence[str], turns: Sequence[Mapping[str, Any]], context: DialogueContext, separator: str
-) -> list[str]:
-    """Join each text with the turns before it. turns: the values of the columns of `context`, in text order."""
-    spoken = [
-        f"{turn['speaker']}: {text}" if turn.get("speaker") else text for text, turn in zip(texts, turns, strict=True)
-    ]
-    if context.previous is not None:
-        before = [[text for text in turn["previous"] if text.strip()] for turn in turns]
-    else:
-        before = [[spoken[index] for index in indices] for indices in _previous(turns, context.turns)]
-    return [f" {separator} ".join([*previous, text]) for previous, text in zip(before, spoken, strict=True)]
-
-
-def _previous(turns: Sequence[Mapping[str, Any]], count: int) -> list[list[int]]:
-    """Return the turns before each turn in its group. A turn without a group has none."""
-    groups: dict[str, list[int]] = {}
-    for index, turn in enumerate(turns):
-        if turn["group"] is not None:
-            groups.setdefault(turn["group"], []).append(index)
-    found: list[list[int]] = [[] for _ in turns]
-    for indices in groups.values():
-        in_order = sorted(indices, key=lambda index: turns[index].get("order", index))
-        for place, index in enumerate(in_order):
-            found[index] = in_order[max(0, place - count) : place]
-    return found

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from experiment.config import Section
 from experiment.config.field_types import PathText, Seed, Separator
@@ -14,7 +14,8 @@ from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum, json_digest
 from experiment.hub_data import PREFIX, HubData
-from finetune.data.columns import LABEL, Columns, GroupColumn, IdColumn, Name, OrderColumn, TextsColumn
+from finetune.data.columns import LABEL, Columns, Name
+from finetune.data.dialogue import DialogueContext
 from finetune.data.formats import FileFormat, visible_files
 
 
@@ -27,34 +28,6 @@ def _check_split_name(name: str) -> str:
 
 
 SplitName = Annotated[str, AfterValidator(_check_split_name)]
-
-
-class DialogueContext(Columns):
-    """Previous turns of a dialogue: the rows with the same `group`, or the texts in the columns `previous`."""
-
-    group: GroupColumn | None = None
-    """Column that says which dialogue a row belongs to. Several, if dialogues are numbered anew in each episode:
-    `[Episode_ID, Scene_ID]`."""
-
-    order: OrderColumn | None = None
-    """Column with the number of the turn in its dialogue; default: the order of the rows."""
-
-    turns: PositiveInt = 3
-    """Number of previous rows to put before a text, with `group`."""
-
-    previous: TextsColumn | None = None
-    """Columns with the previous turns, the oldest first, in place of `group`. Empty ones are skipped."""
-
-    speaker: IdColumn | None = None
-    """Column with the speaker, whose name is put before each turn; not before the turns in `previous`."""
-
-    @model_validator(mode="after")
-    def _turns_are_found_in_one_way(self) -> Self:
-        if (self.group is None) == (self.previous is None):
-            raise ValueError("expected either 'group' or 'previous'")
-        if self.order is not None and self.group is None:
-            raise ValueError("order: needs 'group'")
-        return self
 
 
 class TaskConfig(Section):

@@ -14,7 +14,7 @@ from torch import Tensor
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_any_tokenizer
 from experiment.unspaced_scripts import UNSPACED, WIDE
-from finetune.data.records import TurnJoiner
+from finetune.data.dialogue import TurnJoiner
 from finetune.data.task_config import TaskConfig
 
 if TYPE_CHECKING:

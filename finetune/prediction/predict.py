@@ -20,8 +20,9 @@ from experiment.hub_data import PREFIX
 from experiment.models.model_names import local_model
 from experiment.process.hardware import prepare_process
 from experiment.progress import progress, terminal
+from finetune.data.dialogue import TurnJoiner
 from finetune.data.formats import FileFormat, read_rows, separator
-from finetune.data.records import Record, TurnJoiner, read_records
+from finetune.data.records import Record, read_records
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import turn_joiner
 from finetune.options import PredictOptions

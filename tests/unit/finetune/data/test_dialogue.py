@@ -6,10 +6,11 @@ import pytest
 from experiment.config import build_config
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
+from finetune.data.dialogue import DialogueContext, TurnJoiner
 from finetune.data.formats import FileFormat, read_rows
-from finetune.data.records import TurnJoiner, join_turns, read_records, read_table
+from finetune.data.records import read_records, read_table
 from finetune.data.splits import split_off
-from finetune.data.task_config import DialogueContext, TaskConfig
+from finetune.data.task_config import TaskConfig
 from finetune.kinds.classification import ClassificationColumns
 
 COLUMNS = ClassificationColumns(text="said")
@@ -147,4 +148,4 @@ def test_previous_turns_need_no_group() -> None:
     """Catches a separator without spaces, which some tokenizers would read as part of a word."""
     turns = [{"previous": ["a", "b"], "speaker": "Ann"}]
     context = DialogueContext(previous=("x", "y"), speaker="s")
-    assert join_turns(["c"], turns, context, "</s>") == ["a </s> b </s> Ann: c"]
+    assert TurnJoiner(context, "</s>").join(["c"], turns) == [{"text": "a </s> b </s> Ann: c"}]
