@@ -101,18 +101,18 @@ class Kind(TaskKind[Config]):
         return {"label": max(by_label, key=by_label.__getitem__), "probabilities": by_label}
 
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
-        gold, predicted = self.label_pairs(records, predictions)
-        return lambda rows: classification_scores(gold[rows], predicted[rows])
+        targets, predicted = self.label_pairs(records, predictions)
+        return lambda rows: classification_scores(targets[rows], predicted[rows])
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
-        gold, _ = self.label_pairs(records, predictions)
-        return Classified(gold, pad_probabilities(predictions))
+        targets, _ = self.label_pairs(records, predictions)
+        return Classified(targets, pad_probabilities(predictions))
 
     def label_pairs(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        gold = np.array([self.label_ids[record.values["label"]] for record in records])
-        return gold, np.array([self.label_ids[prediction["label"]] for prediction in predictions])
+        targets = np.array([self.label_ids[record.values["label"]] for record in records])
+        return targets, np.array([self.label_ids[prediction["label"]] for prediction in predictions])
 
 
 def weighted_cross_entropy(outputs: Tensor, targets: Tensor, options: LossOptions) -> Tensor:

@@ -266,10 +266,10 @@ class Kind(TaskKind[Config]):
         assert batch.targets is not None
         sizes = [len(example.sequences) for example in batch.examples]
         if self.config.scoring == "binary":
-            right = torch.zeros(len(outputs), dtype=torch.long, device=outputs.device)
+            is_correct = torch.zeros(len(outputs), dtype=torch.long, device=outputs.device)
             first = torch.tensor([0, *sizes[:-1]], device=outputs.device).cumsum(0)
-            right[first + batch.targets] = 1
-            return Loss.of(F.cross_entropy(outputs.float(), right, reduction="sum"), len(outputs))
+            is_correct[first + batch.targets] = 1
+            return Loss.of(F.cross_entropy(outputs.float(), is_correct, reduction="sum"), len(outputs))
         groups = zip(torch.split(outputs.float(), sizes), batch.examples, strict=True)
         return choice_loss([self._option_scores(rows, example.details) for rows, example in groups], batch.targets)
 
@@ -298,28 +298,29 @@ class Kind(TaskKind[Config]):
         return outputs.sum(0)[: len(blank.lengths)] / torch.tensor(blank.lengths, device=outputs.device)
 
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
-        counts = np.array([(sum(right), len(right)) for right in _right(records, predictions)])
+        counts = np.array([(sum(row), len(row)) for row in _is_correct(records, predictions)])
 
         def score(rows: NDArray[np.int64]) -> dict[str, float]:
-            right, blanks = counts[rows].sum(axis=0)
-            return {"accuracy": float(right / blanks)}
+            correct, blanks = counts[rows].sum(axis=0)
+            return {"accuracy": float(correct / blanks)}
 
         return score
 
     def intervals(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, Interval]:
         """Return intervals for a new sample of articles: the blanks of one are not independent."""
-        right = _right(records, predictions)
-        articles = [number for number, found in enumerate(right) for _ in found]
-        return {"accuracy": accuracy_interval([each for found in right for each in found], articles)}
+        is_correct = _is_correct(records, predictions)
+        articles = [number for number, found in enumerate(is_correct) for _ in found]
+        return {"accuracy": accuracy_interval([each for found in is_correct for each in found], articles)}
 
     def breakdowns(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> dict[str, list[dict[str, Any]]]:
         """Return accuracy by article, and by the position of a blank in its article."""
-        right = _right(records, predictions)
-        positions = [[found[place] for found in right if len(found) > place] for place in range(max(map(len, right)))]
+        is_correct = _is_correct(records, predictions)
+        most = max(map(len, is_correct))
+        positions = [[found[place] for found in is_correct if len(found) > place] for place in range(most)]
         return {
-            "accuracy_by_article": [_accuracy_row("row", number, found) for number, found in enumerate(right, 1)],
+            "accuracy_by_article": [_accuracy_row("row", number, found) for number, found in enumerate(is_correct, 1)],
             "accuracy_by_blank": [_accuracy_row("blank", number, found) for number, found in enumerate(positions, 1)],
         }
 
@@ -329,9 +330,9 @@ class Kind(TaskKind[Config]):
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
         """Return labels and probabilities of each blank."""
-        gold = [answer for record in records for answer in self._parse(record)[2] or []]
+        targets = [answer for record in records for answer in self._parse(record)[2] or []]
         blanks = [{"probabilities": row} for prediction in predictions for row in prediction["probabilities"]]
-        return Classified(np.array(gold), pad_probabilities(blanks))
+        return Classified(np.array(targets), pad_probabilities(blanks))
 
     def calibrate(self, prediction: Prediction, temperature: float) -> Prediction:
         scaled = [scale(np.array(row), temperature).tolist() for row in prediction["probabilities"]]
@@ -420,18 +421,18 @@ def masked_logits(
     return (logits[:, 0] if selected else logits[rows, columns]).float()
 
 
-def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[list[bool]]:
-    """Return whether each blank of each article is right."""
+def _is_correct(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[list[bool]]:
+    """Return whether each blank of each article is filled correctly."""
     return [
-        [right == found for right, found in zip(record.values["answers"], prediction["answers"], strict=True)]
+        [target == found for target, found in zip(record.values["answers"], prediction["answers"], strict=True)]
         for record, prediction in zip(records, predictions, strict=True)
     ]
 
 
-def _accuracy_row(name: str, number: int, right: Sequence[bool]) -> dict[str, Any]:
-    accuracy = float(np.mean(right))
-    low, high = wilson_interval(accuracy, len(right))
-    return {name: number, "blanks": len(right), "accuracy": accuracy, "low": low, "high": high}
+def _accuracy_row(name: str, number: int, is_correct: Sequence[bool]) -> dict[str, Any]:
+    accuracy = float(np.mean(is_correct))
+    low, high = wilson_interval(accuracy, len(is_correct))
+    return {name: number, "blanks": len(is_correct), "accuracy": accuracy, "low": low, "high": high}
 
 
 def _surroundings(

@@ -169,14 +169,14 @@ class Kind(TaskKind[Config]):
         """Return F1 of each label's yes or no: over all decisions (micro), or the mean over the labels, equal or
         weighted by frequency; 0 for a label that neither occurs nor is predicted. accuracy: rows with exactly the right
         labels."""
-        gold, predicted = self._gold(records) > 0, self._predicted(predictions) > 0
-        both, exact = gold & predicted, (gold == predicted).all(axis=1)
+        targets, predicted = self._targets(records) > 0, self._predicted(predictions) > 0
+        both, exact = targets & predicted, (targets == predicted).all(axis=1)
 
         def score(rows: NDArray[np.int64]) -> dict[str, float]:
-            right, support, found = (each[rows].sum(axis=0) for each in (both, gold, predicted))
-            f1 = f1_of_counts(right, support, found)
+            correct, support, found = (each[rows].sum(axis=0) for each in (both, targets, predicted))
+            f1 = f1_of_counts(correct, support, found)
             return {
-                "micro_f1": float(f1_of_counts(right.sum(), support.sum(), found.sum())),
+                "micro_f1": float(f1_of_counts(correct.sum(), support.sum(), found.sum())),
                 "macro_f1": float(f1.mean()),
                 "weighted_f1": float(f1 @ support / max(support.sum(), 1)),
                 "accuracy": float(exact[rows].mean()),
@@ -190,17 +190,19 @@ class Kind(TaskKind[Config]):
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
         """Classify each label of each record as no or yes."""
-        return Classified(self._gold(records).astype(int).ravel(), _no_and_yes(pad_probabilities(predictions).ravel()))
+        targets = self._targets(records).astype(int).ravel()
+        return Classified(targets, _no_and_yes(pad_probabilities(predictions).ravel()))
 
     def calibrate(self, prediction: Prediction, temperature: float) -> Prediction:
         scaled = scale(_no_and_yes(np.array(list_probabilities(prediction))), temperature)[:, 1].tolist()
         return {**prediction, "probabilities": dict(zip(self.labels, scaled, strict=True))}
 
     def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
-        gold, predicted = self._gold(records).astype(int), self._predicted(predictions).astype(int)
-        return scores_of_counts(self.labels, (gold * predicted).sum(axis=0), gold.sum(axis=0), predicted.sum(axis=0))
+        targets, predicted = self._targets(records).astype(int), self._predicted(predictions).astype(int)
+        counts = (each.sum(axis=0) for each in (targets * predicted, targets, predicted))
+        return scores_of_counts(self.labels, *counts)
 
-    def _gold(self, records: Sequence[Record]) -> NDArray[np.float64]:
+    def _targets(self, records: Sequence[Record]) -> NDArray[np.float64]:
         """Return 1 for each label that a record has, otherwise 0, as NC."""
         return np.array([self._target(record) for record in records])
 

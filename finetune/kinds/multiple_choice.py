@@ -171,17 +171,17 @@ class Kind(TaskKind[Config]):
         return {"label": best, "probabilities": by_label}
 
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
-        right = np.array(_right(records, predictions))
-        return lambda rows: {"accuracy": float(right[rows].mean())}
+        is_correct = np.array(_is_correct(records, predictions))
+        return lambda rows: {"accuracy": float(is_correct[rows].mean())}
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
-        gold = np.array([self._choice_id(record) for record in records])
-        return Classified(gold, pad_probabilities(predictions))
+        targets = np.array([self._choice_id(record) for record in records])
+        return Classified(targets, pad_probabilities(predictions))
 
     def intervals(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, Interval]:
         """Questions about one context are not independent."""
         contexts = [record.values.get("context", "").strip() or record.place for record in records]
-        return {"accuracy": accuracy_interval(_right(records, predictions), contexts)}
+        return {"accuracy": accuracy_interval(_is_correct(records, predictions), contexts)}
 
 
 def choice_loss(scores: Sequence[Tensor], targets: Tensor) -> Loss:
@@ -191,7 +191,7 @@ def choice_loss(scores: Sequence[Tensor], targets: Tensor) -> Loss:
     return Loss.of(losses.sum(), len(losses))
 
 
-def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[bool]:
+def _is_correct(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[bool]:
     return [
         record.values["label"] == prediction["label"] for record, prediction in zip(records, predictions, strict=True)
     ]

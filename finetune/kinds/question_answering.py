@@ -224,8 +224,8 @@ def _best_scores_of_answers(records: Sequence[Record], predictions: Sequence[Pre
     """2N F1 and exact match of each answer, with the right one that fits best."""
     best = []
     for record, prediction in zip(records, predictions, strict=True):
-        rights = [answer["text"] for answer in record.values["answers"]] or [""]
-        best.append(np.max([answer_scores(prediction["answer"], right) for right in rights], axis=0))
+        targets = [answer["text"] for answer in record.values["answers"]] or [""]
+        best.append(np.max([answer_scores(prediction["answer"], target) for target in targets], axis=0))
     return np.array(best).T
 
 

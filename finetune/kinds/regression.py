@@ -65,12 +65,12 @@ class Kind(TaskKind[Config]):
         return {"value": float(outputs[0][0])}
 
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
-        gold = np.array([record.values["label"] for record in records])
+        targets = np.array([record.values["label"] for record in records])
         predicted = np.array([prediction["value"] for prediction in predictions])
-        errors = np.abs(predicted - gold)
+        errors = np.abs(predicted - targets)
         return lambda rows: {
-            "pearson": correlation("pearson", gold[rows], predicted[rows]),
-            "spearman": correlation("spearman", gold[rows], predicted[rows]),
+            "pearson": correlation("pearson", targets[rows], predicted[rows]),
+            "spearman": correlation("spearman", targets[rows], predicted[rows]),
             "rmse": float(np.sqrt(np.mean(errors[rows] ** 2))),
             "mae": float(errors[rows].mean()),
         }

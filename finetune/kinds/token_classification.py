@@ -159,14 +159,14 @@ class Kind(TaskKind[Config]):
 
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         """Precision, recall and F1 of whole entities, over all types; accuracy of the tags."""
-        gold, predicted = _sides(records, predictions)
-        entities = entity_counts(gold, predicted, self.labels)
-        pairs = [list(zip(*tags, strict=True)) for tags in zip(gold, predicted, strict=True)]
+        targets, predicted = _sides(records, predictions)
+        entities = entity_counts(targets, predicted, self.labels)
+        pairs = [list(zip(*tags, strict=True)) for tags in zip(targets, predicted, strict=True)]
         tags = np.array([(sum(tag == other for tag, other in sentence), len(sentence)) for sentence in pairs])
 
         def score(rows: NDArray[np.int64]) -> dict[str, float]:
-            right, count = tags[rows].sum(axis=0)
-            return {**entity_scores(*entities[rows].sum(axis=0)), "accuracy": float(right / count)}
+            correct, count = tags[rows].sum(axis=0)
+            return {**entity_scores(*entities[rows].sum(axis=0)), "accuracy": float(correct / count)}
 
         return score
 
@@ -183,18 +183,18 @@ class Kind(TaskKind[Config]):
         losses = []
         for record, prediction in zip(records, predictions, strict=True):
             pairs = zip(record.values["tags"], prediction["tags"], strict=True)
-            right = [float(tag == predicted) for tag, predicted in pairs]
-            losses.append(confidence_losses(prediction["scores"], right).max(initial=0.0))
+            is_correct = [float(tag == predicted) for tag, predicted in pairs]
+            losses.append(confidence_losses(prediction["scores"], is_correct).max(initial=0.0))
         return np.array(losses)
 
     def label_pairs(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        gold, predicted = (
+        targets, predicted = (
             np.array([self.label_ids[tag] for tags in side for tag in tags], dtype=int)
             for side in _sides(records, predictions)
         )
-        return gold, predicted
+        return targets, predicted
 
     def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
         """Return the scores of each type of entities; an entity is right as a whole or not at all."""
@@ -204,7 +204,7 @@ class Kind(TaskKind[Config]):
 def _sides(
     records: Sequence[Record], predictions: Sequence[Prediction]
 ) -> tuple[list[Sequence[str]], list[Sequence[str]]]:
-    """Return the right tags of each sentence, and the predicted ones."""
+    """Return the tags of each sentence, and the predicted ones."""
     return [record.values["tags"] for record in records], [prediction["tags"] for prediction in predictions]
 
 

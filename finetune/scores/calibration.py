@@ -16,19 +16,19 @@ _TINY = 1e-37  # least probability: its logarithm is finite
 class Classified:
     """Labels and predictions of N records, for kinds that predict one of C labels for each."""
 
-    gold: NDArray[np.int64]  # N
+    targets: NDArray[np.int64]  # N
     probabilities: NDArray[np.float64]  # NC
 
     @property
     def losses(self) -> NDArray[np.float64]:
         """N, negative log-probabilities of the labels."""
-        gold = np.take_along_axis(self.probabilities, self.gold[:, None], axis=1)[:, 0]
-        return np.asarray(-np.log(np.maximum(gold, _TINY)))
+        target = np.take_along_axis(self.probabilities, self.targets[:, None], axis=1)[:, 0]
+        return np.asarray(-np.log(np.maximum(target, _TINY)))
 
 
-def confidence_losses(confidences: Sequence[float], right: Sequence[float]) -> NDArray[np.float64]:
-    """Return N cross-entropies of the probabilities of N answers, and how right the answers are, from 0 to 1."""
-    p, share = np.asarray(confidences), np.asarray(right)
+def confidence_losses(confidences: Sequence[float], correctness: Sequence[float]) -> NDArray[np.float64]:
+    """Return N cross-entropies of the probabilities of N answers, and how correct the answers are, from 0 to 1."""
+    p, share = np.asarray(confidences), np.asarray(correctness)
     return np.asarray(-share * np.log(np.maximum(p, _TINY)) - (1 - share) * np.log(np.maximum(1 - p, _TINY)))
 
 
@@ -36,9 +36,9 @@ def calibration_error(classified: Classified) -> float:
     """Expected calibration error: mean distance of confidence and accuracy in 15 bins of equal width, weighted by
     their sizes. The confidence is the probability of the predicted label."""
     confidence = classified.probabilities.max(axis=1)
-    right = classified.probabilities.argmax(axis=1) == classified.gold
+    is_correct = classified.probabilities.argmax(axis=1) == classified.targets
     bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)  # upper ends belong to a bin
-    distances = np.bincount(bins, weights=confidence - right, minlength=_BINS)
+    distances = np.bincount(bins, weights=confidence - is_correct, minlength=_BINS)
     return float(np.abs(distances).sum() / len(confidence))
 
 
@@ -48,7 +48,7 @@ def fit_temperature(classified: Classified) -> float:
 
     def loss(log_temperature: float) -> float:
         scaled = scale(classified.probabilities, float(np.exp(log_temperature)))
-        return float(Classified(classified.gold, scaled).losses.mean())
+        return float(Classified(classified.targets, scaled).losses.mean())
 
     from scipy.optimize import minimize_scalar  # takes half a second, and every kind of task imports this module
 
@@ -65,7 +65,7 @@ def measure_calibration(splits: Mapping[str, Classified | None]) -> tuple[float 
     return temperature, {
         split: {
             "ece": calibration_error(found),
-            "calibrated_ece": calibration_error(Classified(found.gold, scale(found.probabilities, temperature))),
+            "calibrated_ece": calibration_error(Classified(found.targets, scale(found.probabilities, temperature))),
         }
         for split, found in splits.items()
         if found is not None

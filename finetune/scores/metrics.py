@@ -40,35 +40,35 @@ LabelScores = Mapping[str, Mapping[str, Number]]
 Tags = Sequence[Sequence[str]]  # of the words of each sentence
 
 
-def classification_scores(gold: LabelIds, predicted: LabelIds) -> dict[str, float]:
+def classification_scores(targets: LabelIds, predicted: LabelIds) -> dict[str, float]:
     """Compute all classification metrics, each in [0, 1] except matthews in [-1, 1].
 
     F1 is averaged over the labels that occur in either array, as scikit-learn does by default; uar, the unweighted
-    average recall (balanced accuracy), over the labels in `gold`. matthews is the correlation coefficient of Matthews
-    (1975), extended to more than two labels by Gorodkin (2004); 0 if undefined.
+    average recall (balanced accuracy), over the labels in `targets`. matthews is the correlation coefficient of
+    Matthews (1975), extended to more than two labels by Gorodkin (2004); 0 if undefined.
     """
-    labels, rows = max(gold.max(), predicted.max()) + 1, len(gold)
-    ids = gold[gold == predicted], gold, predicted
-    right, support, found = (np.bincount(each, minlength=labels).astype(float) for each in ids)
-    f1 = f1_of_counts(right, support, found)
+    labels, rows = max(targets.max(), predicted.max()) + 1, len(targets)
+    ids = targets[targets == predicted], targets, predicted
+    correct, support, found = (np.bincount(each, minlength=labels).astype(float) for each in ids)
+    f1 = f1_of_counts(correct, support, found)
     spread = (rows**2 - found @ found) * (rows**2 - support @ support)
     return {
-        "accuracy": float(right.sum() / rows),
+        "accuracy": float(correct.sum() / rows),
         "macro_f1": float(f1[support + found > 0].mean()),
         "weighted_f1": float(f1 @ support / rows),
-        "uar": float((right[support > 0] / support[support > 0]).mean()),
-        "matthews": float((rows * right.sum() - found @ support) / np.sqrt(spread)) if spread else 0.0,
+        "uar": float((correct[support > 0] / support[support > 0]).mean()),
+        "matthews": float((rows * correct.sum() - found @ support) / np.sqrt(spread)) if spread else 0.0,
     }
 
 
-def f1_of_counts(right: Any, support: Any, predicted: Any) -> Any:
+def f1_of_counts(correct: Any, support: Any, predicted: Any) -> Any:
     """Return F1 of counts as in `scores_of_counts`, of one label or of an array of them."""
-    return 2 * right / np.maximum(support + predicted, 1)
+    return 2 * correct / np.maximum(support + predicted, 1)
 
 
-def confusion_matrix(gold: LabelIds, predicted: LabelIds, label_count: int) -> NDArray[np.int64]:
-    """Return counts CC: rows by gold label, columns by predicted label."""
-    return np.bincount(gold * label_count + predicted, minlength=label_count**2).reshape(label_count, label_count)
+def confusion_matrix(targets: LabelIds, predicted: LabelIds, label_count: int) -> NDArray[np.int64]:
+    """Return counts CC: rows by label, columns by predicted label."""
+    return np.bincount(targets * label_count + predicted, minlength=label_count**2).reshape(label_count, label_count)
 
 
 def correlation(name: Literal["pearson", "spearman"], first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
@@ -93,19 +93,19 @@ def summarize(values: Sequence[float]) -> dict[str, list[float] | float | None]:
     }
 
 
-def label_scores(gold: LabelIds, predicted: LabelIds, labels: Sequence[str]) -> LabelScores:
+def label_scores(targets: LabelIds, predicted: LabelIds, labels: Sequence[str]) -> LabelScores:
     """Return the scores of labels of which each record has one."""
-    ids = gold[gold == predicted], gold, predicted
+    ids = targets[targets == predicted], targets, predicted
     return scores_of_counts(labels, *(np.bincount(each, minlength=len(labels)) for each in ids))
 
 
 def scores_of_counts(
-    labels: Sequence[str], right: NDArray[np.int64], support: NDArray[np.int64], predicted: NDArray[np.int64]
+    labels: Sequence[str], correct: NDArray[np.int64], support: NDArray[np.int64], predicted: NDArray[np.int64]
 ) -> LabelScores:
-    """C counts of each label: how often it is predicted and right, occurs, and is predicted. A score of nothing is 0,
-    as in scikit-learn."""
-    precision, recall = right / np.maximum(predicted, 1), right / np.maximum(support, 1)
-    f1 = f1_of_counts(right, support, predicted)
+    """C counts of each label: how often it is predicted and correct, occurs, and is predicted. A score of nothing is
+    0, as in scikit-learn."""
+    precision, recall = correct / np.maximum(predicted, 1), correct / np.maximum(support, 1)
+    f1 = f1_of_counts(correct, support, predicted)
     columns = {"precision": precision, "recall": recall, "f1": f1, "support": support}
     return {label: {name: values[at].item() for name, values in columns.items()} for at, label in enumerate(labels)}
 
@@ -117,11 +117,11 @@ def top_confusions(
 
     pairs: C · label + predicted label, sorted. counts: how often each pair occurs.
     """
-    gold, predicted = np.divmod(pairs, len(labels))
-    shares = counts / np.bincount(gold, counts)[gold]
-    wrong = np.flatnonzero(gold != predicted)
+    targets, predicted = np.divmod(pairs, len(labels))
+    shares = counts / np.bincount(targets, counts)[targets]
+    wrong = np.flatnonzero(targets != predicted)
     top = wrong[np.argsort(-counts[wrong], kind="stable")[:count]]
-    found = zip(*(each[top].tolist() for each in (gold, predicted, counts, shares)), strict=True)
+    found = zip(*(each[top].tolist() for each in (targets, predicted, counts, shares)), strict=True)
     return [{"label": labels[a], "predicted": labels[b], "count": n, "share": share} for a, b, n, share in found]
 
 
@@ -137,27 +137,27 @@ def is_constant(answers: Sequence[Any], targets: Sequence[Any]) -> bool:
     return all(answer == answers[0] for answer in answers) and any(target != targets[0] for target in targets)
 
 
-def entity_counts(gold: Tags, predicted: Tags, labels: Sequence[str]) -> NDArray[np.int64]:
+def entity_counts(targets: Tags, predicted: Tags, labels: Sequence[str]) -> NDArray[np.int64]:
     """Return N3 counts of the entities of each sentence, of all types, as conlleval of CoNLL-2000 counts them: those
     that are found, those that it has, and those that are predicted."""
-    gold_entities, found = _entities(gold, labels), _entities(predicted, labels)
-    ends = np.cumsum([len(tags) + 1 for tags in gold])  # seqeval counts a word between sentences
-    sides = gold_entities & found, gold_entities, found
+    expected, found = _entities(targets, labels), _entities(predicted, labels)
+    ends = np.cumsum([len(tags) + 1 for tags in targets])  # seqeval counts a word between sentences
+    sides = expected & found, expected, found
     sentences = [np.searchsorted(ends, [first for _, first, _ in entities], side="right") for entities in sides]
-    return np.stack([np.bincount(numbers, minlength=len(gold)) for numbers in sentences], axis=1)
+    return np.stack([np.bincount(numbers, minlength=len(targets)) for numbers in sentences], axis=1)
 
 
-def entity_scores(right: int, support: int, predicted: int) -> dict[str, float]:
-    """Return F1, precision and recall of whole entities (micro). right, support, predicted: sums of `entity_counts`."""
-    precision, recall = float(right / max(predicted, 1)), float(right / max(support, 1))
+def entity_scores(correct: int, support: int, predicted: int) -> dict[str, float]:
+    """Return F1, precision and recall of whole entities (micro). Arguments: sums of `entity_counts`."""
+    precision, recall = float(correct / max(predicted, 1)), float(correct / max(support, 1))
     return {"f1": 2 * precision * recall / ((precision + recall) or 1.0), "precision": precision, "recall": recall}
 
 
-def entity_label_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> LabelScores:
+def entity_label_scores(targets: Tags, predicted: Tags, labels: Sequence[str]) -> LabelScores:
     """Return the scores of each type of entities; an entity is right as a whole or not at all."""
-    gold_entities, found = _entities(gold, labels), _entities(predicted, labels)
+    expected, found = _entities(targets, labels), _entities(predicted, labels)
     types = sorted({tag[2:] for tag in entity_tags(labels).values() if tag != "O"})
-    counts = [Counter(entity[0] for entity in entities) for entities in (gold_entities & found, gold_entities, found)]
+    counts = [Counter(entity[0] for entity in entities) for entities in (expected & found, expected, found)]
     return scores_of_counts(types, *(np.array([count[name] for name in types]) for count in counts))
 
 
@@ -205,12 +205,12 @@ def _in_other_spelling(labels: Sequence[str]) -> dict[str, str]:
     return {}
 
 
-def answer_scores(found: str, right: str) -> tuple[float, float]:
+def answer_scores(found: str, target: str) -> tuple[float, float]:
     """Return F1 of the words of an answer, and 1 if they are the right ones, else 0, as the script of SQuAD (Rajpurkar
     et al. 2016) compares them: without case, punctuation and articles."""
-    words, right_words = _words(found, right)
-    common, exact = (Counter(words) & Counter(right_words)).total(), float(words == right_words)
-    return 2 * common / (len(words) + len(right_words)) if words and right_words else exact, exact
+    words, target_words = _words(found, target)
+    common, exact = (Counter(words) & Counter(target_words)).total(), float(words == target_words)
+    return 2 * common / (len(words) + len(target_words)) if words and target_words else exact, exact
 
 
 def _words(*answers: str) -> list[list[str]]:

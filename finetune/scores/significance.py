@@ -96,7 +96,7 @@ def percentile_interval(scores: Scores) -> Interval | None:
     return float(low), float(high)
 
 
-def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Interval:
+def accuracy_interval(is_correct: Sequence[bool], groups: Sequence[Hashable]) -> Interval:
     """Return the interval of an accuracy, for other questions of the same kind.
 
     groups: the subject of each question. If each has its own, Wilson's (1927) interval. Otherwise Student's interval
@@ -108,11 +108,11 @@ def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Inte
 
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     ids = np.array([numbers[group] for group in groups])
-    counts, hits = np.bincount(ids), np.bincount(ids, weights=right)
-    accuracy, drawn = float(np.mean(right)), len(counts)
+    counts, hits = np.bincount(ids), np.bincount(ids, weights=is_correct)
+    accuracy, drawn = float(np.mean(is_correct)), len(counts)
     residuals = hits - accuracy * counts
-    if drawn == len(right) or np.abs(residuals).max() < _ROUNDING:
+    if drawn == len(is_correct) or np.abs(residuals).max() < _ROUNDING:
         return wilson_interval(accuracy, drawn)
-    error = np.sqrt((residuals**2).sum() * drawn / (drawn - 1)) / len(right)
+    error = np.sqrt((residuals**2).sum() * drawn / (drawn - 1)) / len(is_correct)
     half = float(stdtrit(drawn - 1, 0.975) * error)
     return max(0.0, accuracy - half), min(1.0, accuracy + half)

@@ -294,7 +294,7 @@ def test_blanks_are_calibrated() -> None:
     record = Record("", {"article": "a _ b _", "options": [["x", "y"], ["x", "y", "z"]], "answers": ["B", "A"]})
     prediction = {"answers": ["A", "A"], "probabilities": [[0.8, 0.2], [0.5, 0.25, 0.25]]}
     classified = kind().classified([record], [prediction])
-    assert classified.gold.tolist() == [1, 0]
+    assert classified.targets.tolist() == [1, 0]
     assert classified.probabilities.tolist() == [[0.8, 0.2, 0.0], [0.5, 0.25, 0.25]]
     first, second = kind().calibrate(prediction, 2.0)["probabilities"]
     assert first == pytest.approx([2 / 3, 1 / 3])

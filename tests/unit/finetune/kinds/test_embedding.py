@@ -106,8 +106,8 @@ def test_losses_are_those_of_the_papers() -> None:
     expected = -scores.log_softmax(dim=1).diagonal().mean()
     assert loss_of(make_kind(), TRIPLETS, outputs).item() == pytest.approx(expected.item())
     cosines = F.cosine_similarity(outputs[::2], outputs[1::2]).tolist()
-    gold = [example.target for example in SCORED]
-    pairs = [(i, j) for i in range(9) for j in range(9) if gold[i] < gold[j]]
+    targets = [example.target for example in SCORED]
+    pairs = [(i, j) for i in range(9) for j in range(9) if targets[i] < targets[j]]
     expected_sum = 1 + sum(np.exp(20 * (cosines[i] - cosines[j])) for i, j in pairs)
     assert loss_of(make_kind(), SCORED, outputs).item() == pytest.approx(np.log(expected_sum))
 

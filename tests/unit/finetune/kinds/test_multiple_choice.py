@@ -212,7 +212,7 @@ def test_an_architecture_without_such_a_head_is_named(encoder: Path, tmp_path: P
 
 @pytest.mark.parametrize("labels", [("A", "B", "C", "D"), ()])
 def test_choices_can_be_calibrated(labels: tuple[str, ...]) -> None:
-    """Catches gold choices that do not fit the order of the probabilities, in rows of different length too."""
+    """Catches right choices that do not fit the order of the probabilities, in rows of different length too."""
     kind = Kind(config(), labels)
     records = [
         record(label=labels[3] if labels else "word4"),

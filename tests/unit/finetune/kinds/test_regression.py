@@ -12,8 +12,8 @@ CONFIG = Config(train="f", validation="f")
 KIND = Kind(CONFIG, ())
 
 
-def scores(gold: list[float], predicted: list[float]) -> dict[str, float]:
-    records = [Record("f", {"label": value}) for value in gold]
+def scores(targets: list[float], predicted: list[float]) -> dict[str, float]:
+    records = [Record("f", {"label": value}) for value in targets]
     return KIND.scores(records, [{"value": value} for value in predicted])
 
 
@@ -24,10 +24,10 @@ def test_correlations() -> None:
     assert found["pearson"] == pytest.approx(149 / math.sqrt(5 * 7205))
 
 
-@pytest.mark.parametrize(("gold", "predicted"), [([1.0, 2.0], [3.0, 3.0]), ([1.0, 1.0], [1.0, 2.0])])
-def test_a_constant_side_scores_zero(gold: list[float], predicted: list[float]) -> None:
+@pytest.mark.parametrize(("targets", "predicted"), [([1.0, 2.0], [3.0, 3.0]), ([1.0, 1.0], [1.0, 2.0])])
+def test_a_constant_side_scores_zero(targets: list[float], predicted: list[float]) -> None:
     """Catches NaN, which makes an epoch neither better nor worse than another."""
-    found = scores(gold, predicted)
+    found = scores(targets, predicted)
     assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
 
 
@@ -36,10 +36,10 @@ def test_errors_are_in_the_units_of_the_targets() -> None:
     its errors are largest."""
     from sklearn.metrics import mean_absolute_error, mean_squared_error
 
-    gold, predicted = [1.0, 2.0, 3.0, 4.0], [2.0, 0.0, 3.0, 7.0]
-    found = scores(gold, predicted)
-    assert found["rmse"] == pytest.approx(mean_squared_error(gold, predicted) ** 0.5)
-    assert found["mae"] == pytest.approx(mean_absolute_error(gold, predicted))
+    targets, predicted = [1.0, 2.0, 3.0, 4.0], [2.0, 0.0, 3.0, 7.0]
+    found = scores(targets, predicted)
+    assert found["rmse"] == pytest.approx(mean_squared_error(targets, predicted) ** 0.5)
+    assert found["mae"] == pytest.approx(mean_absolute_error(targets, predicted))
     assert Kind.lower_is_better == ("rmse", "mae")
     assert Kind.metrics() == ("pearson", "spearman", "rmse", "mae")
 

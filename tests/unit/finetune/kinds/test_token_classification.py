@@ -123,8 +123,8 @@ def test_the_loss_is_a_mean_over_words() -> None:
     assert (loss.sum / loss.weight).item() == pytest.approx(expected.item())
 
 
-def scores(gold: str, predicted: str) -> dict[str, float]:
-    return KIND.scores([Record("f", {"tags": gold.split()})], [{"tags": predicted.split()}])
+def scores(targets: str, predicted: str) -> dict[str, float]:
+    return KIND.scores([Record("f", {"tags": targets.split()})], [{"tags": predicted.split()}])
 
 
 def test_entities_count_as_a_whole() -> None:
@@ -150,7 +150,7 @@ def test_tags_without_a_prefix_are_entities() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gold", "predicted"),
+    ("targets", "predicted"),
     [
         ("B-X M-X E-X O S-X", "B-X M-X E-X O O"),  # BMES, as in Chinese data sets
         ("B-X I-X L-X O U-X", "B-X I-X L-X O O"),  # BILOU
@@ -165,14 +165,14 @@ def test_tags_without_a_prefix_are_entities() -> None:
         ("b i i o b", "b i i o o"),
     ],
 )
-def test_every_scheme_of_tags_counts_the_same_entities(gold: str, predicted: str) -> None:
+def test_every_scheme_of_tags_counts_the_same_entities(targets: str, predicted: str) -> None:
     """Catches M-X taken for a type, so that a name of three characters counts as three entities."""
-    kind = Kind(CONFIG, tuple(sorted(set(gold.split()))))
-    records, predictions = [Record("f", {"tags": gold.split()})], [{"tags": predicted.split()}]
+    kind = Kind(CONFIG, tuple(sorted(set(targets.split()))))
+    records, predictions = [Record("f", {"tags": targets.split()})], [{"tags": predicted.split()}]
     found = kind.scores(records, predictions)
     assert (found["precision"], found["recall"], found["f1"]) == (1.0, 0.5, pytest.approx(2 / 3))
     (name,) = kind.label_scores(records, predictions)
-    assert name == ("X" if "X" in gold else "entity")
+    assert name == ("X" if "X" in targets else "entity")
 
 
 @pytest.mark.parametrize(
@@ -216,14 +216,14 @@ def test_scores_are_those_of_seqeval() -> None:
     labels = ("B-X", "B-Y", "E-Y", "I-X", "I-Y", "O", "S-X")
     kind = Kind(CONFIG, labels)
     for number in range(50):
-        gold, predicted = ([draw.choices(labels, k=length) for length in (3, 1, 6)] for _ in range(2))
+        targets, predicted = ([draw.choices(labels, k=length) for length in (3, 1, 6)] for _ in range(2))
         if number < 2:
             predicted = [["O"] * len(tags) for tags in predicted]
         if number == 0:
-            gold = predicted
-        records = [Record("f", {"tags": tags}) for tags in gold]
+            targets = predicted
+        records = [Record("f", {"tags": tags}) for tags in targets]
         found = kind.scores(records, [{"tags": tags} for tags in predicted])
-        expected = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
+        expected = precision_recall_fscore_support(targets, predicted, average="micro", zero_division=0)
         assert (found["precision"], found["recall"], found["f1"]) == expected[:3]
 
 

@@ -32,19 +32,19 @@ def test_the_upper_end_of_a_bin_belongs_to_it() -> None:
 def test_calibrated_probabilities_have_no_error(confidence: float) -> None:
     """Catches a confidence of 1, or one at the border of bins, that falls out of the bins."""
     probabilities = np.array([[confidence, 1 - confidence]] * 4)
-    gold = np.array([0] * round(4 * confidence) + [1] * round(4 * (1 - confidence)))
-    assert calibration_error(Classified(gold, probabilities)) == pytest.approx(0.0)
+    targets = np.array([0] * round(4 * confidence) + [1] * round(4 * (1 - confidence)))
+    assert calibration_error(Classified(targets, probabilities)) == pytest.approx(0.0)
 
 
 def test_the_temperature_undoes_a_known_one() -> None:
     """Catches an optimizer that stops elsewhere, or returns the logarithm or the inverse."""
     draw = np.random.default_rng(0)
     logits = draw.normal(size=(20_000, 3)) * 2
-    gold = (draw.random((20_000, 1)) > softmax(logits, axis=1).cumsum(axis=1)[:, :2]).sum(axis=1)
-    too_sure = Classified(gold, softmax(3 * logits, axis=1))
+    targets = (draw.random((20_000, 1)) > softmax(logits, axis=1).cumsum(axis=1)[:, :2]).sum(axis=1)
+    too_sure = Classified(targets, softmax(3 * logits, axis=1))
     temperature = fit_temperature(too_sure)
     assert temperature == pytest.approx(3.0, rel=0.05)
-    after = Classified(gold, scale(too_sure.probabilities, temperature))
+    after = Classified(targets, scale(too_sure.probabilities, temperature))
     assert calibration_error(after) < 0.01 < 0.1 < calibration_error(too_sure)
 
 

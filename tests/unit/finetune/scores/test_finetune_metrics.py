@@ -22,11 +22,11 @@ LABELS = ("a", "b", "c", "d")
 def test_scores_of_a_case_counted_by_hand() -> None:
     """Catches macro and weighted averages mixed up, and recall taken for precision.
 
-    Label 0: 3 gold, 2 found, 3 predicted -> precision 2/3, recall 2/3, F1 2/3. Label 1: 2 gold, 1 found, 1 predicted ->
-    1, 1/2, 2/3. Label 2: 1 gold, 1 found, 2 predicted -> 1/2, 1, 2/3 … and 4 of 6 right.
+    Label 0: 3 targets, 2 found, 3 predicted -> precision 2/3, recall 2/3, F1 2/3. Label 1: 2 targets, 1 found, 1
+    predicted -> 1, 1/2, 2/3. Label 2: 1 target, 1 found, 2 predicted -> 1/2, 1, 2/3 … and 4 of 6 right.
     """
-    gold, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 2, 1, 0, 2])
-    scores = classification_scores(gold, predicted)
+    targets, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 2, 1, 0, 2])
+    scores = classification_scores(targets, predicted)
     assert scores["accuracy"] == pytest.approx(4 / 6)
     assert scores["macro_f1"] == pytest.approx(2 / 3)
     assert scores["uar"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
@@ -37,8 +37,8 @@ def test_scores_of_a_case_counted_by_hand() -> None:
 
 def test_weighted_f1_weighs_by_gold_counts() -> None:
     """Catches weighted F1 that is macro F1 (here they differ), or weighs by predictions."""
-    gold, predicted = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0])
-    scores = classification_scores(gold, predicted)
+    targets, predicted = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0])
+    scores = classification_scores(targets, predicted)
     f1_of_0 = 2 * 3 / (3 + 4)
     assert scores["weighted_f1"] == pytest.approx(3 / 4 * f1_of_0)
     assert scores["macro_f1"] == pytest.approx(f1_of_0 / 2)
@@ -60,18 +60,18 @@ def test_metrics_are_those_of_scikit_learn(golds: int, predictions: int) -> None
     from sklearn import metrics
 
     draw = np.random.default_rng(golds)
-    gold, predicted = draw.choice(7, golds, replace=False), draw.choice(7, predictions, replace=False)
-    gold, predicted = draw.choice(gold, 50), draw.choice(predicted, 50)
+    targets, predicted = draw.choice(7, golds, replace=False), draw.choice(7, predictions, replace=False)
+    targets, predicted = draw.choice(targets, 50), draw.choice(predicted, 50)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         expected = {
-            "accuracy": metrics.accuracy_score(gold, predicted),
-            "macro_f1": metrics.f1_score(gold, predicted, average="macro", zero_division=0.0),
-            "weighted_f1": metrics.f1_score(gold, predicted, average="weighted", zero_division=0.0),
-            "uar": metrics.balanced_accuracy_score(gold, predicted),
-            "matthews": metrics.matthews_corrcoef(gold, predicted),
+            "accuracy": metrics.accuracy_score(targets, predicted),
+            "macro_f1": metrics.f1_score(targets, predicted, average="macro", zero_division=0.0),
+            "weighted_f1": metrics.f1_score(targets, predicted, average="weighted", zero_division=0.0),
+            "uar": metrics.balanced_accuracy_score(targets, predicted),
+            "matthews": metrics.matthews_corrcoef(targets, predicted),
         }
-    assert classification_scores(gold, predicted) == pytest.approx(expected, rel=1e-12)
+    assert classification_scores(targets, predicted) == pytest.approx(expected, rel=1e-12)
 
 
 def test_confusion_has_gold_in_rows() -> None:
@@ -90,9 +90,9 @@ def test_scores_are_those_of_scikit_learn() -> None:
     occurs."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    gold, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 3, 0])
-    expected = precision_recall_fscore_support(gold, predicted, labels=range(4), zero_division=0.0)
-    found = label_scores(gold, predicted, LABELS)
+    targets, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 3, 0])
+    expected = precision_recall_fscore_support(targets, predicted, labels=range(4), zero_division=0.0)
+    found = label_scores(targets, predicted, LABELS)
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [found[label][name] for label in LABELS] == pytest.approx(values.tolist())
 
@@ -101,11 +101,11 @@ def test_mistakes_are_in_the_order_of_the_matrix() -> None:
     """Catches pairs that are transposed, and mistakes in another order than that of the matrix."""
     from sklearn import metrics
 
-    gold, predicted = np.random.default_rng(0).integers(0, 4, size=(2, 200))
-    matrix = confusion_matrix(gold, predicted, 4)
-    assert np.array_equal(matrix, metrics.confusion_matrix(gold, predicted))
+    targets, predicted = np.random.default_rng(0).integers(0, 4, size=(2, 200))
+    matrix = confusion_matrix(targets, predicted, 4)
+    assert np.array_equal(matrix, metrics.confusion_matrix(targets, predicted))
     found = mistakes(matrix, count=99)
-    assert found == top_confusions(*np.unique(4 * gold + predicted, return_counts=True), LABELS, count=99)
+    assert found == top_confusions(*np.unique(4 * targets + predicted, return_counts=True), LABELS, count=99)
     counts = matrix - np.diag(np.diag(matrix))
     order = [divmod(place, 4) for place in np.argsort(-counts, axis=None, kind="stable")[:12].tolist()]
     assert [(mistake["label"], mistake["predicted"]) for mistake in found] == [(LABELS[a], LABELS[b]) for a, b in order]
