@@ -1,10 +1,7 @@
 """Cloze exams: an article with blanks, and options for each blank, as in CLOTH (Xie et al. 2018)."""
 
 import string
-import threading
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -25,17 +22,16 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, window_around, windows
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.multiple_choice import choice_loss
+from finetune.masked_tokens import full_width_advice, masked_logits
 from finetune.scores.calibration import Classified, pad_probabilities, scale
 from finetune.scores.metrics import is_constant
 from finetune.scores.significance import Interval, accuracy_interval
 from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind, predictor_usage
 
 _BLANK = "_"
-_BRACKETS = str.maketrans("【】", "[]")  # typed with the keys [ and ] in Chinese input methods
 _EXCERPT_WORDS = 12  # on each side
 _UNSPACED = UNSPACED + WIDE
 _FIRST_WORDS = regex.compile(rf"(?:\s*(?:[{_UNSPACED}]|[^\s{_UNSPACED}]+)){{0,{_EXCERPT_WORDS}}}")
-_HOOKED = threading.Lock()  # one thread at a time: a hook applies to all threads that compute the model
 _MODELS = {
     "multiple_choice": "AutoModelForMultipleChoice",
     "binary": "AutoModelForSequenceClassification",
@@ -382,43 +378,11 @@ def _first_words(text: str) -> str:
     return found
 
 
-def full_width_advice(mark: str, text: str) -> str:
-    """Return advice for a text whose marks may have full-width characters, as Chinese input methods write them."""
-    ascii_text = unicodedata.normalize("NFKC", text).translate(_BRACKETS)
-    found = ascii_text.count(mark) - text.count(mark)
-    return f"; it has {found} in full-width characters: write '{mark}' in ASCII" if found > 0 else ""
-
-
 def _mask_id(encoder: Encoder) -> int:
     mask_id: int | None = encoder.tokenizer.mask_token_id
     if mask_id is None:
         raise UserError("a cloze task that masks blanks needs a tokenizer with a mask token")
     return mask_id
-
-
-def masked_logits(
-    model: nn.Module, inputs: Mapping[str, Tensor], sequences: Sequence[int], positions: Sequence[int]
-) -> Tensor:
-    """Compute MV scores of the vocabulary at M positions, given by sequence and place in it, counted without padding.
-
-    Only these positions reach the output layer, which would otherwise take most of time and memory. Some models,
-    such as MobileBERT and Perceiver, do not call an output layer: all positions are computed.
-    """
-    mask = inputs["attention_mask"]
-    rows = torch.tensor(sequences, device=mask.device)
-    columns = torch.tensor(positions, device=mask.device) + mask.argmax(dim=1)[rows]  # behind padding of the left side
-
-    selected = False
-
-    def select(_: nn.Module, values: tuple[Tensor]) -> tuple[Tensor]:
-        nonlocal selected
-        selected = True
-        return (values[0][rows, columns][:, None],)
-
-    output_layer = model.get_output_embeddings()  # type: ignore[operator]
-    with _HOOKED, nullcontext() if output_layer is None else output_layer.register_forward_pre_hook(select):
-        logits: Tensor = model(**inputs).logits
-    return (logits[:, 0] if selected else logits[rows, columns]).float()
 
 
 def _is_correct(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[list[bool]]:

@@ -16,6 +16,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, pad_sequences
 from finetune.inference import compute_together
 from finetune.kinds import cloze
+from finetune.masked_tokens import full_width_advice, masked_logits
 from finetune.prediction.loaded_model import LoadedModel, load_model
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import SavedTask
@@ -110,7 +111,7 @@ class MaskFiller:
             [text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.torch_device
         )
         with torch.inference_mode(), self.loaded.device.autocast():
-            logits_MV = cloze.masked_logits(self.loaded.model, inputs, rows, positions)
+            logits_MV = masked_logits(self.loaded.model, inputs, rows, positions)
         most = max(each.top_k for each in masks)
         found = [each.softmax(-1)[:, : self.vocabulary_size].topk(most) for each in torch.split(logits_MV, _MASKS)]
         candidates = (pair for each in found for pair in zip(each.indices.tolist(), each.values.tolist(), strict=True))
@@ -138,7 +139,7 @@ class MaskFiller:
     def split(self, text: str, place: str) -> list[str]:
         """Return the text before, between and behind the masks. Raises UserError if there is none."""
         if len(segments := text.split(self.mask)) == 1:
-            raise UserError(f"{place}: no {self.mask} to fill{cloze.full_width_advice(self.mask, text)}")
+            raise UserError(f"{place}: no {self.mask} to fill{full_width_advice(self.mask, text)}")
         return segments
 
     def option_record(self, text: str, options: Sequence[Sequence[str]], place: str) -> Record:
