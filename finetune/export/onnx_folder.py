@@ -10,7 +10,7 @@ from experiment.results.model_card import MODEL, snippet, usage_section
 from experiment.run_files.checkpoints import unlisted_files
 from finetune.export.exported_card import write_card
 from finetune.export.graph import check_quantizable, quantize, takes_choices, write_graph
-from finetune.export.parity import Difference, compare, sample_batches
+from finetune.export.parity import OutputDifference, compare, sample_batches
 from finetune.model import model_files
 from finetune.prediction.loaded_model import LoadedModel, load_on_cpu
 from finetune.prediction.mask_filler import ranking_task
@@ -81,7 +81,7 @@ def _load(folder: Path) -> LoadedModel:
     return load_on_cpu(folder, ranking_task() if is_masked_lm(folder) else read_saved_task(folder))
 
 
-def _describe(found: Mapping[str, Difference]) -> str:
+def _describe(found: Mapping[str, OutputDifference]) -> str:
     return ", ".join(f"{name} {each.largest:.1e} of {each.scale:.3g}" for name, each in found.items())
 
 

@@ -24,7 +24,7 @@ _BATCH_TOKENS = 512  # with padding
 
 
 @dataclass
-class Difference:
+class OutputDifference:
     """The difference of an output, over all batches."""
 
     largest: float = 0.0
@@ -62,10 +62,10 @@ def _sample(encoder: Encoder, ids: list[int], draw: random.Random) -> Tokens:
 
 def compare(
     original: LoadedModel, exported: LoadedModel, batches: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Difference]:
+) -> dict[str, OutputDifference]:
     """Compute all batches with both models. Returns the differences by output of the graph."""
     assert isinstance(exported.model, OnnxModel)
-    graph, differences = ModelGraph(original.model).eval(), defaultdict[str, Difference](Difference)
+    graph, differences = ModelGraph(original.model).eval(), defaultdict[str, OutputDifference](OutputDifference)
     for batch in batches:
         inputs = {name: x[None] for name, x in batch.items()} if takes_choices(original.model) else dict(batch)
         with torch.inference_mode():

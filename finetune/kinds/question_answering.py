@@ -168,20 +168,20 @@ class Kind(TaskKind[Config]):
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         if not examples:
             return {"answer": "", "start": None, "score": 1.0}
-        windows = [example.details for example in examples]
-        shown = [scores[window.start :][: len(window.offsets)] for window, scores in zip(windows, outputs, strict=True)]
+        parts: list[_Window] = [example.details for example in examples]
+        shown = [scores[part.start :][: len(part.offsets)] for part, scores in zip(parts, outputs, strict=True)]
         spans = [_best_span(scores_T2, self.config.max_answer_tokens) for scores_T2 in shown]
         best = max(range(len(spans)), key=lambda index: spans[index].score)
         # There is no answer only if no window shows one.
-        nothing_2 = min((scores[window.nothing] for window, scores in zip(windows, outputs, strict=True)), key=np.sum)
+        nothing_2 = min((scores[part.nothing] for part, scores in zip(parts, outputs, strict=True)), key=np.sum)
         least = float(nothing_2.sum())
-        candidates = _best_scores(windows, shown)
+        candidates = _best_token_scores(parts, shown)
         if self.config.no_answer:
             candidates = np.concatenate([candidates, nothing_2[None]])
         log_total = float(torch.logsumexp(torch.from_numpy(candidates), dim=0).sum())
         if self.config.no_answer and least >= spans[best].score:
             return {"answer": "", "start": None, "score": float(np.exp(least - log_total))}
-        offsets_T2 = windows[best].offsets
+        offsets_T2 = parts[best].offsets
         start, stop = int(offsets_T2[spans[best].first, 0]), int(offsets_T2[spans[best].last, 1])
         score = float(np.exp(spans[best].score - log_total))
         covered = record.values["context"][start:stop]
@@ -190,13 +190,13 @@ class Kind(TaskKind[Config]):
 
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         """Means over the questions, in [0, 1]. Each answer is compared with the right one that fits best."""
-        f1, exact = _best_scores_of_answers(records, predictions)
+        f1, exact = _answer_metrics(records, predictions)
         return lambda rows: {"f1": float(f1[rows].mean()), "exact_match": float(exact[rows].mean())}
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         """Return the cross-entropy of an answer's probability with its F1 as the target: wrong answers that the model
         is sure of are the worst."""
-        f1, _ = _best_scores_of_answers(records, predictions)
+        f1, _ = _answer_metrics(records, predictions)
         return confidence_losses([prediction["score"] for prediction in predictions], f1)
 
 
@@ -220,7 +220,7 @@ def _lost(train: Table) -> list[Record]:
     return [record for record in train.records if _is_lost(record)]
 
 
-def _best_scores_of_answers(records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
+def _answer_metrics(records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
     """2N F1 and exact match of each answer, with the right one that fits best."""
     best = []
     for record, prediction in zip(records, predictions, strict=True):
@@ -244,11 +244,11 @@ def _target(window: _Window, shown: range, answer: range) -> list[int]:
     return [window.start + answer.start - shown.start, window.start + answer.stop - 1 - shown.start]
 
 
-def _best_scores(windows: Sequence[_Window], shown: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+def _best_token_scores(parts: Sequence[_Window], shown: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     """T2 start and end scores of the tokens of a context, each from the window that gives it the highest."""
     if len(shown) == 1:
         return shown[0]
-    places = np.concatenate([window.offsets for window in windows])
+    places = np.concatenate([part.offsets for part in parts])
     tokens, numbers = np.unique(places, axis=0, return_inverse=True)
     best = np.full((len(tokens), 2), -np.inf, dtype=np.float32)
     np.maximum.at(best, numbers.ravel(), np.concatenate(shown))

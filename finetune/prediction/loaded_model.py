@@ -44,7 +44,7 @@ class LoadedModel:
     padding: Padding
     device: Device
     # A tokenizer of the tokenizers library cannot change its truncation while another thread uses it.
-    encoding: threading.Lock = field(default_factory=threading.Lock)
+    tokenizer_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def precision(self) -> str:

@@ -92,7 +92,7 @@ class MaskFiller:
 
     def encode(self, text: str, place: str, top_k: int) -> Example:
         """Do the first step of `fill`: encode a text; `details`: its masks. place: the name of the text in messages."""
-        with self.loaded.encoding:
+        with self.loaded.tokenizer_lock:
             tokens = self.loaded.encoder.encode(text)
         positions = (tokens.input_ids == self.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
         if len(positions) < len(self.split(text, place)) - 1:

@@ -85,12 +85,12 @@ class Predictor:
     def encode(self, records: Sequence[Record]) -> Split:
         """Return the first step of `predict_records`. Raises UserError for a record that cannot be encoded."""
         table = Table(self.folder, tuple(records), labelled=False)
-        with self.loaded.encoding:
+        with self.loaded.tokenizer_lock:
             return encode_split(table, self.kind, self.loaded.encoder, training=False)
 
     def count_option_tokens(self, records: Sequence[Record]) -> int:
         """See `TaskKind`. Takes less than `encode`."""
-        with self.loaded.encoding:
+        with self.loaded.tokenizer_lock:
             return self.kind.count_option_tokens(records, self.loaded.encoder)
 
     def compute(self, examples: Sequence[Example]) -> Outputs:
