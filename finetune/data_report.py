@@ -1,4 +1,4 @@
-"""Prints oddities in the data of a task, and lengths in tokens, before training."""
+"""Warnings about the data of a task, and lengths in tokens, before training."""
 
 import math
 import unicodedata

@@ -191,7 +191,7 @@ def _read_sentence(cell: object) -> list[str]:
 
 
 def _lacks_spaces(words: list[str]) -> bool:
-    """Return whether the only word of a text, or most of its words, are rather clauses or sentences in Chinese."""
+    """Return whether the only word of a text, or most of its words, look like clauses or sentences in Chinese."""
     most = _HAN_IN_WORD if len(words) == 1 else _HAN_IN_WORDS
     if len(words) > 1:
         words = [word.rstrip(_PUNCTUATION) for word in words]  # 王小明、 李雷 and 好。 谢谢。 are words

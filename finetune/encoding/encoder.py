@@ -54,11 +54,11 @@ class Encoder:
     token_types: bool  # whether the model has token types
     special_tokens_in_text: bool = False  # whether those written out in a text are special; otherwise they are text
     spaced_words: bool = False  # whether there is a space between all words, also in scripts without spaces
-    known: Mapping[TextOrPair, Tokens] = field(default_factory=dict, repr=False, compare=False)  # what `encode` returns
+    cache: Mapping[TextOrPair, Tokens] = field(default_factory=dict, repr=False, compare=False)  # what `encode` returns
 
     def encode(self, text: str, text_pair: str | None = None) -> Tokens:
         """Return a text or a pair as one sequence. If it is too long, the longer text is cut at its end."""
-        return self.known.get((text, text_pair)) or self.encode_all([(text, text_pair)])[0]
+        return self.cache.get((text, text_pair)) or self.encode_all([(text, text_pair)])[0]
 
     def encode_all(self, rows: Sequence[TextOrPair]) -> list[Tokens]:
         """Like `encode` for each row, in about half the time, and on all cores with fast tokenizers."""
@@ -68,9 +68,9 @@ class Encoder:
         pairs = self._encode_pairs([row for row, paired in zip(rows, is_pair, strict=True) if paired])
         return [next(pairs if paired else singles) for paired in is_pair]
 
-    def knowing(self, rows: Sequence[TextOrPair]) -> "Encoder":
-        """Return an encoder that has encoded these rows together."""
-        return replace(self, known=dict(zip(rows, self.encode_all(rows), strict=True))) if rows else self
+    def with_cache(self, rows: Sequence[TextOrPair]) -> "Encoder":
+        """Return a copy that has these rows in its cache; they are tokenized in one call."""
+        return replace(self, cache=dict(zip(rows, self.encode_all(rows), strict=True))) if rows else self
 
     def _encode_texts(self, texts: Sequence[str]) -> Iterator[Tokens]:
         if not texts:

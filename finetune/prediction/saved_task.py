@@ -29,7 +29,8 @@ from finetune.kinds import kind_names
 from finetune.task_kind import TaskKind, find_kind
 
 TASK_FILE = "deepcloze_task.json"
-_FOREIGN_KINDS = {"ForSequenceClassification": "classification"} | {
+_FOREIGN_KINDS = {
+    "ForSequenceClassification": "classification",
     "ForTokenClassification": "token_classification",
     "ForMultipleChoice": "multiple_choice",
 }

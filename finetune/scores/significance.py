@@ -27,7 +27,7 @@ class Difference:
 
     difference: float  # of the means over seeds
     interval: Interval | None  # None without resamples
-    p: float | None  # two-sided, of no difference
+    p: float | None  # two-sided p-value; null hypothesis: no difference
 
 
 def draw_records(units: Sequence[Sequence[int]], resamples: int) -> Iterator[NDArray[np.int64]]:

@@ -80,7 +80,7 @@ def test_texts_that_are_encoded_together(kind: str, side: str, length: int, data
     texts = st.text("abc é", min_size=0 if tokenizer.is_fast else 1, max_size=40)
     rows = data.draw(st.lists(st.tuples(texts, st.none() | texts), max_size=6))
     encoder = Encoder(tokenizer, length, token_types=True)
-    together = [encoder.encode_all(rows), [encoder.knowing(rows).encode(*row) for row in rows]]
+    together = [encoder.encode_all(rows), [encoder.with_cache(rows).encode(*row) for row in rows]]
     for found in together:
         for tokens, alone in zip(found, [encoder.encode(*row) for row in rows], strict=True):
             assert alone.token_type_ids is not None
