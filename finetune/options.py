@@ -52,7 +52,7 @@ class PredictOptions(Section):
     """Whether column names are in the first row (0), or there are none; default: as in training. Needed if the training
     data had none and the first row looks like names."""
 
-    overrides: dict[str, str] = {}
+    overrides: Annotated[dict[str, str], Metavar("columns.ROLE=NAME")] = {}
     """Column of the input, if it has another name than in training, for example --columns.text=review or
     --dialogue.group=scene."""
 

@@ -7,7 +7,7 @@ report an unknown flag afterwards, and would read values as Python literals; so 
 - `--flag value`, `--flag=value`; `-` and `_` are the same in names of flags. A `bool` field is a switch.
 - A required field `config` is also accepted by position.
 - A field annotated with `Positional` is also accepted by position; one whose type is a tuple, once or more often.
-- A field `overrides` collects `--section.key=value`: dotted key -> raw text.
+- A field `overrides` collects `--section.key=value`: dotted key -> raw text. A `Metavar` of it says which keys.
 """
 
 import inspect
@@ -308,9 +308,10 @@ def describe_command(name: str, command: Command) -> CommandDescription:
     usage += [f"[{_usage(flag)}]" for flag in flags if flag.positional and not flag.required]
     usage += ["[flags]"] if any(not flag.required and not flag.positional for flag in flags) else []
     rows = [(_usage(flag), _meaning(flag)) for flag in sorted(flags, key=lambda flag: not flag.required)]
-    if _OVERRIDES in options_type.model_fields:
-        usage.append("[--section.key=value …]")
-        rows.append(("--section.key=value", _one_line(options_type.model_fields[_OVERRIDES].description)))
+    if (field := options_type.model_fields.get(_OVERRIDES)) is not None:
+        form = f"--{next((entry.name for entry in field.metadata if isinstance(entry, Metavar)), 'section.key=value')}"
+        usage.append(f"[{form} …]")
+        rows.append((form, _one_line(field.description)))
     text, _, example = inspect.cleandoc(command.__doc__ or "").partition("\n\nExample:\n")
     return CommandDescription(
         " ".join(["deepcloze", name, *usage]), text, tuple(rows), textwrap.dedent(example).strip()

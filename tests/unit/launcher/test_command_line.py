@@ -232,6 +232,16 @@ def test_help_lists_flags_defaults_and_an_example():
     assert max(map(len, overview.splitlines())) <= 60
 
 
+def test_help_names_the_keys_that_a_command_takes() -> None:
+    """Catches help of a command that takes some keys only, such as predict, which says that it takes any key."""
+    from launcher.commands import COMMANDS
+
+    page = help_text(["predict", "--help"], COMMANDS, "about", width=80)
+    assert page.splitlines()[0].endswith(" [flags] [--columns.ROLE=NAME …]")
+    assert "\n  --columns.ROLE=NAME " in page
+    assert "--section.key" not in page
+
+
 def test_values_of_a_flag_that_is_given_twice(tmp_path: Path) -> None:
     """Catches a corpus without its first source, and half of a grid."""
     from launcher.commands import COMMANDS
