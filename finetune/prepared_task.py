@@ -114,7 +114,7 @@ def encode_split(
     """Encode all records. records: the table's own, with a progress bar. Raises UserError for an invalid target."""
     expanded: list[list[Example]] = []
     for chunk in chunks(records or table.records, _RECORDS, _CHARACTERS):
-        encoded = encoder.knowing([row for record in chunk for row in kind.encoded_texts(record)])
+        encoded = encoder.with_cache([row for record in chunk for row in kind.encoded_texts(record)])
         expanded += [kind.expand(record, encoded, training) for record in chunk]
     return Split(
         table,

@@ -7,6 +7,7 @@ corpora. One that an older version wrote, or a folder of another origin, gets a 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from tokenizers.decoders import ByteLevel
@@ -40,9 +41,9 @@ _SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size
 _USAGE = """
 from transformers import pipeline
 
-{model}
+$model
 fill_mask = pipeline("fill-mask", model=model)
-for found in fill_mask({sentence!r}):
+for found in fill_mask($sentence):
     print(found["token_str"], round(found["score"], 4))
 """
 
@@ -118,7 +119,8 @@ def _usage(source: Path, config: Mapping[str, Any]) -> str:
     decode = ByteLevel().decode  # which changes no piece of another kind that has Chinese characters
     han = sum(_HAN.search(decode([piece])) is not None for piece in tokenizer.get_vocab())
     example = "北京是中国的首{}。" if 4 * han > len(tokenizer) else "The capital of France is {}."
-    return usage_section(snippet("python", _USAGE.format(model=MODEL, sentence=example.format(tokenizer.mask_token))))
+    sentence = repr(example.format(tokenizer.mask_token))
+    return usage_section(snippet("python", Template(_USAGE).substitute(model=MODEL, sentence=sentence)))
 
 
 def _corpora(state: Mapping[str, Any]) -> Iterator[list[str]]:

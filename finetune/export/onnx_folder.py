@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from string import Template
 
 from experiment.errors import UserError
 from experiment.models.fast_linear import use_fast_linear
@@ -27,13 +28,13 @@ _CODE = """
 import onnxruntime
 from transformers import AutoTokenizer
 
-{model}
+$model
 tokenizer = AutoTokenizer.from_pretrained(model)
-session = onnxruntime.InferenceSession(f"{{model}}/{file}")
-texts = {texts}
-options = {{"return_attention_mask": True, "return_tensors": "np"}}
-tokens = tokenizer(texts, padding={padding}, truncation=True, max_length={length}, **options)
-inputs = {{each.name: {value} for each in session.get_inputs()}}
+session = onnxruntime.InferenceSession(f"{model}/$file")
+texts = $texts
+options = {"return_attention_mask": True, "return_tensors": "np"}
+tokens = tokenizer(texts, padding=$padding, truncation=True, max_length=$length, **options)
+inputs = {each.name: $value for each in session.get_inputs()}
 for output, values in zip(session.get_outputs(), session.run(None, inputs)):
     print(output.name, values.shape)
 """
@@ -98,7 +99,7 @@ def _usage(original: LoadedModel) -> str:
         "length": original.encoder.max_length,
         "value": "tokens[each.name][None]" if takes_choices(original.model) else "tokens[each.name]",
     }
-    code = snippet("python", _CODE.format(model=MODEL, file=ONNX_FILE, **values))
+    code = snippet("python", Template(_CODE).substitute(values, model=MODEL, file=ONNX_FILE))
     if is_masked_lm(original.folder):
         return usage_section(code)
     return usage_section(code, "deepcloze prepares texts as in training:", COMMANDS)
