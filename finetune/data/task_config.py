@@ -16,7 +16,7 @@ from experiment.files import checksum, json_digest
 from experiment.hub_data import PREFIX, HubData
 from finetune.data.columns import LABEL, Columns, Name
 from finetune.data.dialogue import DialogueContext
-from finetune.data.formats import FileFormat, visible_files
+from finetune.data.formats import FileFormat, FormatName, visible_files
 
 
 def _check_split_name(name: str) -> str:
@@ -72,7 +72,7 @@ class TaskConfig(Section):
     metric: str
     """Metric that selects the best epoch. All metrics are reported."""
 
-    format: Literal["auto", "csv", "jsonl", "json", "parquet", "conll"] = "auto"
+    format: Literal["auto", FormatName] = "auto"
     """Format of the files; `auto`: as their names suggest."""
 
     sep: Separator | None = None
