@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -240,14 +241,12 @@ def _reject_targets_as_inputs(
     row: Row, types: Mapping[str, CellType], found: Mapping[str, list[int]], key: str
 ) -> None:
     """Raise UserError if a target and an input are the same column: the model would see its targets."""
-    targets = [role for role in found if types[role].target]
-    inputs = [role for role in found if not types[role].target]
-    for target in targets:
-        for role in inputs:
-            if shared := set(found[target]) & set(found[role]):
-                raise UserError(
-                    f"{row.named_at}: {key}.{target} and {key}.{role} are the same column, '{row.names[min(shared)]}'"
-                )
+    for target, role in product(found, found):
+        shared = set(found[target]) & set(found[role])
+        if types[target].target and not types[role].target and shared:
+            raise UserError(
+                f"{row.named_at}: {key}.{target} and {key}.{role} are the same column, '{row.names[min(shared)]}'"
+            )
 
 
 def _read_cell(row: Row, cell_type: CellType, found: int | list[int]) -> Any:

@@ -93,11 +93,10 @@ class Kind(TaskKind[Config]):
                 f"{train.path}: the labels of each row are {length} zeros and ones, a multi-hot vector; list the names "
                 f"of the {length} labels, in its order, in task.labels"
             )
-        labels = set(places)
-        if len(labels) < 2:
-            found = f"only the label '{labels.pop()}'" if labels else "no labels"
+        if len(places) < 2:
+            found = f"only the label '{min(places)}'" if places else "no labels"
             raise UserError(f"{train.path}: {found}; expected two or more labels")
-        return tuple(sorted(labels))
+        return tuple(sorted(places))
 
     @property
     def head(self) -> dict[str, Any]:
