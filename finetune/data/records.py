@@ -185,13 +185,12 @@ def read_records(
         return _records(rows, columns, targets_required, key)
     rows = list(rows)
     records = list(_records(rows, columns, targets_required, key))
-    turns = list(_records(rows, joiner.context, True, f"{section}dialogue"))
-    values = [turn.values for turn in turns]
-    joiner.check_order([turn.place for turn in turns], values, f"{section}dialogue")
-    changes = joiner.join([record.values["text"] for record in records], values)
+    turns = [turn.values for turn in _records(rows, joiner.context, True, f"{section}dialogue")]
+    joiner.check_order([record.place for record in records], turns, f"{section}dialogue")
+    changes = joiner.join([record.values["text"] for record in records], turns)
     return (
         replace(record, values={**record.values, **changed}, group=turn.get("group"))
-        for record, turn, changed in zip(records, values, changes, strict=True)
+        for record, turn, changed in zip(records, turns, changes, strict=True)
     )
 
 
