@@ -10,7 +10,8 @@ import numpy as np
 from experiment.errors import UserError
 from experiment.formatting import counted
 from finetune.data.columns import CONTEXT, Columns
-from finetune.data.records import Record, Table, TurnJoiner, read_table, target_texts
+from finetune.data.dialogue import TurnJoiner
+from finetune.data.records import Record, Table, read_table, target_texts
 from finetune.data.task_config import TaskConfig
 
 
