@@ -27,8 +27,8 @@ _FIXED = ("model", "masking", "optimizer.name", *_STREAM)
 # Keys below these that only change how the same result is computed.
 _LAYOUT = ("model.activation_checkpointing",)
 # Keys that change nothing in an encoder. Older identities have use_cache as activation checkpointing sets it, and the
-# `auto_map` of a folder.
-_NO_EFFECT = ("model.use_cache", "model.auto_map")
+# `auto_map` and the outputs of a folder.
+_NO_EFFECT = ("model.use_cache", "model.auto_map", "model.output_hidden_states")
 # Keys that determine masks if the masking rate is a function of the run's length.
 _LENGTH = ("schedule.steps", "schedule.epochs", "schedule.tokens")
 # Keys that name paths, or that `run_identity` resolves.

@@ -29,11 +29,14 @@ _REPLACED = {"global_attn_every_n_layers": "layer_types"} | dict.fromkeys(
     ("rope_theta", "global_rope_theta", "local_rope_theta"), "rope_parameters"
 )
 _READ_BY_ALL = ("gradient_checkpointing", "tie_word_embeddings")  # by the base class of all models
+_UNREAD_OUTPUTS = ("output_attentions", "output_hidden_states")
 _READ_FIELD = re.compile(r"""\b(?:config\.|getattr\((?:self\.)?config, ")(\w+)""")
 
 
 def check_fields(fields: Mapping[str, Any], make_config: Callable[[Mapping[str, Any]], PreTrainedConfig]) -> None:
     """Raise UserError for the first of the `fields` that is not used. `make_config`: fields -> config with them set."""
+    if found := [field for field in _UNREAD_OUTPUTS if fields.get(field)]:
+        raise UserError(f"model.config.{found[0]}: nothing reads these outputs; leave it out")
     config = make_config({})
     known = declared_fields(config) | _fields_in_source(config)
     for field in fields:

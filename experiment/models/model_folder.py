@@ -33,7 +33,8 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
 
     DeBERTa models of Microsoft need `legacy: false` for their masked-LM head, which their configs lack
     (huggingface/transformers#15216). BigBird gets full attention: transformers switches to it for good at the first
-    short sequence, but keeps `block_sparse` in the config. `auto_map` names code that is never run nor copied.
+    short sequence, but keeps `block_sparse` in the config. `auto_map` names code that is never run nor copied. Outputs
+    that nothing reads are off: with `output_attentions`, a config is saved with eager attention only.
     """
     if not folder.exists():
         raise missing_model(folder)
@@ -49,6 +50,7 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
         if getattr(config, "attention_type", None) == "block_sparse":
             config.attention_type = "original_full"
         vars(config).pop("auto_map", None)
+        config.output_attentions = config.output_hidden_states = False
     except Exception as error:  # transformers raises many types for values that make no config
         raise UserError(f"cannot read the model config {folder / 'config.json'}: {first_line(error)}") from None
     names = config.architectures or []

@@ -19,7 +19,7 @@ def check(model_type: str, fields: Mapping[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("model_type", "fields"),
     [
-        ("bert", {"num_attention_heads": 2, "num_labels": 3, "output_attentions": True}),
+        ("bert", {"num_attention_heads": 2, "num_labels": 3, "return_dict": True}),
         ("roberta", {"layer_norm_eps": 1e-6}),
         ("xlm-roberta", {"classifier_dropout": 0.1}),
         ("distilbert", {"dim": 24, "hidden_size": 24}),
@@ -91,6 +91,14 @@ def test_other_fields_are_rejected(model_type: str, field: str, nearest: str | N
         check(model_type, {field: 1})
     if nearest is not None:
         assert f"did you mean '{nearest}'?" in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["output_attentions", "output_hidden_states"])
+def test_outputs_that_nothing_reads_are_rejected(field: str) -> None:
+    """Catches a run that cannot save its model: transformers refuses the outputs with any attention but eager."""
+    with pytest.raises(UserError, match=rf"^model\.config\.{field}: nothing reads these outputs; leave it out$"):
+        check("bert", {field: True})
+    check("bert", {field: False})
 
 
 @pytest.mark.parametrize(("field", "common"), [("d_model", "model_type"), ("rope_theta", "rope_scaling")])

@@ -128,6 +128,16 @@ def test_a_config_says_what_is_computed(tmp_path: Path, model_type: str) -> None
     assert "auto_map" not in config.to_dict()
 
 
+def test_a_config_with_outputs_can_be_saved(tmp_path: Path) -> None:
+    """Catches a model whose config asks for attention weights, which trains, but of which no checkpoint is saved."""
+    outputs = {"output_attentions": True, "output_hidden_states": True}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **SIZES, **outputs}))
+    model = build(load_config(tmp_path))
+    model.set_attn_implementation("sdpa")
+    model.config.save_pretrained(tmp_path)
+    assert not outputs.keys() & json.loads((tmp_path / "config.json").read_text()).keys()
+
+
 def test_weights_that_a_layer_does_not_use_are_rejected(tmp_path: Path) -> None:
     """Catches a model of BERT without the relative positions that it was trained with, which transformers dropped, and
     buffers of older releases that are rejected."""
