@@ -198,6 +198,12 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
         ends_freeze = key == "model.freeze_steps" and key in changed and identity[key] < changed[key][0]
         if key in changed and 0 < identity[key] <= step and not ends_freeze:
             log.warning(f"{key}: {identity[key]}: is over: it counts from step 0, and the fork begins at step {step}")
+        elif key in changed and "warmup" in key and changed[key][0] <= step < identity[key]:
+            log.warning(
+                f"{key}: {identity[key]}: does not warm up again: it counts from step 0, so {step / identity[key]:.1%} "
+                f"of it are done when the fork begins at step {step}; to warm up again, start a new run with "
+                "model.init_from in place of run.resume"
+            )
     return ResumePlan(
         point.checkpoint,
         step=step,

@@ -24,9 +24,18 @@ from pretrain.resume import (
     locate_model,
     plan_resume,
 )
+from pretrain.schedule_config import ScheduleConfig
+from pretrain.training.learning_rate import learning_rate
 from pretrain.training_progress import TrainingProgress, fork_progress, progress_to_json
 
 NEW_MODEL = ModelConfig(config={"model_type": "bert"})
+
+
+def change_identity(checkpoint: Path, **changes: Any) -> None:
+    state = checkpoint / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"identity": identity(**changes)}))
+    (checkpoint / "COMPLETE").unlink()
+    mark_complete(checkpoint)
 
 
 @pytest.mark.parametrize(("before", "warned"), [(2, True), (100, False)])
@@ -35,11 +44,8 @@ def test_a_fork_that_trains_what_its_parent_froze(
 ) -> None:
     """Catches a warning about the end of a freeze that the fork is for."""
     parent = make_run(tmp_path / "parent", (4,))
-    state = checkpoint_path(parent / "checkpoints", 4) / "state.json"
     frozen = {"model__freeze": ["embeddings"], "model__freeze_steps": before}
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"identity": identity(**frozen)}))
-    (state.parent / "COMPLETE").unlink()
-    mark_complete(state.parent)
+    change_identity(checkpoint_path(parent / "checkpoints", 4), **frozen)
     plan(tmp_path / "new", str(parent), **frozen | {"model__freeze_steps": 4})
     assert ("model.freeze_steps: 4: is over" in caplog.text) == warned
 
@@ -120,6 +126,20 @@ def test_a_fork_that_begins_after_the_warmup(
     parent = make_run(tmp_path / "parent", (4,))
     plan(tmp_path / "new", str(parent), schedule__warmup_steps=steps)
     assert ("schedule.warmup_steps: 4: is over: it counts from step 0" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("before", "warned"), [(4, True), (100, False)])
+def test_a_fork_does_not_warm_up_again(
+    tmp_path: Path, before: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a longer warmup that looks like a second one, and a warning about the first one that continues."""
+    parent = make_run(tmp_path / "parent", (4,))
+    change_identity(checkpoint_path(parent / "checkpoints", 4), schedule__warmup_steps=before)
+    plan(tmp_path / "new", str(parent), schedule__warmup_steps=8)
+    message = "schedule.warmup_steps: 8: does not warm up again: it counts from step 0, so 50.0% of it are done"
+    assert (message in caplog.text) == warned
+    schedule = ScheduleConfig.model_validate({"steps": 20, "warmup_steps": 8})
+    assert learning_rate(schedule, 2.0, 4, 20, 0.0) == 2.0 * 5 / 8
 
 
 def test_paths_that_name_a_checkpoint(tmp_path: Path) -> None:
