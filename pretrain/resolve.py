@@ -134,7 +134,10 @@ def resolve(
     _limit_tokenizer(tokenizer, config, skeleton, earlier)
     fingerprints = [(given.corpus.fingerprint, given.weight) for given in corpora]
     affixes = (vocabulary.prefix, vocabulary.suffix)
-    identity = run_identity(config, model_config.to_dict(), fingerprints, affixes, deepspeed.raw)
+    fields = model_config.to_dict()
+    if point is not None and model_source.init_from == str(point.checkpoint / "hf"):
+        fields.pop("tie_word_embeddings", None)  # `resize_model` may have untied the decoder since the run began
+    identity = run_identity(config, fields, fingerprints, affixes, deepspeed.raw)
     return ResolvedRun(
         config=config,
         folder=folder,

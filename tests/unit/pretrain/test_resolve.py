@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers.processors import Sequence
+from transformers import BertConfig, BertForMaskedLM
 
 from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
-from experiment.run_files.checkpoints import mark_complete
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.modeling.build import build_model
 from pretrain.resolve import resolve
 from pretrain.training.checkpoint_tensors import write_hugging_face_folder
+from pretrain.training_progress import TrainingProgress, progress_to_json
 from tiny_models import tiny_fields
 
 TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -206,6 +209,31 @@ def test_positions_that_no_sequence_reaches(
     caplog.clear()
     assert limit("next", continued | {"max_positions": 128}, 64) == 64
     assert caplog.messages[0].startswith("model.max_positions: only 64 of the model's 128 positions are trained")
+
+
+def test_a_resized_model_with_a_decoder_of_its_own_resumes(
+    tmp_path: Path, wordpiece: Path, wordpiece_corpus: Path
+) -> None:
+    """Catches a run that cannot resume because its model is untied, although the config of the base says tied."""
+    tokenizer = load_tokenizer(wordpiece)
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "intermediate_size": 32}
+    base = BertForMaskedLM(BertConfig(**TINY | sizes, max_position_embeddings=64, tie_word_embeddings=False))
+    torch.nn.init.normal_(base.get_output_embeddings().weight)
+    write_hugging_face_folder(dict(base.named_parameters()), base, tokenizer, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+
+    model = {"init_from": str(tmp_path / "base"), "max_positions": 128}
+    config = config_of(tmp_path / "run", wordpiece_corpus, model=model)
+    run = resolve(config, 1)
+    built = build_model(run.model_source, run.model_config, 8).model
+    assert not built.config.tie_word_embeddings
+    checkpoint = checkpoint_path(tmp_path / "run" / "checkpoints", 1)
+    write_hugging_face_folder(dict(built.named_parameters()), built, run.tokenizer, checkpoint / "hf")
+    state = {"identity": run.identity, "config": run.config.model_dump(mode="json"), "provenance": {}}
+    (checkpoint / "state.json").write_text(json.dumps(state | {"progress": progress_to_json(TrainingProgress(step=1))}))
+    mark_complete(checkpoint)
+    assert resolve(config, 1).resume_plan.step == 1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
