@@ -167,7 +167,7 @@ def evaluate(options: EvaluateOptions) -> None:
     """Measure held-out loss, perplexity and masked-token accuracy.
 
     The run's seed, masking and maximum sequence length fix the masks; a Hugging Face folder has the defaults. Scores of
-    two models are comparable if these are the same.
+    two models are comparable if these are the same: see --masks_of.
 
     Example:
         deepcloze evaluate --checkpoint runs/mine --corpus corpora/books-heldout
@@ -179,7 +179,7 @@ def evaluate(options: EvaluateOptions) -> None:
         import_transformers_without_scipy()
         from pretrain.evaluate import evaluate_command
 
-    evaluate_command(options.checkpoint, options.corpus, options.json_output)
+    evaluate_command(options.checkpoint, options.corpus, options.json_output, options.masks_of)
 
 
 def export(options: ExportOptions) -> None:

@@ -122,7 +122,9 @@ def pretrain(
         return folder
 
 
-def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str, "Scores"]:
+def evaluate(
+    checkpoint: str | Path, corpora: Sequence[str | Path], *, masks_of: str | Path | None = None
+) -> dict[str, "Scores"]:
     """Measure held-out loss, perplexity and masked-token accuracy, as `deepcloze evaluate`.
 
     The run's seed, masking and maximum sequence length fix the masks; a Hugging Face folder has the defaults. Scores of
@@ -131,6 +133,7 @@ def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str,
     Args:
         checkpoint: a checkpoint, a run (its newest checkpoint), or a Hugging Face folder with a masked-LM head.
         corpora: folders that were built with the model's tokenizer.
+        masks_of: a run or checkpoint whose masks and sequence length to use instead.
 
     Example:
         scores = deepcloze.evaluate("runs/mine", ["corpora/books-heldout"])
@@ -148,7 +151,9 @@ def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str,
             from pretrain.evaluate import evaluate as evaluate_corpora
 
         with _own_torch_state():
-            return evaluate_corpora(expand_home(str(checkpoint)), [expand_home(str(corpus)) for corpus in corpora])
+            masks_of = None if masks_of is None else expand_home(str(masks_of))
+            folders = [expand_home(str(corpus)) for corpus in corpora]
+            return evaluate_corpora(expand_home(str(checkpoint)), folders, masks_of)
     finally:
         restore_devices()
 

@@ -169,8 +169,12 @@ class EvaluateOptions(Section):
     corpus: Annotated[str, Metavar("DIR[,DIR…]", separator=",")]
     """Folders built by `deepcloze corpus` with the model's tokenizer, or their URLs."""
 
+    masks_of: Annotated[PathText | None, Metavar("RUN")] = None
+    """Masks and sequence length of this run or checkpoint: for a model that is not its own, such as the one that it
+    continues."""
+
     json_output: Annotated[bool, Field(alias="json")] = False
-    """Print one JSON object on stdout: {corpus: {loss, perplexity, accuracy, masked_tokens}}."""
+    """Print one JSON object on stdout: {corpus: {loss, perplexity, accuracy, masked_tokens, masks}}."""
 
 
 class FinetuneOptions(Section):

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -137,17 +137,25 @@ def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.dev
     return Scores(loss, math.inf if loss > _MAX_LOSS else math.exp(loss), total_correct / masked, int(masked))
 
 
-def evaluate_command(checkpoint: str, corpus: str, as_json: bool = False) -> None:
+def evaluate_command(checkpoint: str, corpus: str, as_json: bool = False, masks_of: str | None = None) -> None:
     """Print the scores on comma-separated corpora. Raises UserError as `evaluate`."""
-    _print(evaluate(checkpoint, list(filter(None, corpus.split(","))), show_progress=not as_json), as_json)
+    scores, masks = _evaluate(checkpoint, list(filter(None, corpus.split(","))), masks_of, show_progress=not as_json)
+    _print(scores, masks, as_json)
 
 
-def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool = True) -> dict[str, Scores]:
+def evaluate(checkpoint: str, corpus_folders: Sequence[str], masks_of: str | None = None) -> dict[str, Scores]:
     """Return the scores of a checkpoint, a run's newest checkpoint or any Hugging Face folder, by name of the corpus.
 
-    A checkpoint is scored with its run's seed, masking and sequence length; any other folder with the defaults.
-    Raises UserError.
+    A checkpoint is scored with its run's seed, masking and sequence length, or those of the run or checkpoint
+    `masks_of`; any other folder with the defaults. Raises UserError.
     """
+    return _evaluate(checkpoint, corpus_folders, masks_of, show_progress=True)[0]
+
+
+def _evaluate(
+    checkpoint: str, corpus_folders: Sequence[str], masks_of: str | None, show_progress: bool
+) -> tuple[dict[str, Scores], dict[str, Any]]:
+    """Return the scores by name of the corpus, and what determines the masks."""
     device = available_device()
     share_cores()
     path = local_model(checkpoint)
@@ -158,7 +166,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
             "masked-LM head; `deepcloze predict --score` scores fine-tuned models"
         )
     folder = find_model_folder(path)
-    masking, seed, max_length = _settings(folder)
+    masking, seed, max_length = _settings(folder if masks_of is None else _model_of_run(masks_of))
     tokenizer = load_tokenizer(folder)
     vocabulary = build_vocabulary(tokenizer)
     model_config = ModelConfig(init_from=str(folder))
@@ -174,9 +182,9 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
         terminal().print(f"model: {folder}")
     built = build_model(model_config, config, seed, new_head=False)
     length = min(max_length, max_positions(built.model) or max_length)
+    masks = {"seed": seed, "unit": masking.unit, "rate": masking.rates[-1], "max_seq_length": length}
     if show_progress:
-        rate = masking.rates[-1]
-        terminal().print(f"masks: seed {seed}, unit {masking.unit}, rate {rate:g}, max_seq_length {length}")
+        terminal().print(f"masks: {', '.join(f'{name} {value}' for name, value in masks.items())}")
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
     kind, tokens = choose_row_kind(built, torch.float32), max(BatchConfig().microbatch_tokens, length)
     layout = MicrobatchLayout(length, tokens, kind, built.first_position, least_row_width(config))
@@ -189,7 +197,15 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     with tempfile.TemporaryDirectory() as index_folder:
         evaluator = open_held_out(corpora, vocabulary, masking, seed, layout, World(), Path(index_folder), _SEQUENCES)
     # The folder of the opened indexes is gone already: nothing would remove it if the process were killed.
-    return evaluator.evaluate(predict, device, show_progress)
+    return evaluator.evaluate(predict, device, show_progress), masks
+
+
+def _model_of_run(name: str) -> Path:
+    """Return the model of a run or checkpoint. Raises UserError for any other model."""
+    folder = find_model_folder(local_model(name))
+    if not state_around(folder):
+        raise UserError(f"--masks_of: {name} is not a pretraining run or a checkpoint of one")
+    return folder
 
 
 def _settings(folder: Path) -> tuple[MaskingConfig, int, int]:
@@ -216,9 +232,9 @@ def _open_all(names: Sequence[str], fingerprint: str, folder: Path) -> dict[str,
     return opened
 
 
-def _print(scores: dict[str, Scores], as_json: bool) -> None:
+def _print(scores: dict[str, Scores], masks: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps({name: of_corpus.finite() for name, of_corpus in scores.items()}))
+        print(json.dumps({name: {**of_corpus.finite(), "masks": masks} for name, of_corpus in scores.items()}))
         return
     rows = [
         [name, f"{loss:.4f}", format_perplexity(perplexity), f"{accuracy:.4f}", f"{masked:,}"]

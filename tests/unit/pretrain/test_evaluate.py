@@ -123,7 +123,7 @@ def folder(tmp_path: Path, wordpiece: Path) -> Path:
 
 def test_the_table_has_the_accuracy_of_other_outputs(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches per cent in one place where training and --json have a fraction."""
-    evaluate_module._print({"held": Scores(3.77, 43.39, 0.35954, 13_253)}, as_json=False)
+    evaluate_module._print({"held": Scores(3.77, 43.39, 0.35954, 13_253)}, {}, as_json=False)
     assert "│   0.3595 │" in capsys.readouterr().out
 
 
@@ -153,7 +153,8 @@ def test_evaluate_scores_any_hugging_face_folder(
     printed = json.loads(capsys.readouterr().out)
     assert set(printed) == {heldout_corpus.name, wordpiece_corpus.name}
     for scores in printed.values():
-        assert set(scores) == {"loss", "perplexity", "accuracy", "masked_tokens"}
+        assert set(scores) == {"loss", "perplexity", "accuracy", "masked_tokens", "masks"}
+        assert scores["masks"] == {"seed": 42, "unit": "token", "rate": 0.15, "max_seq_length": 48}
 
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
     held = held_out(heldout_corpus, MicrobatchLayout(48, 48, kind="padded"))
@@ -189,6 +190,24 @@ def test_a_checkpoint_is_scored_as_its_run_scores_it(
         held = held_out(heldout_corpus, MicrobatchLayout(40, 400), seed=7, masking=MaskingConfig(rate=0.3, unit=unit))
         masked[unit] = sum(held.maker[step].masked_tokens for step in range(held.batches))
     assert found["masked_tokens"] == masked["span"] != masked["token"]
+
+
+def test_a_model_is_scored_with_the_masks_of_a_run_that_continues_it(
+    folder: Path, heldout_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches perplexities before and after a run that are not comparable, because the masks of its base differ."""
+    checkpoint = checkpoint_path(tmp_path / "run" / "checkpoints", 1)
+    shutil.copytree(folder, checkpoint / "hf")
+    masking = {"unit": "span", "rate": 0.3}
+    config = {"masking": masking, "run": {"seed": 7}, "batch": {"max_seq_length": 40}}
+    (checkpoint / "state.json").write_text(json.dumps({"identity": {}, "config": config}))
+    mark_complete(checkpoint)
+    evaluate_command(str(tmp_path / "run"), str(heldout_corpus), as_json=True)
+    of_run = json.loads(capsys.readouterr().out)
+    evaluate_command(str(folder), str(heldout_corpus), as_json=True, masks_of=str(tmp_path / "run"))
+    assert json.loads(capsys.readouterr().out) == of_run  # the models are the same
+    with pytest.raises(UserError, match=r"^--masks_of: .*m is not a pretraining run or a checkpoint of one$"):
+        evaluate_command(str(tmp_path / "run"), str(heldout_corpus), masks_of=str(folder))
 
 
 def test_an_evaluation_of_a_run_names_its_best_checkpoint(
@@ -233,6 +252,7 @@ def test_json_has_null_where_nothing_was_masked(
     mark_complete(folder.parent)
     evaluate_command(str(folder), str(heldout_corpus), as_json=True)
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[heldout_corpus.name]
+    assert found.pop("masks") == {"seed": 7, "unit": "token", "rate": 1e-9, "max_seq_length": 40}
     assert found == {"loss": None, "perplexity": None, "accuracy": None, "masked_tokens": 0}
 
 
