@@ -4,7 +4,7 @@ import copy
 import logging
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
     untie = (model.config or {}).get("tie_word_embeddings") is False
     if untie:  # load a tied decoder as a copy of the embeddings; transformers keeps one that has weights of its own
         source.tie_word_embeddings = True
-    built = _load(Path(model.init_from), source, new_head)
+    built = _load(Path(model.init_from), source, new_head, model.config or {})
     untie = untie and decoder_of(built) is not None  # Perceiver has none
     if model.added_tokens is None and model.max_positions is None and not untie:
         return built
@@ -100,29 +100,51 @@ def _warn_of_changes(fields: Iterable[str], before: PreTrainedConfig, now: PreTr
         log.warning("model.config differs from the config of model.init_from: %s", ", ".join(changes))
 
 
-def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
+def _load(folder: Path, config: PreTrainedConfig, new_head: bool, fields: Mapping[str, Any]) -> PreTrainedModel:
+    """Load the weights. fields: of the config that the user has set."""
     with user_errors_in("model.init_from"):
         model, report = load_weights(AutoModelForMaskedLM, folder, config)
+    encoder = f"{model.base_model_prefix}."
     for name, found, expected in sorted(report["mismatched_keys"]):
-        raise UserError(
-            f"model.init_from: in {folder} the shape of {name} is {list(found)}, but the config makes it "
-            f"{list(expected)}; model.config may only change what the weights do not depend on"
-        )
-    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if lost := [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]:
+        if name.startswith(encoder):
+            advice = "; model.config may only change what the weights do not depend on" if fields else ""
+            raise UserError(
+                f"model.init_from: in {folder} the shape of {name} is {list(found)}, but the config makes it "
+                f"{list(expected)}{advice}"
+            )
+    new, unused = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}, report["unexpected_keys"]
+    if lost := sorted(name for name in new if name.startswith(encoder)):
         raise UserError(
             f"model.init_from: {folder} has no weights for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}"
         )
     if line := describe_unused_layers(folder, model, unused):
         log.warning(line)
-    if missing:
+    if missing := sorted(new - _fill_biases(model, new)):
+        is_part = any(name not in new and not name.startswith(encoder) for name, _ in model.named_parameters())
+        problem = "lacks parts of its masked-LM head" if is_part else "has no masked-LM head"
         if not new_head:
-            raise UserError(f"{folder} has no masked-LM head: its weights lack {missing[0]} and others")
-        others = [name for name in unused if not is_in_encoder(name, model) and "pooler" not in name]
+            more = " and others" if len(missing) > 1 else ""
+            raise UserError(f"{folder} {problem}: its weights lack {missing[0]}{more}")
+        others = [name for name in sorted(unused) if not is_in_encoder(name, model) and "pooler" not in name]
         left_out = f"; not used: {', '.join(others[:4])}{' …' if len(others) > 4 else ''}" if others else ""
-        log.warning("%s has no masked-LM head; a new one is trained (%s)%s", folder, ", ".join(missing), left_out)
+        start = "new ones are" if is_part else "a new one is"
+        log.warning("%s %s; %s trained (%s)%s", folder, problem, start, ", ".join(missing), left_out)
     keep_fixed(model, meta_model(config))
     return model
+
+
+@torch.no_grad()
+def _fill_biases(model: PreTrainedModel, new: Collection[str]) -> set[str]:
+    """Fill a head's bias and that of its decoder, which are the same in most models, from each other if a folder has
+    only one of them. new: the parameters that are not in it. Returns those that were filled."""
+    biases = {name: value for name, value in model.named_parameters(remove_duplicate=False) if name.endswith(".bias")}
+    twins = {name: name.replace(".decoder.bias", ".bias") for name in biases if name.endswith(".decoder.bias")}
+    filled = set()
+    for name, twin in [*twins.items(), *((twin, name) for name, twin in twins.items())]:
+        if name in new and twin in biases and twin not in new and biases[name].shape == biases[twin].shape:
+            biases[name].copy_(biases[twin])
+            filled.add(name)
+    return filled
 
 
 def unused_parameters(model: PreTrainedModel, packed: bool) -> frozenset[str]:

@@ -126,6 +126,60 @@ def test_a_folder_without_a_head_gets_a_new_one(
     )
 
 
+@pytest.mark.parametrize(("changed", "tied"), [("bias", True), ("decoder.bias", False), ("bias", False)])
+def test_the_bias_of_a_head_and_that_of_its_decoder_are_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, changed: str, tied: bool
+) -> None:
+    """Catches a folder that is rejected for a bias of the old size, which older versions of transformers left in a
+    resized model, and a trained bias that becomes 0 because an untied model has it under one name only."""
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, tie_word_embeddings=tied, **TINY)
+    before = BertForMaskedLM(config).eval()
+    torch.nn.init.normal_(before.get_output_embeddings().bias)
+    weights = {name: value.clone() for name, value in before.state_dict().items()}
+    weights["cls.predictions.bias"] = weights["cls.predictions.decoder.bias"]
+    del weights[f"cls.predictions.{changed}"]
+    if changed == "bias":
+        weights["cls.predictions.bias"] = torch.randn(20)
+    before.save_pretrained(tmp_path, state_dict={name: value.clone() for name, value in weights.items()})
+    settings = ModelConfig(init_from=str(tmp_path))
+    built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1, new_head=False).model.eval()
+    assert caplog.messages == []
+    for name in ("cls.predictions.bias", "cls.predictions.decoder.bias"):
+        assert torch.equal(built.get_parameter(name), before.get_output_embeddings().bias)
+
+
+def test_a_part_of_a_head_is_missing(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a head that is called absent for lack of one tensor, and a tensor of another shape in it for which
+    `model.config` is blamed."""
+    model = BertForMaskedLM.from_pretrained(folder)
+    weights = {name: value.clone() for name, value in model.state_dict().items() if "decoder" not in name}
+    model.save_pretrained(folder, state_dict=weights | {"cls.predictions.transform.dense.bias": torch.zeros(3)})
+    settings = ModelConfig(init_from=str(folder))
+    config = resolve_model_config(settings, tokenizer)
+    built = build_model(settings, config, seed=1).model
+    missing = "cls.predictions.transform.dense.bias"
+    assert f"{folder} lacks parts of its masked-LM head; new ones are trained ({missing})" in caplog.messages
+    name = "cls.predictions.transform.dense.weight"
+    assert torch.equal(built.get_parameter(name), model.get_parameter(name))
+    with pytest.raises(UserError, match=rf"lacks parts of its masked-LM head: its weights lack {missing}"):
+        build_model(settings, config, seed=1, new_head=False)
+
+
+def test_model_config_is_not_blamed_for_shapes_if_it_is_not_set(
+    folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Catches advice about fields that the user has not set."""
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": ', '"intermediate_size": 1'))
+    settings = ModelConfig(init_from=str(folder))
+    with pytest.raises(
+        UserError, match=r"the shape of bert\.encoder\S+ is \[\d+.*\], but the config makes it \[[\d, ]+\]$"
+    ):
+        build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+
+
 def test_the_head_of_a_deberta_release_is_continued(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
