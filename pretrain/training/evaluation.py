@@ -76,10 +76,7 @@ class RunEvaluator:
             comparable = forget_replaced(progress.evaluations, corpora)
             history = update_history(comparable, self.config, progress.step, metrics, so_far.trained)
             for name in newly_overfitting(history, self.config):
-                log.warning(
-                    f"step {progress.step}: overfitting: the loss on {name} has risen for "
-                    f"{self.config.overfitting_after} evaluations while the training loss fell"
-                )
+                log.warning("step %d: %s", progress.step, describe_rise(name, comparable, history))
             return replace(so_far, evaluations=history, evaluated=True)
 
 
@@ -179,3 +176,14 @@ def should_stop_early(history: EvaluationHistory, config: EvaluationConfig) -> b
 def newly_overfitting(history: EvaluationHistory, config: EvaluationConfig) -> list[str]:
     """Return the corpora to warn about now: each once per streak."""
     return [name for name, times in history.rising.items() if times == config.overfitting_after]
+
+
+def describe_rise(name: str, before: EvaluationHistory, now: EvaluationHistory) -> str:
+    """Return the warning about a held-out loss that has risen: the model overfits, or, if the loss on another corpus
+    fell in the last evaluation, forgets. before: the history without that evaluation."""
+    rise = f"the loss on {name} has risen for {now.rising[name]} evaluations while"
+    learned = [other for other, loss in now.held_out.items() if loss < before.held_out.get(other, loss)]
+    if learned:
+        advice = "mix such text into corpus.train or lower optimizer.lr, see docs/data_mixtures.md"
+        return f"the model forgets {name}: {rise} that on {learned[0]} fell; {advice}"
+    return f"overfitting: {rise} the training loss fell"

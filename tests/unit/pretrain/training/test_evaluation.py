@@ -12,6 +12,7 @@ from pretrain.config import EvaluationConfig, PretrainConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.resolve import ResolvedRun
 from pretrain.training.evaluation import (
+    describe_rise,
     forget_replaced,
     log_early_stop,
     newly_overfitting,
@@ -102,6 +103,21 @@ def test_overfitting_is_training_loss_down_and_held_out_loss_up() -> None:
     rising = histories_after(config, *evaluations, training=(0, 1, 2, 3, 4, 5, 6, 7))
     assert not any(newly_overfitting(history, config) for history in rising)
     assert falling[3].train_loss == 4.0
+
+
+@pytest.mark.parametrize(
+    ("domain", "expected"),
+    [
+        ((5.0, 4.0, 3.0), "the model forgets b: the loss on b has risen for 2 evaluations while that on a fell; mix "),
+        ((3.0, 4.0, 5.0), "overfitting: the loss on b has risen for 2 evaluations while the training loss fell"),
+    ],
+)
+def test_a_model_that_learns_other_text_forgets(domain: tuple[float, ...], expected: str) -> None:
+    """Catches advice against overfitting for a model that continues on a domain and loses its general text."""
+    config = EvaluationConfig(overfitting_after=2)
+    evaluations = [{"eval/a/loss": a, "eval/b/loss": b} for a, b in zip(domain, (1.0, 1.1, 1.2), strict=True)]
+    before, now = histories_after(config, evaluations[0], *evaluations, training=(0, 6, 5, 4))[-2:]
+    assert describe_rise("b", before, now).startswith(expected)
 
 
 @pytest.mark.parametrize(
