@@ -70,8 +70,8 @@ class ModelConfig(Section):
     a model on the Hugging Face Hub. See docs/continued_pretraining.md and docs/hub.md."""
 
     output_bias: Literal["zero", "log_frequency"] = "zero"
-    """Initial bias of the decoder of a new model. log_frequency: the logarithm of the frequency of each token in the
-    corpus, so that the first steps need not learn it. See docs/pretraining.md."""
+    """Initial bias of the decoder of a new model or of a new masked-LM head. log_frequency: the logarithm of the
+    frequency of each token in the corpus, so that the first steps need not learn it. See docs/pretraining.md."""
 
     freeze: tuple[str, ...] = ()
     """Modules to freeze for the first `freeze_steps` steps: one or more whole, consecutive parts of parameter names,
@@ -104,8 +104,6 @@ class ModelConfig(Section):
         for key in ("added_tokens", "max_positions"):
             if getattr(self, key) is not None and self.init_from is None:
                 raise ValueError(f"'{key}' extends the model in 'init_from', which is missing")
-        if self.output_bias != "zero" and self.init_from is not None:
-            raise ValueError("'output_bias' is for a new model; that in 'init_from' has a bias")
         if bool(self.freeze) != bool(self.freeze_steps):
             raise ValueError("'freeze' and 'freeze_steps' must be set together")
         return self

@@ -74,7 +74,7 @@ def _build_model(run: ResolvedRun) -> BuiltModel:
     model = build_model(run.model_source, run.model_config, run.config.run.seed)
     if run.config.model.output_bias == "log_frequency" and run.resume_plan.checkpoint is None:
         frequencies = token_frequencies([each.corpus for each in run.corpora], [each.weight for each in run.corpora])
-        set_output_bias(model.model, frequencies)
+        set_output_bias(model.model, frequencies, pretrained=run.model_source.init_from is not None)
     return model
 
 

@@ -36,15 +36,17 @@ def _frequencies(corpus: Corpus) -> NDArray[np.float64]:
     return counts / float(counts.sum())
 
 
-def set_output_bias(model: PreTrainedModel, frequencies: NDArray[np.float64]) -> None:
+def set_output_bias(model: PreTrainedModel, frequencies: NDArray[np.float64], pretrained: bool = False) -> None:
     """Set the bias of the decoder to the logarithm of `frequencies`, [V].
 
     Rows of the decoder that no token has, of a padded vocabulary, get the bias of the rarest one. Raises UserError if
-    the decoder has no bias.
+    the decoder has no bias, or the bias of a model that is `pretrained` is a trained one: new ones are zeros.
     """
     decoder = decoder_of(model)
     if decoder is None or decoder.bias is None:
         raise UserError(f"model.output_bias: the decoder of '{model.config.model_type}' has no bias with this config")
+    if pretrained and decoder.bias.any():
+        raise UserError("model.output_bias: the model in model.init_from has a trained bias; leave output_bias out")
     logarithms = np.log(frequencies)
     padding = (0, decoder.bias.numel() - len(logarithms))
     bias = np.pad(logarithms, padding, constant_values=logarithms.min())

@@ -60,7 +60,18 @@ def test_a_head_that_multiplies_by_the_embeddings_is_rejected(tokenizer: PreTrai
         set_output_bias(model, np.full(len(tokenizer), 1 / len(tokenizer)))
 
 
-def test_a_pretrained_model_keeps_its_bias() -> None:
-    """Catches a trained bias that is overwritten."""
-    with pytest.raises(ValueError, match="'output_bias' is for a new model"):
-        ModelConfig(init_from="bert", output_bias="log_frequency")
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_pretrained_model_keeps_its_bias(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, has_head: bool) -> None:
+    """Catches a trained bias that is overwritten, and an encoder whose new head is refused the frequencies."""
+    model = build(tokenizer)
+    torch.nn.init.normal_(model.get_output_embeddings().bias)
+    (model if has_head else model.base_model).save_pretrained(tmp_path)
+    settings = ModelConfig(init_from=str(tmp_path), output_bias="log_frequency")
+    built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1).model
+    frequencies = np.full(len(tokenizer), 1 / len(tokenizer))
+    if has_head:
+        with pytest.raises(UserError, match=r"^model\.output_bias: the model in model\.init_from has a trained bias"):
+            set_output_bias(built, frequencies, pretrained=True)
+    else:
+        set_output_bias(built, frequencies, pretrained=True)
+        assert torch.allclose(built.get_output_embeddings().bias, -torch.log(torch.tensor(float(len(tokenizer)))))
