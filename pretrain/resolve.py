@@ -13,8 +13,9 @@ from typing import Any, Protocol, TypeVar
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from experiment.errors import UserError, user_errors_in
+from experiment.models.model_folder import load_config
 from experiment.models.model_names import local_model
-from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from experiment.models.tokenizer import default_length, load_tokenizer, tokenizer_fingerprint
 from experiment.models.transformers_models import check_freeze, configured_positions, max_positions
 from experiment.run_files.checkpoints import Verify, state_around, verify_descriptions
 from experiment.run_files.run_folder import RunFolder
@@ -287,14 +288,15 @@ def _limit_tokenizer(
     """Let `truncation=True` cut texts at the length that the model is trained for, where positions beyond it stay
     untrained because each of them has an embedding of its own.
 
-    earlier: the folder of the model to continue, whose tokenizer has its limit; None: a new model.
+    earlier: the folder of the model to continue, which is trained up to its own limit; None: a new model.
     """
     if (positions := configured_positions(model)) is None:
         return
     trained = max(stage.max_seq_length for stage in config.stages)
     tokenizer.model_max_length = max(positions, trained)  # `trained` is larger only if the model has no limit
     if earlier is not None:
-        trained = max(trained, load_tokenizer(Path(earlier)).model_max_length)
+        model_before = meta_model(load_config(Path(earlier)))
+        trained = max(trained, default_length(load_tokenizer(Path(earlier)), model_before) or 0)
     if trained < positions and has_learned_positions(model):
         tokenizer.model_max_length = trained
         log.info(

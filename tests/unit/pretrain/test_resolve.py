@@ -177,8 +177,9 @@ def test_training_text_as_held_out_text_warns(
 def test_positions_that_no_sequence_reaches(
     tmp_path: Path, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a server and fine-tuning that use positions that were never trained, a shorter limit than the one of the
-    model that is continued, a limit of rotary positions, and no limit or one below the longest sequence of DeBERTa."""
+    """Catches a server and fine-tuning that use positions that were never trained, also if the tokenizer of the model
+    that is continued has no limit, a shorter limit than that model's, a limit of rotary positions, and no limit or one
+    below the longest sequence of DeBERTa."""
     caplog.set_level(logging.INFO, logger="pretrain.resolve")
 
     def limit(run: str, model: dict[str, Any], length: int = 32, **sections: dict[str, Any]) -> int:
@@ -209,6 +210,10 @@ def test_positions_that_no_sequence_reaches(
     caplog.clear()
     assert limit("next", continued | {"max_positions": 128}, 64) == 64
     assert caplog.messages[0].startswith("model.max_positions: only 64 of the model's 128 positions are trained")
+    path = tmp_path / "hf" / "tokenizer_config.json"  # of many models of the Hub, it has no limit
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({key: settings[key] for key in settings.keys() - {"model_max_length"}}))
+    assert limit("next", continued | {"max_positions": 128}) == limit("next", continued) == 64
 
 
 def test_a_resized_model_with_a_decoder_of_its_own_resumes(
