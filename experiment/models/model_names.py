@@ -13,6 +13,7 @@ from experiment.errors import UserError, notify
 from experiment.models.hub import download_model, resolve_commit
 from experiment.models.hub_names import HubName, meant_name
 from experiment.run_files.checkpoints import (
+    checkpoint_candidates,
     checkpoint_step,
     find_model_folder,
     is_checkpoint_name,
@@ -93,9 +94,13 @@ def local_model(
 
 
 def local_tokenizer(name: str) -> Path:
-    """Like `local_model`, for a tokenizer: the folder is copied without model weights."""
+    """Like `local_model`, for a tokenizer: the folder of the model of a checkpoint or run, or a folder that is copied
+    without model weights."""
     _check_form(name)
-    return local_folder(name, _WEIGHTS) if is_url(name) else local_model(name, weights=False)
+    if is_url(name):
+        return local_folder(name, _WEIGHTS)
+    path = local_model(name, weights=False)
+    return find_model_folder(path) if checkpoint_candidates(path) else path
 
 
 def _check_form(name: str) -> None:

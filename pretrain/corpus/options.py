@@ -110,7 +110,8 @@ class TokenizerOptions(TextOptions):
     """Lowercase the text."""
 
     extend: Annotated[PathName | None, Metavar("DIR")] = None
-    """Instead of training: the tokenizer folder to add tokens to, or NAME[@REVISION] of a model on the Hub."""
+    """Instead of training: the tokenizer folder to add tokens to, a checkpoint or run, or NAME[@REVISION] of a model on
+    the Hub."""
 
     added: Annotated[PathName | None, Metavar("FILE")] = None
     """The words to add, one per line; for WordPiece also continuations such as ##itis."""
@@ -136,8 +137,8 @@ class CorpusOptions(TextOptions):
     of an archive as a.zip::*.txt; hub:NAME[@REVISION][:SPLIT]; or python-docs."""
 
     tokenizer: Annotated[PathOrUrl | None, Metavar("DIR")] = None
-    """Hugging Face tokenizer folder, or a folder with just a vocab.txt; its URL; or NAME[@REVISION] of a model on the
-    Hugging Face Hub."""
+    """Hugging Face tokenizer folder, or a folder with just a vocab.txt; its URL; a checkpoint or run; or
+    NAME[@REVISION] of a model on the Hugging Face Hub."""
 
     output: Annotated[PathName | None, Metavar("PATH")] = None
     """Corpus folder to write; with --inspect, the page, by default DIR-inspect.html beside the corpus."""

@@ -12,6 +12,7 @@ from experiment.errors import UserError
 from experiment.models.hub import call_hub, download_model, resolve_commit
 from experiment.models.hub_names import HubName, meant_name
 from experiment.models.model_names import local_model, local_tokenizer, record_model
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete, write_best
 from hub_server import HubServer, cut, status
 
 NAME = HubName("org/bert-base-tiny")
@@ -112,6 +113,17 @@ def test_a_tokenizer_comes_without_weights(hub: HubServer, commit: str) -> None:
     """Catches gigabytes of weights that nobody reads, and a model that then seems to be complete."""
     assert contents(local_tokenizer(str(NAME))).keys() == ROOT
     assert (local_model(str(NAME)) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_the_tokenizer_of_a_run(tmp_path: Path) -> None:
+    """Catches a corpus that cannot be built with the tokenizer of the run or checkpoint in `model.init_from`."""
+    checkpoint = checkpoint_path(tmp_path / "run" / "checkpoints", 2)
+    (checkpoint / "hf").mkdir(parents=True)
+    (checkpoint / "hf" / "config.json").touch()
+    mark_complete(checkpoint)
+    write_best(checkpoint.parent, 2)
+    for name in (tmp_path / "run", checkpoint, checkpoint.parent / "best", checkpoint / "hf"):
+        assert local_tokenizer(str(name)) == checkpoint / "hf"
 
 
 def test_all_files_are_of_one_commit(hub: HubServer, commit: str) -> None:
