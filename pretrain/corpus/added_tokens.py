@@ -75,7 +75,8 @@ def check_extends(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast"
 
 
 def old_pieces(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast") -> dict[int, list[int]]:
-    """Map the id of each token that only `new` has to the ids of its text in `old`, without unknown tokens."""
+    """Map the id of each token that only `new` has to the ids of its text in `old`, without unknown tokens. A mark of a
+    space alone, which SentencePiece puts before an unknown emoji, counts as none."""
     known, prefix = old.get_vocab(), _continuation_prefix(json.loads(old.backend_tokenizer.to_str()))
     added = new.added_tokens_decoder  # whose texts a byte-level decoder would take for bytes
     pieces: dict[int, list[int]] = {}
@@ -87,7 +88,8 @@ def old_pieces(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast") -
         else:
             word = added[identifier].content if identifier in added else new.backend_tokenizer.decode([identifier])
             found = old(_in_text(word.strip()), add_special_tokens=False)["input_ids"]
-            pieces[identifier] = [piece for piece in found if piece != old.unk_token_id]
+            found = [piece for piece in found if piece != old.unk_token_id]
+            pieces[identifier] = found if "".join(old.convert_ids_to_tokens(found)).strip("▁") else []
     return pieces
 
 

@@ -120,6 +120,16 @@ def test_the_pieces_of_an_added_word_are_those_of_its_text(word: str, byte_level
     assert old_pieces(new, old) == {identifier: old(f" {word}", add_special_tokens=False)["input_ids"]}
 
 
+def test_an_unknown_emoji_has_no_pieces(unigram: Path, tmp_path: Path) -> None:
+    """Catches embeddings of emoji that all are copies of the one of a space."""
+    old, new = load_tokenizer(unigram), extend(unigram, tmp_path, "🤣", "zedwilmar")
+    assert old.tokenize(" 🤣")[0] == "▁"
+    emoji, word = (new.convert_tokens_to_ids(token) for token in ("🤣", "zedwilmar"))
+    pieces = old_pieces(new, old)
+    assert pieces[emoji] == []
+    assert pieces[word] == old(" zedwilmar", add_special_tokens=False)["input_ids"]
+
+
 def test_the_pieces_of_a_chinese_word_have_no_space(byte_level: Path, tmp_path: Path) -> None:
     """Catches a new row that is the mean of pieces with a space, which Chinese text does not have."""
     old, new = load_tokenizer(byte_level), extend(byte_level, tmp_path, "新冠")
