@@ -1,6 +1,6 @@
 # On a fresh machine with Python 3.11 to 3.13 and make:  make demo   make test   make check   make soak
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Of TORCH and PYTHON, those on the command line.

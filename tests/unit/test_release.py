@@ -47,6 +47,28 @@ def test_an_image_is_built_from_what_a_wheel_contains() -> None:
     assert {line.removeprefix("!") for line in lines if line.startswith("!")} == needed
 
 
+def make_setup(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`make setup` in a folder with our Makefile. `python3` is 3.10, and can make no virtual environment."""
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
+    for name in ("pyproject.toml", "Makefile"):
+        shutil.copy(ROOT / name, folder)
+    write_program(folder / "programs" / "python3", "exit 1")
+    given = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "TORCH", "PYTHON")  # to the make that runs the tests
+    environ = {name: value for name, value in os.environ.items() if name not in given} | variables
+    environ["PATH"] = f"{folder / 'programs'}:{environ['PATH']}"
+    return subprocess.run(["make", "setup", *arguments], cwd=folder, env=environ, capture_output=True, text=True)
+
+
+def write_program(path: Path, lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+
+
+def write_python(path: Path, version: str, log: Path) -> None:
+    write_program(path, f"[ $1 != --version ] || echo Python {version}\n[ $1 != -m ] || echo $@ >> {log}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "installed", "message"),
     [
@@ -58,26 +80,46 @@ def test_an_image_is_built_from_what_a_wheel_contains() -> None:
 )
 def test_an_environment_that_exists(tmp_path: Path, arguments: list[str], installed: list[str], message: str) -> None:
     """Catches a TORCH or PYTHON on the command line of make that has no effect, without a word."""
-    scripts = tmp_path / ".venv" / "bin"
-    scripts.mkdir(parents=True)
-    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
-    for name in ("pyproject.toml", "Makefile"):
-        shutil.copy(ROOT / name, tmp_path)
+    log, scripts = tmp_path / "installed", tmp_path / ".venv" / "bin"
     for python, version in ((scripts / "python", "3.11.0"), (tmp_path / "python3.12", "3.12.0")):
-        answer, log = (
-            f"[ $1 != --version ] || echo Python {version}",
-            f"[ $1 != -m ] || echo $@ >> {tmp_path}/installed",
-        )
-        python.write_text(f"#!/bin/sh\n{answer}\n{log}\n")
-        python.chmod(0o755)
+        write_python(python, version, log)
     shutil.copy(scripts / "python", scripts / "pip")
     (tmp_path / ".venv" / ".ready").touch()
-    given = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "TORCH", "PYTHON")  # to the make that runs the tests
-    environ = {name: value for name, value in os.environ.items() if name not in given}
-    done = subprocess.run(["make", "setup", *arguments], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    os.utime(tmp_path / ".venv" / ".ready", (2**32, 2**32))
+    done = make_setup(tmp_path, *arguments)
     assert message in done.stderr
     assert (done.returncode == 0) is (not message)
     assert [line.split()[-1] for path in tmp_path.glob("installed") for line in path.open()] == installed
+
+
+def test_setup_with_a_good_environment_ignores_the_default_python(tmp_path: Path) -> None:
+    """Catches a `python3` that is too old, which stops `make setup` although .venv has a newer one."""
+    scripts = tmp_path / ".venv" / "bin"
+    for name in ("python", "pip"):
+        write_python(scripts / name, "3.12.0", tmp_path / "installed")
+    done = make_setup(tmp_path, VENV=str(tmp_path / "exported"))
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    ("programs", "message"), [([], "has no bin/pip: remove it"), (["pip"], "bin/python does not start: remove")]
+)
+def test_setup_keeps_a_folder_that_it_has_not_made(tmp_path: Path, programs: list[str], message: str) -> None:
+    """Catches `make setup` that deletes a folder of the user's, and bash's error for an interpreter that is gone."""
+    folder = tmp_path / "envs"
+    folder.mkdir()
+    (folder / "mine").touch()
+    for name in programs:
+        write_program(folder / "bin" / name, "")
+    write_python(tmp_path / "python3.12", "3.12.0", tmp_path / "installed")
+    with (tmp_path / "python3.12").open("a") as python:
+        python.write("[ $1 != -m ]\n")
+    done = make_setup(tmp_path, "VENV=envs", "PYTHON=./python3.12")
+    assert done.returncode == 2
+    assert f"envs{'/bin/python' if programs else ''}" in done.stderr
+    assert message in done.stderr
+    assert (folder / "mine").exists()
 
 
 def test_the_label_of_an_image_names_changes(tmp_path: Path) -> None:
