@@ -128,7 +128,7 @@ def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.dev
             totals[0] += loss_sum
             totals[1] += correct
         totals[2] += batch.masked_tokens
-    if dist.is_initialized():
+    if corpus.maker.world.size > 1:
         dist.all_reduce(totals)
     total_loss, total_correct, masked = read_numbers(totals)
     if masked == 0:

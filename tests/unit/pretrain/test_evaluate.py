@@ -86,6 +86,13 @@ def test_scores_are_exact_at_any_microbatch_size(heldout_corpus: Path) -> None:
         assert other == pytest.approx(first, rel=1e-6)
 
 
+def test_one_rank_uses_no_process_group(heldout_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches `deepcloze.evaluate` in one rank of a caller's process group that waits for the others forever."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: pytest.fail("waits for other ranks"))
+    evaluate(held_out(heldout_corpus, MicrobatchLayout(40, 400)), predict)
+
+
 def test_masks_depend_only_on_the_seed(heldout_corpus: Path) -> None:
     """Catches scores that are not comparable within a run, and a seed that is ignored."""
     layout = MicrobatchLayout(40, 400)
