@@ -110,8 +110,10 @@ def _ray(address: str | None, job: object) -> Iterator[TaskRunner]:
         import ray
     except ImportError:
         raise UserError("--engine ray needs Ray; install it with: pip install 'deepcloze[ray]'") from None
+    connected = not ray.is_initialized()  # otherwise by the caller of `deepcloze.build_corpus`
     try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        if connected:
+            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
         raise UserError(
             f"--ray_address {address or 'auto'}: no Ray cluster answers ({first_line(error)}); "
@@ -136,7 +138,8 @@ def _ray(address: str | None, job: object) -> Iterator[TaskRunner]:
     try:
         yield run_tasks
     finally:
-        ray.shutdown()
+        if connected:
+            ray.shutdown()
 
 
 def _result(reference: Any, place: str) -> Any:

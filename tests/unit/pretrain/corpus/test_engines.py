@@ -340,13 +340,19 @@ class _Cluster:
     )
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path, error: str | None = None) -> None:
-        self.folder, self.error, self.retries = folder, error, -1
+        self.folder, self.error, self.retries, self.initialized = folder, error, -1, False
         patch.setitem(sys.modules, "ray", self)
         patch.setitem(sys.modules, "ray.exceptions", self.exceptions)
 
-    def init(self, **_: object) -> None: ...
+    def is_initialized(self) -> bool:
+        return self.initialized
 
-    def shutdown(self) -> None: ...
+    def init(self, **_: object) -> None:
+        assert not self.initialized
+        self.initialized = True
+
+    def shutdown(self) -> None:
+        self.initialized = False
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 2}
@@ -401,8 +407,22 @@ def test_a_task_that_dies_again_and_again(
     assert cluster.retries == int(os.environ["RAY_task_oom_retries"]) == 5  # noqa: SIM112
 
 
+@pytest.mark.parametrize("initialized", [True, False])
+def test_a_process_that_uses_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, initialized: bool) -> None:
+    """Catches a build that connects a caller's process again, which Ray refuses, or disconnects it."""
+    cluster = _Cluster(monkeypatch, tmp_path)
+    cluster.initialized = initialized
+    with engines.open_engine(None, None, "ray") as run:
+        assert list(run(max, [])) == []
+    assert cluster.initialized == initialized
+
+
 class _NoCluster:
     """Stands for Ray without a cluster."""
+
+    @staticmethod
+    def is_initialized() -> bool:
+        return False
 
     @staticmethod
     def init(address: str | None = None, **_: object) -> None:
