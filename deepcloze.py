@@ -13,6 +13,7 @@ path has their names.
 import importlib
 import importlib.util
 import os
+import site
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -73,12 +74,20 @@ def run() -> NoReturn:
 
 
 def _put_own_packages_first() -> None:
-    """Put our packages first on the path. Raises ImportError if a module with the name of one has been imported."""
+    """Put our packages before others with their names on the path. Raises ImportError if one of these has been
+    imported."""
     hidden = [name for name in _PACKAGES if _location(name) != _ROOT / name]
     if not hidden:
         return
     if imported := [name for name in hidden if name in sys.modules]:
         raise ImportError(f"{_location(imported[0])} hides the package '{imported[0]}' of deepcloze; rename it")
+    hiding = {_location(name).parent for name in hidden}
+    given = {Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(":") if entry}
+    installed = {Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())}
+    if _ROOT in installed and not hiding & given:
+        # First in the path, other packages there, such as backports, would hide the standard library.
+        sys.path.sort(key=lambda entry: Path(entry).resolve() in hiding)
+        return
     sys.path.insert(0, str(_ROOT))
     path = filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))
     os.environ["PYTHONPATH"] = ":".join(path)  # for worker processes

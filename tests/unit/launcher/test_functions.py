@@ -442,6 +442,30 @@ print(corpus.documents)"""
     assert done.stdout.endswith("\n1280\n")
 
 
+def test_a_wheel_does_not_hide_the_standard_library(tmp_path: Path) -> None:
+    """Catches a backport beside an installed deepcloze that is imported because the script is called pretrain.py."""
+    site = tmp_path / "site"
+    for file in ("launcher/functions.py", "pretrain/__init__.py", "finetune/__init__.py", "experiment/__init__.py"):
+        (site / file).parent.mkdir(parents=True)
+        (site / file).write_text("from pretrain import __file__ as pretrain\n" if "launcher" in file else "")
+    (site / "launcher" / "__init__.py").touch()
+    (site / "wave.py").touch()
+    shutil.copy(deepcloze.__file__, site)
+    code = f"""import os, site, sys
+site.getsitepackages = lambda: [{str(site)!r}]
+sys.path.append({str(site)!r})
+before = os.environ.get("PYTHONPATH")
+import deepcloze
+print(os.path.relpath(deepcloze.pretrain, {str(tmp_path)!r}))
+import wave
+print(hasattr(wave, "Wave_read"), os.environ.get("PYTHONPATH") == before)"""
+    (tmp_path / "pretrain.py").write_text(code)
+    command = [sys.executable, "-S", "pretrain.py"]  # without the deepcloze that is installed here
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.stdout == "site/pretrain/__init__.py\nTrue True\n", done.stderr
+
+
 def test_a_module_that_hides_a_package_is_named(tmp_path: Path) -> None:
     """Catches an error about a module in our packages that does not exist."""
     (tmp_path / "finetune.py").touch()
