@@ -95,6 +95,8 @@ def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping
 def read_config_file(path: Path | str) -> bytes:
     """Read the content of a config file. Raises UserError."""
     try:
+        if Path(path).is_fifo():
+            raise UserError(f"{path} is a pipe; expected a file: the processes of a command each read the config")
         return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror or error}") from None

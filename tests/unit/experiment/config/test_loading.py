@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -196,6 +197,13 @@ def test_an_unreadable_file_is_a_user_error(tmp_path: Path, name: str) -> None:
     """Catches a traceback for a mistyped path, or for a folder instead of a file."""
     with pytest.raises(UserError, match="cannot read the config file"):
         load_config(Config, tmp_path / name)
+
+
+def test_a_pipe_is_rejected(tmp_path: Path) -> None:
+    """Catches an error about missing keys for `<(…)`, which the next reader of the config finds empty."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe; expected a file"):
+        load_config(Config, tmp_path / "pipe")
 
 
 def test_a_message_names_the_file_or_the_command_line(tmp_path: Path) -> None:
