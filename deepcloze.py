@@ -47,12 +47,15 @@ _MODULES = {
 
 _PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 _ROOT = Path(__file__).resolve().parent
+_OTHER_SYSTEM = "deepcloze needs Linux; on Windows use WSL 2"
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'deepcloze' has no attribute '{name}'")
+    if sys.platform != "linux":
+        raise ImportError(_OTHER_SYSTEM)
     _put_own_packages_first()
     value = getattr(importlib.import_module(_MODULES.get(name, "launcher.functions")), name)
     globals()[name] = value
@@ -65,6 +68,8 @@ def __dir__() -> list[str]:
 
 def run() -> NoReturn:
     """Run the command line and end the process with its exit code."""
+    if sys.platform != "linux":
+        sys.exit(_OTHER_SYSTEM)
     _put_own_packages_first()
     try:
         from launcher.__main__ import run as run_launcher

@@ -70,6 +70,15 @@ def test_unknown_names_are_rejected() -> None:
         deepcloze.launcher  # noqa: B018
 
 
+def test_other_systems_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback about `fcntl` on Windows and `sched_getaffinity` on macOS."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SystemExit, match=r"^deepcloze needs Linux; on Windows use WSL 2$"):
+        deepcloze.run()
+    with pytest.raises(ImportError, match=r"^deepcloze needs Linux"):
+        deepcloze.__getattr__("pretrain")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
