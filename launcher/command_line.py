@@ -17,6 +17,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
@@ -33,6 +34,8 @@ ABOUT_FLAGS = (
     "Where `--config` is required, the file alone will do: `deepcloze pretrain my-run.yaml`. With `-q` or `--quiet`, "
     "every command prints results, warnings and errors only. `deepcloze --version` prints the version."
 )
+
+_fill = partial(textwrap.fill, break_on_hyphens=False, break_long_words=False)  # names stay whole
 
 _SYNONYMS = {"gpu": "device", "input": "source", "num_nodes": "include"}
 """Flag of another program, or of another command -> ours, where the name of a wrong one is more similar."""
@@ -347,15 +350,13 @@ def _meaning(flag: Flag) -> str:
 
 
 def _filled(text: str, width: int) -> str:
-    return "\n\n".join(textwrap.fill(" ".join(paragraph.split()), width) for paragraph in text.split("\n\n"))
+    return "\n\n".join(_fill(" ".join(paragraph.split()), width) for paragraph in text.split("\n\n"))
 
 
 def table(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
     """Format two columns; the second one is wrapped."""
     column = max(len(left) for left, _ in rows) + 4
     return [
-        textwrap.fill(
-            right, max(width, column + 30), initial_indent=f"  {left}".ljust(column), subsequent_indent=" " * column
-        )
+        _fill(right, max(width, column + 30), initial_indent=f"  {left}".ljust(column), subsequent_indent=" " * column)
         for left, right in rows
     ]

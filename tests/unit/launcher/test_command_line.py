@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from experiment.config import Metavar, Positional, Section
 from experiment.config.field_types import known_keys
 from experiment.errors import UserError
-from launcher.command_line import Command, flags_of, help_text, is_help_request, parse_command_line
+from launcher.command_line import Command, flags_of, help_text, is_help_request, parse_command_line, table
 from pretrain.config import PretrainConfig
 
 ROOT = Path(__file__).parents[3]
@@ -363,3 +363,9 @@ def test_an_argument_may_be_repeated() -> None:
     with pytest.raises(UserError, match="missing: RUN…"):
         parse_command_line(["listed", "--json"], commands)
     assert "usage: deepcloze listed RUN… [flags]" in help_text(["listed"], commands, "", 100)
+
+
+def test_help_keeps_names_whole() -> None:
+    """Catches `my-` at the end of a line and `run.yaml` on the next one, which nobody can copy."""
+    name = "my-run-of-a-model-with-a-long-name.yaml"
+    assert name in "".join(table([("--config", f"a file, such as {name}")], width=30))
