@@ -29,6 +29,19 @@ def test_images_in_the_docs_have_the_version() -> None:
     assert set(images) == {PYPROJECT["project"]["version"]}
 
 
+def test_installed_docs_have_the_files_that_they_link() -> None:
+    """Catches pages without their pictures and notebooks in a wheel."""
+    installed = {
+        path.relative_to(ROOT).as_posix()
+        for patterns in PYPROJECT["tool"]["setuptools"]["data-files"].values()
+        for pattern in patterns
+        for path in ROOT.glob(pattern)
+    }
+    pages = (ROOT / "docs").glob("*.md")
+    links = [link for page in pages for link in re.findall(r"\]\(([\w./-]+)", page.read_text(encoding="utf-8"))]
+    assert {f"docs/{link}" for link in links if (ROOT / "docs" / link).is_file() and ".." not in link} <= installed
+
+
 def test_make_image_names_the_programs_that_it_needs() -> None:
     """Catches a shell error about `build` where neither docker, podman nor buildah is installed."""
     done = subprocess.run(["make", "image", "ENGINE="], cwd=ROOT, capture_output=True, text=True)
