@@ -6,7 +6,7 @@ import sys
 from experiment.config import load_config
 from experiment.errors import UserError, inform
 from experiment.files import PACKAGES
-from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
+from experiment.process.fast_imports import command_imports, fast_imports
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, terminal_width
 from launcher.options import (
@@ -175,8 +175,7 @@ def evaluate(options: EvaluateOptions) -> None:
     from launcher.hosts.machine import launch_machine
 
     launch_machine()  # otherwise DeepSpeed, if anything imports it, would print to stdout that it found no GPU
-    with fast_imports():
-        import_transformers_without_scipy()
+    with command_imports():
         from pretrain.evaluate import evaluate_command
 
     evaluate_command(options.checkpoint, options.corpus, options.json_output, options.masks_of)
@@ -211,8 +210,7 @@ def finetune(options: FinetuneOptions) -> None:
     from finetune.config import FinetuneConfig
 
     load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
-    with fast_imports():  # takes seconds
-        import_transformers_without_scipy()
+    with command_imports():
         from finetune.run import finetune as run_finetuning
 
     run_finetuning(options.config, options.overrides, options.dry_run)
@@ -229,8 +227,7 @@ def predict(options: PredictOptions) -> None:
     Example:
         deepcloze predict --model runs/sst2 --input reviews.csv --output labels.csv --columns.text=review
     """
-    with fast_imports():
-        import_transformers_without_scipy()
+    with command_imports():
         from finetune.prediction.predict import predict_command
 
     predict_command(options)
@@ -248,8 +245,7 @@ def serve(options: ServeOptions) -> None:
         deepcloze serve --model runs/sst2 --port 8000
     """
     try:
-        with fast_imports():
-            import_transformers_without_scipy()
+        with command_imports():
             from finetune.serve.server import serve_command
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in PACKAGES:
@@ -269,7 +265,8 @@ def sweep(options: SweepOptions) -> None:
     Example:
         deepcloze sweep --config my-run.yaml --grid "optimizer.lr=1e-4,5e-4 optimizer.weight_decay=0.01,0.1"
     """
-    from launcher.run_sets.sweep import plan_sweep, run_sweep
+    with command_imports():
+        from launcher.run_sets.sweep import plan_sweep, run_sweep
 
     plan = plan_sweep(options)
     if options.dry_run:
@@ -288,7 +285,7 @@ def compare(options: CompareOptions) -> None:
     Example:
         deepcloze compare encoders.yaml
     """
-    with fast_imports():
+    with command_imports():
         from launcher.run_sets.compare import run_comparison
         from launcher.run_sets.compare_plan import plan_comparison
 
@@ -414,7 +411,7 @@ def validate(options: ValidateOptions) -> None:
 
         check_cleaning(file, overrides)
     elif command == "compare":
-        with fast_imports():
+        with command_imports():
             from launcher.run_sets.compare_plan import plan_comparison
 
         plan_comparison(CompareOptions(file=file, overrides=overrides))
@@ -422,8 +419,7 @@ def validate(options: ValidateOptions) -> None:
         from finetune.config import FinetuneConfig
 
         load_config(FinetuneConfig, file, overrides)  # before the imports, which take seconds
-        with fast_imports():
-            import_transformers_without_scipy()
+        with command_imports():
             from finetune.run import check
 
         check(file, overrides)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from experiment.config import load_config
 from experiment.errors import notify
-from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
+from experiment.process.fast_imports import command_imports
 from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile
 from launcher.hosts.machine import Machine, launch_machine
 from launcher.launch_plan import resolve_run
@@ -20,8 +20,7 @@ def print_run_plan(options: PlanOptions) -> None:
     machine = launch_machine()
     slots = _planned_slots(options, machine)
 
-    with fast_imports():
-        import_transformers_without_scipy()
+    with command_imports():
         from pretrain.corpus.cache import copy_urls
         from pretrain.plan.cost import UNKNOWN_GPU, Device, Rates, local_cpu, local_gpu
         from pretrain.plan.plan import plan_run

@@ -27,6 +27,14 @@ def fast_imports() -> Iterator[None]:
     await_delayed_signal()
 
 
+@contextmanager
+def command_imports() -> Iterator[None]:
+    """`fast_imports` and `import_transformers_without_scipy`, in the process of a command."""
+    with fast_imports():
+        import_transformers_without_scipy()
+        yield
+
+
 def import_transformers_without_scipy() -> None:
     """Keep transformers from importing scipy for its object detection losses and, in 5.17, scikit-learn for assisted
     generation: an eighth of the time of all imports. For processes of commands; call before importing its models."""

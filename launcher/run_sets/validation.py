@@ -61,7 +61,6 @@ def validate_finetuning(config: str, overrides: Mapping[str, str], models: set[s
     models: see `check_model`. Raises UserError, as above, except for the content of the data.
     """
     with fast_imports():
-        import_transformers_without_scipy()
         from finetune.resolve import check_model, load_run_config
 
     loaded = load_run_config(config, overrides)
