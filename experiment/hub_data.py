@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from experiment.errors import UserError, first_line, user_errors_in
 from experiment.models.hub import resolve_commit
 from experiment.models.hub_names import HubName
-from experiment.progress import terminal
+from experiment.progress import without_bars
 
 if TYPE_CHECKING:
     import datasets
@@ -71,16 +71,16 @@ class HubData(NamedTuple):
 def load_rows(data: HubData) -> "datasets.Dataset":
     """Return the rows of a split. Raises UserError if it cannot be loaded."""
     import datasets
+    import huggingface_hub.utils
 
-    if not terminal().is_interactive:
-        datasets.disable_progress_bars()
     repository, configuration = data.repository
     try:
-        builder = datasets.load_dataset_builder(repository, configuration, revision=data.revision)
-        if data.revision not in (None, builder.hash):  # datasets falls back to any commit that is cached
-            raise UserError(f"{data}: cannot be downloaded now; the cache has commit {builder.hash} only")
-        builder.download_and_prepare()
-        return builder.as_dataset(data.split)
+        with without_bars(datasets.utils), without_bars(huggingface_hub.utils):
+            builder = datasets.load_dataset_builder(repository, configuration, revision=data.revision)
+            if data.revision not in (None, builder.hash):  # datasets falls back to any commit that is cached
+                raise UserError(f"{data}: cannot be downloaded now; the cache has commit {builder.hash} only")
+            builder.download_and_prepare()
+            return builder.as_dataset(data.split)
     except UserError:
         raise
     except Exception as error:  # each cause (network, split, bad file) has its own exception

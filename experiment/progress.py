@@ -42,6 +42,21 @@ def _console(**options: Any) -> Console:
     return _Stderr(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, **options)
 
 
+@contextmanager
+def without_bars(library: Any) -> Iterator[None]:
+    """Hide the progress bars of a library in the block, except on a terminal or in a notebook: in a file they are many
+    lines. library: `huggingface_hub.utils` or `datasets.utils`."""
+    is_shown = terminal().is_interactive or (terminal().is_jupyter and not is_quiet())
+    if is_shown or library.are_progress_bars_disabled():
+        yield
+        return
+    library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        library.enable_progress_bars()
+
+
 def warning_console() -> Console:
     """Return a console like `terminal` that also prints with `--quiet`."""
     return _console() if is_quiet() else terminal()

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from experiment.errors import UserError, describe_disk_error, first_line, inform
 from experiment.models.hub_names import HubName
-from experiment.progress import terminal
+from experiment.progress import without_bars
 from experiment.storage import retry
 
 T = TypeVar("T")
@@ -41,14 +41,18 @@ def resolve_commit(name: HubName, kind: Kind = "model") -> HubName:
 
     if name.is_commit:
         return name
-    if constants.is_offline_mode():
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # not to warn that the Hub cannot be reached
 
     def resolve() -> HubName:
         found = HfApi().resolve_revision(name.repository, revision=name.revision, repo_type=kind)
         return HubName(name.repository, found.resolved)
 
-    return call_hub(name, kind, resolve)
+    level = logging.get_verbosity()
+    if constants.is_offline_mode():
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # not to warn that the Hub cannot be reached
+    try:
+        return call_hub(name, kind, resolve)
+    finally:
+        logging.set_verbosity(level)
 
 
 def download_model(
@@ -149,11 +153,8 @@ def _bar(on_progress: Callable[[], None]) -> type[Any]:
 
 def call_hub(name: HubName, kind: Kind, function: Callable[[], T]) -> T:
     """Call `function`, which uses the Hub, again after transient errors. Raises UserError."""
+    from huggingface_hub import utils
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if not terminal().is_interactive:
-        disable_progress_bars()
 
     def call() -> T:
         try:
@@ -166,7 +167,8 @@ def call_hub(name: HubName, kind: Kind, function: Callable[[], T]) -> T:
                 raise _unreachable(name, kind, cause or error) from None
             raise cause or error from None
 
-    return retry(str(name), call, lambda _, error: _explain(name, kind, error))
+    with without_bars(utils):
+        return retry(str(name), call, lambda _, error: _explain(name, kind, error))
 
 
 def _unreachable(name: HubName, kind: Kind, error: BaseException) -> UserError:

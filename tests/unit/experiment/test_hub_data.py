@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import datasets.utils
 import pytest
 from huggingface_hub import HfFileSystem
 
@@ -64,6 +65,7 @@ def test_rows_are_of_one_commit(hub: HubServer, commit: str) -> None:
     assert str(data) == f"hub:{NAME}@{commit}:train"
     new = hub.repository(NAME, "dataset").push(files(("new", 1)))
     assert list(read_cells(load_rows(data), ["text", "label"])) == [["a", "good"], ["b", "bad"], ["c", None]]
+    assert not datasets.utils.are_progress_bars_disabled(), "the choice of the caller"
     (source,) = find_sources(f"hub:{NAME}")
     assert source.version == new
     assert texts(f"hub:{NAME}") == ["new"]

@@ -2,13 +2,16 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars, logging
 
-from experiment.errors import UserError
+from experiment import progress
+from experiment.errors import QUIET_VARIABLE, UserError
 from experiment.models.hub import call_hub, download_model, resolve_commit
 from experiment.models.hub_names import HubName, meant_name
 from experiment.models.model_names import local_model, local_tokenizer, record_model
@@ -347,3 +350,20 @@ def test_a_download_is_one_line(hub: HubServer, commit: str, capfd: pytest.Captu
     download_model(NAME)
     download_model(NAME)
     assert capfd.readouterr() == ("", f"deepcloze: downloading {NAME}@{commit} from the Hugging Face Hub\n")
+
+
+def test_a_caller_keeps_the_settings_of_huggingface_hub(
+    hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a notebook whose own downloads show no bar, and whose warnings are hidden, after a lookup of ours."""
+    level = logging.get_verbosity()
+    enable_progress_bars()
+    resolve_commit(NAME)
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    resolve_commit(NAME)
+    assert not are_progress_bars_disabled()
+    assert logging.get_verbosity() == level
+    monkeypatch.setattr(progress, "terminal", lambda: SimpleNamespace(is_interactive=False, is_jupyter=True))
+    assert call_hub(NAME, "model", are_progress_bars_disabled) is False
+    monkeypatch.setenv(QUIET_VARIABLE, "1")
+    assert call_hub(NAME, "model", are_progress_bars_disabled) is True
