@@ -212,7 +212,9 @@ def compare(config: Config, overrides: Overrides | None = None, *, quiet: bool =
 
     with _as_a_command(quiet), _config_file(config, CompareConfig, overrides) as file, handle_stop_signals(interrupt):
         flags |= {"file": file, "overrides": _as_text(overrides)}
-        plan = plan_comparison(_options(CompareOptions, "compare", flags))
+        options = _options(CompareOptions, "compare", flags)
+        with _own_torch_state():
+            plan = plan_comparison(options)
         run_comparison(plan)
         scores: dict[str, Any] = read_json(plan.runs.folder.path / "compare.json")
         return scores

@@ -386,6 +386,20 @@ def test_the_state_of_torch_is_the_callers(function: str, monkeypatch: pytest.Mo
     assert torch.cuda.is_initialized() or seeds == [0, seed]  # type: ignore[no-untyped-call]
 
 
+def test_the_state_of_torch_is_the_callers_after_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a comparison that builds models to check them, and changes the random numbers of the notebook."""
+
+    def plan(_: object) -> None:
+        torch.manual_seed(0)
+        raise UserError("a row")
+
+    monkeypatch.setattr("launcher.run_sets.compare_plan.plan_comparison", plan)
+    before = torch.get_rng_state()
+    with pytest.raises(UserError, match="a row"):
+        deepcloze.compare(COMPARISON)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_memory_of_gpus_is_free_after_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches ranks that run out of memory because the notebook that starts them keeps what it has evaluated with."""
 
