@@ -81,10 +81,15 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels
 
 
 def table_console() -> "Console":
-    """Return a console on stdout for tables, which prints text as it is. In a pipe or file no cell is cut off."""
+    """Return a console on stdout for tables, which prints text as it is. In a pipe or file no cell is cut off. Printing
+    raises BrokenPipeError if the process that reads stdout has exited."""
     from rich.console import Console
 
-    if not (console := Console(markup=False, emoji=False, highlight=False)).is_terminal:
+    class StdoutConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the default is to exit with 1
+
+    if not (console := StdoutConsole(markup=False, emoji=False, highlight=False)).is_terminal:
         console.width = FILE_WIDTH
     return console
 

@@ -124,9 +124,9 @@ def write_summary(results: Sequence[SweepResult], output: Path, metric: str, low
     keys = list(best_first[0].values)
     rows = [[*run.values.values(), run.value, run.state, run.name, run.collapsed, run.std] for run in best_first]
     write_text(output / "sweep.csv", csv_table([[*keys, metric, "state", "folder", "collapsed", "std"], *rows]))
-    print_table([*keys, metric], ([*result.values.values(), result.shown()] for result in best_first), labels=0)
     if charts := score_charts(best_first, metric):
         from experiment.results.plots import draw_dots  # matplotlib takes a second
 
         draw_dots(output / "sweep.png", charts)
+    print_table([*keys, metric], ([*result.values.values(), result.shown()] for result in best_first), labels=0)
     print(f"{output}/sweep.csv, sweep.json" + (", sweep.png" if charts else ""))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiment.formatting import UNKNOWN, print_table
+from experiment.formatting import UNKNOWN, print_table, table_console
 
 _LABELS = 30  # more are in results.json only
 _CONFUSIONS = 3
@@ -72,17 +72,14 @@ def print_results(results: Mapping[str, Any], path: Path) -> None:
     intervals = any("interval" in scores for split in results["splits"].values() for scores in split.values())
     legend = ["* selected the best epoch"] * selected + ["in parentheses: 95 % confidence interval"] * intervals
     if legend:
-        _print_lines(["; ".join(legend)])
+        table_console().print("; ".join(legend), soft_wrap=True)
     lines = []
     if results["label_scores"]:
         split, scores = list(results["label_scores"].items())[-1]
         print_label_scores(f"{split}, {seeds}", scores, partial(_mean_and_std, digits=3))
         lines = _describe_confusions(split, results["confusions"].get(split, ()))
-    _print_lines([*lines, *_describe_calibration(results["calibration"]), *_describe_collapsed(results), str(path)])
-
-
-def _print_lines(lines: Sequence[str]) -> None:
-    Console().print("\n".join(lines), markup=False, emoji=False, soft_wrap=True, highlight=False)
+    lines += [*_describe_calibration(results["calibration"]), *_describe_collapsed(results), str(path)]
+    table_console().print("\n".join(lines), soft_wrap=True)
 
 
 def _mean_and_std(scores: Mapping[str, Any], digits: int = 4) -> str:

@@ -206,11 +206,12 @@ def _write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: M
     write_json(folder.path / "compare.json", comparison)
     write_text(folder.path / "compare.csv", as_csv(comparison))
     write_text(folder.path / "compare.md", as_markdown(comparison, failed))
+    if any(comparison.values()):
+        draw_dots(folder.path / "compare.png", score_charts(comparison))
     for title, (header, *rows) in tables(comparison, failed).items():
         print_table(header, rows, labels=len(header), title=title)
     print(f"{folder.path}/compare.json, compare.csv, compare.md")
     if any(comparison.values()):
-        draw_dots(folder.path / "compare.png", score_charts(comparison))
         print_report("compare", folder.path)
 
 

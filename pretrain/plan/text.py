@@ -5,10 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from experiment.formatting import counted, describe_duration, format_epochs
+from experiment.formatting import counted, describe_duration, format_epochs, table_console
 from experiment.process.hardware import known_devices, lacks_avx512
 from pretrain.engine.deepspeed_settings import emulation_warnings
 from pretrain.plan.plan import RunPlan
@@ -23,15 +22,15 @@ _LARGE_BUFFERS = 1 << 30  # bytes
 
 
 def print_plan(plan: RunPlan) -> None:
-    console = Console(highlight=False, emoji=False)
+    console = table_console()
     for heading, lines in _sections(plan):
-        console.print(f"[bold]{heading}[/bold]")
+        console.print(heading, style="bold")
         for line in lines:
-            console.print(f"  {line}", markup=False, soft_wrap=True)
+            console.print(f"  {line}", soft_wrap=True)
         if heading.startswith("memory"):
             console.print(_memory_table(plan))
     for warning in warnings(plan):
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        console.print(f"warning: {warning}", soft_wrap=True)
 
 
 def as_json(plan: RunPlan) -> dict[str, Any]:

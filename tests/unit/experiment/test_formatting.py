@@ -1,9 +1,23 @@
 """Text for people."""
 
+import os
+import sys
+from contextlib import suppress
+
 import pytest
 from rich.table import Table
 
-from experiment.formatting import table_console
+from experiment.formatting import print_table, table_console
+
+
+def test_a_reader_that_has_exited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches exit code 1 in place of 141, and a comparison that failed with the message '1', because of `| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    with suppress(BrokenPipeError), open(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with pytest.raises(BrokenPipeError):
+            print_table(["a"], [["b"]])
 
 
 def test_a_table_in_a_file_is_complete(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
