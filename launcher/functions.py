@@ -123,7 +123,11 @@ def pretrain(
 
 
 def evaluate(
-    checkpoint: str | Path, corpora: Sequence[str | Path], *, masks_of: str | Path | None = None
+    checkpoint: str | Path,
+    corpora: Sequence[str | Path],
+    *,
+    masks_of: str | Path | None = None,
+    quiet: bool = False,
 ) -> dict[str, "Scores"]:
     """Measure held-out loss, perplexity and masked-token accuracy, as `deepcloze evaluate`.
 
@@ -134,6 +138,7 @@ def evaluate(
         checkpoint: a checkpoint, a run (its newest checkpoint), or a Hugging Face folder with a masked-LM head.
         corpora: folders that were built with the model's tokenizer.
         masks_of: a run or checkpoint whose masks and sequence length to use instead.
+        quiet: print warnings and errors only.
 
     Example:
         scores = deepcloze.evaluate("runs/mine", ["corpora/books-heldout"])
@@ -145,7 +150,7 @@ def evaluate(
         raise UserError(f"evaluate: 'corpora': expected a list of folders, found one: [{str(corpora)!r}]")
     from launcher.hosts.machine import launch_machine
 
-    try:
+    with _call(quiet):
         launch_machine()
         with fast_imports():
             from pretrain.evaluate import evaluate as evaluate_corpora
@@ -154,8 +159,6 @@ def evaluate(
             masks_of = None if masks_of is None else expand_home(str(masks_of))
             folders = [expand_home(str(corpus)) for corpus in corpora]
             return evaluate_corpora(expand_home(str(checkpoint)), folders, masks_of)
-    finally:
-        restore_devices()
 
 
 def finetune(config: Config, overrides: Overrides | None = None, *, quiet: bool = False) -> dict[str, Any]:
@@ -314,14 +317,13 @@ def _own_torch_state() -> Iterator[None]:
 
 @contextmanager
 def _as_a_command(quiet: bool) -> Iterator[None]:
-    """Raise RuntimeError or UserError in place of the end of the process, and restore the handlers of signals and the
-    variables that choose devices. Messages about flags are about `overrides`."""
+    """A `_call` that raises RuntimeError or UserError in place of the end of the process, and restores the handlers of
+    signals. Messages about flags are about `overrides`."""
     if threading.current_thread() is not threading.main_thread():
         raise UserError("call deepcloze in the main thread, which gets the signals that stop a run")
     handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
-    warn_once.cache_clear()  # once in each command
     try:
-        with progress.quiet() if quiet else nullcontext():
+        with _call(quiet):
             yield
     except UserError as error:
         if not (message := str(error)).startswith("command line: "):
@@ -332,6 +334,16 @@ def _as_a_command(quiet: bool) -> Iterator[None]:
             raise UserError("the run was rejected, for the reason that is printed above") from None
         raise RuntimeError(str(ending.code).removeprefix("deepcloze: ")) from None
     finally:
-        restore_devices()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _call(quiet: bool) -> Iterator[None]:
+    """Print results, warnings and errors only if `quiet`, and restore the variables that choose devices."""
+    warn_once.cache_clear()  # once in each command
+    try:
+        with progress.quiet() if quiet else nullcontext():
+            yield
+    finally:
+        restore_devices()

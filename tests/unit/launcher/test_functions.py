@@ -268,6 +268,9 @@ def test_a_quiet_call_ends_with_its_function(monkeypatch: pytest.MonkeyPatch) ->
     with progress.quiet():
         deepcloze.pretrain(RUN, quiet=True)
         assert is_quiet()
+    monkeypatch.setattr("pretrain.evaluate.evaluate", lambda *_: is_quiet())
+    assert deepcloze.evaluate("runs/mine", ["corpus"], quiet=True) is True
+    assert deepcloze.evaluate("runs/mine", ["corpus"]) is False
     assert (names, modes) == (["other.yaml", "other.yaml", "mine.yaml"], [True, False, True])
 
 
@@ -289,14 +292,16 @@ def test_the_run_folder_is_of_the_config_that_was_trained(tmp_path: Path, monkey
 def test_each_call_warns_about_data(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a warning about a file that only the first call of a notebook shows, or one that a call shows twice."""
 
-    def launch(_: PretrainOptions) -> None:
+    def launch(*_: object) -> None:
         for _ in range(2):
             warn_once("a.csv: skipped 12 rows")
 
     monkeypatch.setattr("launcher.launch.launch_pretraining", launch)
+    monkeypatch.setattr("pretrain.evaluate.evaluate", launch)
     for _ in range(2):
         deepcloze.pretrain(RUN)
-    assert caplog.messages == ["a.csv: skipped 12 rows"] * 2
+        deepcloze.evaluate("runs/mine", ["corpus"])
+    assert caplog.messages == ["a.csv: skipped 12 rows"] * 4
 
 
 @pytest.mark.parametrize("given", [None, "cpu"])
