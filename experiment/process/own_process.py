@@ -82,6 +82,17 @@ def restore_devices() -> None:
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def devices_restored() -> Iterator[None]:
+    """Call `restore_devices` after the block, unless this process had chosen a device before, as commands do."""
+    is_chosen = bool(_given)
+    try:
+        yield
+    finally:
+        if not is_chosen:
+            restore_devices()
+
+
 def given_environment() -> dict[str, str]:
     """Return the environment without the choice of `use_cpu`, which is not the user's: ranks on other hosts may have
     GPUs."""

@@ -8,6 +8,7 @@ from typing import Any, Self
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
 from experiment.models.model_names import local_model
+from experiment.process.own_process import devices_restored
 from finetune.data.columns import TEXT
 from finetune.data.records import Record, Table, read_value
 from finetune.device import MicrobatchSize
@@ -30,6 +31,7 @@ class Predictor:
     _inference: Inference
 
     @classmethod
+    @devices_restored()
     def load(
         cls, model: str | Path, precision: str = "auto", batch_size: int = 128, task: SavedTask | None = None
     ) -> Self:

@@ -340,6 +340,24 @@ def test_the_device_is_chosen_for_the_call_alone(
     assert own_process.own_environment()["DS_ACCELERATOR"] == "cpu", "the choice of the user now"
 
 
+def test_a_predictor_restores_the_choice_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a notebook with DS_ACCELERATOR=cpu that never finds its GPUs again, because it has loaded a model."""
+
+    def find(*_: object, **__: object) -> None:
+        hide_gpus()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "-1"
+        raise UserError("no model")
+
+    monkeypatch.setattr("finetune.prediction.predictor.local_model", find)
+    for name, value in {"CUDA_VISIBLE_DEVICES": "0,1", "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(name, value)
+    for given, after in (({}, "0,1"), ({"DS_ACCELERATOR": "cpu"}, "-1")):
+        monkeypatch.setattr(own_process, "_given", given)  # the second: in a command
+        with pytest.raises(UserError, match="no model"):
+            deepcloze.Predictor.load("runs/mine")
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+
+
 def test_memory_is_returned_after_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a notebook that keeps the memory of a fine-tuning, and all that it frees later."""
     process = psutil.Process()
