@@ -335,7 +335,8 @@ def _as_a_command(quiet: bool) -> Iterator[None]:
         raise RuntimeError(str(ending.code).removeprefix("deepcloze: ")) from None
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # otherwise it is not Python's
+                signal.signal(number, handler)
 
 
 @contextmanager

@@ -77,8 +77,11 @@ def handle_stop_signals(handler: Callable[[int], None], numbers: Collection[int]
             _delayed.setdefault(number, now)
             _send_again(number)
 
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    previous = {number: signal.signal(number, on_signal) for number in numbers if number not in ignored}
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    if handlers.get(signal.SIGHUP) is signal.SIG_IGN:
+        del handlers[signal.SIGHUP]
+    # A handler in C, for which Python has None, could not be restored.
+    previous = {number: signal.signal(number, on_signal) for number, found in handlers.items() if found is not None}
     try:
         yield
     finally:

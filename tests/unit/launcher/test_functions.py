@@ -358,6 +358,19 @@ def test_a_predictor_restores_the_choice_of_devices(monkeypatch: pytest.MonkeyPa
         assert os.environ["CUDA_VISIBLE_DEVICES"] == after
 
 
+def test_handlers_in_c_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a program that handles a signal in C, and whose calls end with a TypeError of `signal.signal`."""
+    changed: list[int] = []
+    get, change = signal.getsignal, signal.signal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGUSR1 else get(number))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: changed.append(number) or change(number, handler))
+    monkeypatch.setattr("finetune.run.run", lambda _: {})
+    monkeypatch.setattr("finetune.resolve.load_run_config", lambda *_: None)
+    assert deepcloze.finetune(TASK) == {}
+    assert signal.SIGUSR2 in changed
+    assert signal.SIGUSR1 not in changed
+
+
 def test_memory_is_returned_after_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a notebook that keeps the memory of a fine-tuning, and all that it frees later."""
     process = psutil.Process()
