@@ -41,6 +41,7 @@ WORKDIR /work
 LABEL org.opencontainers.image.title=deepcloze \
       org.opencontainers.image.description="Distributed pretraining of masked language models on DeepSpeed" \
       org.opencontainers.image.licenses=Apache-2.0
+USER 65534:65534
 # tini forwards signals, which process 1 would ignore unless it handles them, and reaps orphans.
 ENTRYPOINT ["tini", "--", "deepcloze"]
 CMD ["--help"]

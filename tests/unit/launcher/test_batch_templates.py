@@ -58,10 +58,12 @@ def test_only_the_time_limit_of_a_slurm_job_queues_it_again(
 
 
 def test_the_kubernetes_job_starts_one_deepcloze() -> None:
-    """Catches a manifest that cannot be read, ranks that every worker starts, and sshd without host keys."""
+    """Catches a manifest that cannot be read, ranks that every worker starts, and sshd without host keys,
+    or as the user of the image."""
     job = yaml.safe_load((HOSTFILES / "kubernetes.yaml").read_text(encoding="utf-8"))
     replicas = job["spec"]["mpiReplicaSpecs"]
     containers = {name: spec["template"]["spec"]["containers"][0] for name, spec in replicas.items()}
+    assert all(spec["template"]["spec"]["securityContext"] == {"runAsUser": 0} for spec in replicas.values()), "for ssh"
     assert containers["Launcher"]["args"][0] == "pretrain"
     assert "command" not in containers["Launcher"], "the entrypoint has tini"
     assert containers["Worker"]["command"] == ["sh", "-c", "ssh-keygen -A && exec /usr/sbin/sshd -De -o StrictModes=no"]
