@@ -7,6 +7,12 @@ import regex
 HTTP_ERROR = "http_error"
 """In place of the markup of a text: a page that its server did not return."""
 
+TOO_LARGE = "too_large"
+"""In place of the markup of a text: a page of more than `MAX_PAGE_BYTES`."""
+
+MAX_PAGE_BYTES = 64 << 20
+"""Of a page, decompressed: a small one may become larger than the memory."""
+
 # Namespaces in every wiki, and in the Chinese Wikipedia, whose dumps name only the English ones.
 _FILES_AND_CATEGORIES = {"file", "image", "category", "文件", "檔案", "档案", "图像", "圖像", "分類", "分类"}
 _REMOVED_TAGS = frozenset({"ref", "gallery", "math", "timeline", "score", "syntaxhighlight", "table"})

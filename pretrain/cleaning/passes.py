@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from experiment.errors import UserError
 from experiment.files import names_in, read_json, write_json
 from experiment.progress import progress
-from pretrain.cleaning.markup import HTTP_ERROR, to_text
+from pretrain.cleaning.markup import HTTP_ERROR, TOO_LARGE, to_text
 from pretrain.cleaning.parts import PassFolder
 from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, Step, Verdict
 from pretrain.cleaning.tally import PartTally, StepTally
@@ -219,8 +219,8 @@ def _without_markup(documents: list[Document], tally: StepTally) -> list[Documen
 
 
 def _remove_markup(document: Document) -> Verdict | None:
-    if document.markup == HTTP_ERROR:
-        return Verdict(HTTP_ERROR)
+    if document.markup in (HTTP_ERROR, TOO_LARGE):
+        return Verdict(document.markup)
     if document.markup:
         document.text, document.markup = to_text(document.text, document.markup), ""
     return None

@@ -4,8 +4,10 @@ import codecs
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 from experiment.storage import open_file
+from pretrain.cleaning import markup
 from pretrain.cleaning.markup import join_surrogates
 from pretrain.cleaning.readers import has_suffix
 from pretrain.corpus.compression import decompress
@@ -36,8 +38,16 @@ def matches(name: str) -> bool:
 
 def read(name: str) -> Iterator[Document]:
     with open_file(name) as file:
-        content = decompress(file, detect_format(name)[1]).read()
-    yield Document(decode_page(content), name, 1, {}, "html")
+        content = decompress(file, detect_format(name)[1]).read(markup.MAX_PAGE_BYTES + 1)
+    if len(content) > markup.MAX_PAGE_BYTES:
+        yield too_large(name, 1, {})
+    else:
+        yield Document(decode_page(content), name, 1, {}, "html")
+
+
+def too_large(name: str, number: int, metadata: dict[str, Any]) -> Document:
+    """Return the document in place of a page that is dropped. number: in the file."""
+    return Document(f"more than {markup.MAX_PAGE_BYTES:,} bytes", name, number, metadata, markup.TOO_LARGE)
 
 
 def decode_page(content: bytes, charset: str = "") -> str:

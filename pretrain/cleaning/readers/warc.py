@@ -9,9 +9,10 @@ import zstandard
 
 from experiment.errors import UserError, first_line
 from experiment.storage import open_file
+from pretrain.cleaning import markup
 from pretrain.cleaning.markup import HTTP_ERROR
 from pretrain.cleaning.readers import has_suffix
-from pretrain.cleaning.readers.html import decode_page
+from pretrain.cleaning.readers.html import decode_page, too_large
 from pretrain.cleaning.step import check_installed
 from pretrain.corpus.compression import MemberReader
 from pretrain.corpus.formats import Document, detect_format, explain_read_errors
@@ -53,13 +54,16 @@ def read(name: str) -> Iterator[Document]:
                 if is_page and _header(record, "Content-Encoding") == "br":
                     check_installed(content.place, ["brotli"])
                 is_read = is_page or record.rec_type == "conversion"
-                payload = (record.content_stream() if is_page else record.raw_stream).read() if is_read else b""
+                stream = record.content_stream() if is_page else record.raw_stream
+                payload = stream.read(markup.MAX_PAGE_BYTES + 1) if is_read else b""
                 while record.raw_stream.read(_BLOCK):  # what is skipped, or follows the body of the answer
                     pass
                 if record.raw_stream.limit > 0:
                     raise _damaged(content, f"it lacks {record.raw_stream.limit:,} bytes")
                 url = record.rec_headers.get_header("WARC-Target-URI") or ""
-                if record.rec_type == "conversion":
+                if len(payload) > markup.MAX_PAGE_BYTES:
+                    yield too_large(name, content.record, {"url": url})
+                elif record.rec_type == "conversion":
                     yield Document(payload.decode("utf-8", "replace"), name, content.record, {"url": url})
                 elif is_page:
                     charset = kind.partition("charset=")[2].partition(";")[0].strip(" \"'")

@@ -18,10 +18,11 @@ import zstandard
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from pretrain.cleaning import readers
+from pretrain.cleaning import markup, passes, readers
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.markup import to_text
 from pretrain.cleaning.reading import find_inputs, read_inputs
+from pretrain.cleaning.step import Verdict
 
 PARAGRAPH = "The lobster is a large animal that lives in the sea, and people like to eat it. "
 HTML = (
@@ -110,6 +111,25 @@ def test_error_pages_of_web_archives(clean: Any, tmp_path: Path) -> None:
         f"{folder}/b.warc:1": "404 Not Found",
         f"{folder}/b.warc:2": "404 Not Found",
     }
+
+
+def test_large_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a small compressed page that fills the memory, again at each retry, and pages after it that are lost."""
+    monkeypatch.setattr(markup, "MAX_PAGE_BYTES", 1 << 20)
+    folder, bomb = tmp_path / "pages", gzip.compress(b"<p>" * (30 << 20))
+    folder.mkdir()
+    warc(folder / "a.warc.gz", pages=[bomb, gzip.compress(HTML.encode())], **{"Content-Encoding": "gzip"})
+    (folder / "b.html.gz").write_bytes(bomb)
+    config = build_config(CleanConfig, {"source": str(folder), "output": "out"})
+    tracemalloc.start()
+    try:
+        first, page, last = read_inputs(find_inputs(config), config)
+        assert tracemalloc.get_traced_memory()[1] < 70e6
+    finally:
+        tracemalloc.stop()
+    assert to_text(page.text, page.markup).startswith("Lobsters")
+    assert passes._remove_markup(first) == passes._remove_markup(last) == Verdict("too_large")
+    assert first.text == "more than 1,048,576 bytes"
 
 
 @pytest.mark.parametrize("status", ["HTTP/1.1", "HTTP/1.1\t200\tOK", "HTTP/1.0 OK"])
