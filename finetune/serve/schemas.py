@@ -139,7 +139,7 @@ LabelAndScore = Annotated[list[str | float], Field(min_length=2, max_length=2)]
 class ModelInfo(BaseModel):
     """The model that answers."""
 
-    model: str = Field(description="Its folder.")
+    model: str = Field(description="Its name on the Hub, or its folder.")
     kind: str = Field(description="Kind of its task, or masked_lm.")
     labels: list[str]
     accepts: list[str] = Field(description="Forms of input that POST /v1/predict accepts: texts, pairs, records.")

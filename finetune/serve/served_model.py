@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from experiment.errors import UserError
 from experiment.models.fast_linear import ONEDNN_DTYPES, FastLinear
+from experiment.models.hub_names import hub_name
 from finetune.data.records import Record
 from finetune.device import Device
 from finetune.kinds import embedding
@@ -102,12 +103,17 @@ def _describe_predictor(predictor: Predictor, task: SavedTask) -> ModelInfo:
 def _describe(loaded: LoadedModel, **known: Any) -> ModelInfo:
     """Describe a model. known: the fields that depend on the kind of the model; the others stay empty."""
     return ModelInfo(
-        model=str(loaded.folder),
+        model=_public_name(loaded.folder),
         max_seq_length=loaded.encoder.max_length,
         precision=loaded.precision,
         loaded=datetime.now(UTC).isoformat(timespec="seconds"),
         **{"labels": [], "accepts": [], "fields": {}, "mask": None, "calibrated": False, **known},
     )
+
+
+def _public_name(folder: Path) -> str:
+    """Return the name of a model for clients, who need not know the folders of this machine."""
+    return hub_name(str(folder)) or (folder.name if folder.is_absolute() else str(folder))
 
 
 def pack_linear_layers(model: nn.Module, device: Device) -> None:

@@ -70,9 +70,9 @@ def serve_command(options: ServeOptions) -> None:
             log_event("any client that reaches this address may send requests: there is no token", logging.WARNING)
 
         def announce() -> None:
-            info = state.served.info
+            served = state.served
             with suppress(OSError):  # a full disk; without this line the server answers all the same
-                print(f"{url}  {info.model} ({info.kind}, {info.precision})", flush=True)
+                print(f"{url}  {served.loaded.folder} ({served.info.kind}, {served.info.precision})", flush=True)
             if wanted:
                 state.reload()
 

@@ -92,7 +92,8 @@ class ServingState:
 
     async def _replace(self, served: ServedModel) -> None:
         old, self._worker = self._worker, self._new_worker(served)
-        log_event("the model was reloaded", **served.info.model_dump(include={"model", "kind", "precision"}))
+        known = served.info.model_dump(include={"kind", "precision"})
+        log_event("the model was reloaded", model=str(served.loaded.folder), **known)
         await old.close()
         del old
         gc.collect()

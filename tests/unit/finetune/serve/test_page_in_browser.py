@@ -117,7 +117,7 @@ def test_a_text_and_a_pair_have_a_bar_for_each_label(folders: dict[str, Path], s
     server = start(folders["sequence"])
     page = open_page(server)
     assert not page.driver.find_element("id", "token").is_displayed()
-    assert page.text("about") == f"{folders['sequence']} (classification, fp32)"
+    assert page.text("about") == f"{folders['sequence'].name} (classification, fp32)"
     for text, pair in (("word1 word2", ""), ("word3", ""), ("word3", "word4 word5"), ("word3", "")):
         body = {"pairs": [[text, pair]]} if pair else {"texts": [text]}
         expected = by_probability(ask(server, "v1/predict", body)["probabilities"])

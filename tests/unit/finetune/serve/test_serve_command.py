@@ -121,7 +121,8 @@ def test_a_token_that_cannot_be_sent(token: str, tmp_path: Path) -> None:
 
 
 class Served:
-    info = SimpleNamespace(model="m", kind="classification", precision="fp32")
+    info = SimpleNamespace(kind="classification", precision="fp32")
+    loaded = SimpleNamespace(folder="m")
 
 
 def test_a_full_disk_keeps_no_server_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
