@@ -22,7 +22,7 @@ from experiment.files import json_digest
 from experiment.formatting import counted
 from experiment.hub_data import PREFIX, HubData
 from experiment.models.hub_names import HubName
-from experiment.storage import FileInfo, is_url, join, list_files, stat_file
+from experiment.storage import FileInfo, is_url, join, list_files, stat_file, without_secrets
 from pretrain.corpus.formats import (
     WHOLE,
     Range,
@@ -114,7 +114,10 @@ class _Finder:
 
     def _below_url(self, url: str) -> list[Source]:
         if "?" in url and url.startswith("http"):
-            raise UserError(f"{self.key} {url}: a URL with a query does not tell the format; download the file first")
+            raise UserError(
+                f"{self.key} {without_secrets(url)}: a URL with a query does not tell the format; download the file "
+                "first"
+            )
         files = list_files(url)
         if url in files:
             return [self._file(url, files[url])]

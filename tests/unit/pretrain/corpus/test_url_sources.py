@@ -107,6 +107,8 @@ MISTAKES = [
     ("{bucket}/b/", r"--source s3://.*/b/: the folder has no files of a known format"),
     ("{bucket}/a.pdf::x", r"expected a .zip"),
     ("http://a.org/c.txt?x=1", "a URL with a query does not tell the format"),
+    ("https://u:p@a.org/c.txt?Signature=x", "--source https://a.org/c.txt: a URL with a query"),
+    ("https://u:p@a.org/c.txt", "^https://a.org/c.txt: a URL with a user and password is not read"),
     ("{bucket}/c.txt,{bucket}/c.txt", r"--source names s3://.*/c.txt twice"),
 ]
 
