@@ -374,6 +374,12 @@ def exists_uncached(path: Path) -> bool:
     return path.name in names_in(path.parent) and path.exists()
 
 
+def check_relative(name: str) -> None:
+    """Raise UserError for the name of a file in a folder that leads out of the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"'{name}' is not in this folder")
+
+
 def paths_below(folder: Path) -> list[Path]:
     """Return everything in a folder and its subfolders, sorted. Raises OSError, unlike `Path.rglob`."""
 

@@ -26,8 +26,8 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 from filelock import FileLock
 
-from experiment.errors import UserError, first_line, warn_once
-from experiment.files import cache_folder, json_digest
+from experiment.errors import UserError, first_line, user_errors_in, warn_once
+from experiment.files import cache_folder, check_relative, json_digest
 from experiment.progress import progress
 
 log = logging.getLogger(__name__)
@@ -224,10 +224,15 @@ def local_folder(url: str, left_out: Collection[str]) -> Path:
     folder = cache_folder() / "folders" / json_digest([url, *files.items()])[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
+        missing = []
         for name, info in files.items():
-            path = folder / "files" / name.removeprefix(url.rstrip("/")).lstrip("/")
-            if not path.exists():
-                download(name, path, info.size)
+            relative = name.removeprefix(url.rstrip("/")).lstrip("/")
+            with user_errors_in(url):
+                check_relative(relative)
+            if not (path := folder / "files" / relative).exists():
+                missing.append(Download(name, path, info.size))
+        if missing:
+            download_files(missing, f"copying {url}")
     return folder / "files"
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from experiment.errors import UserError, first_line, is_out_of_memory
-from experiment.files import read_json
+from experiment.files import check_relative, read_json
 from experiment.models.transformers_models import LOADING, check_label_count, check_layers, quiet_transformers
 from experiment.run_files.checkpoints import missing_model
 
@@ -156,13 +156,12 @@ def _check_indexes(weights: Path) -> None:
     read it."""
     for index in (path for pattern in WEIGHT_FILES if pattern.endswith(".json") for path in weights.glob(pattern)):
         try:
-            files = set(read_json(index)["weight_map"].values())
-            parts = {file: Path(file).parts for file in files}
+            for file in sorted(set(read_json(index)["weight_map"].values())):
+                check_relative(file)
+        except UserError as error:
+            raise UserError(f"{index}: {error}") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{index}: expected 'weight_map', which names a file for each tensor") from None
-        for file in sorted(parts):
-            if ".." in parts[file] or Path(file).is_absolute():
-                raise UserError(f"{index}: '{file}' is not in this folder")
 
 
 def _check_size(model: PreTrainedModel, weights: Path, origin: str) -> None:

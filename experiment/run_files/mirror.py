@@ -18,7 +18,7 @@ import xxhash
 from filelock import FileLock
 
 from experiment.errors import UserError
-from experiment.files import cache_folder, fsync_tree, json_digest, parse_json, write_file, write_text
+from experiment.files import cache_folder, check_relative, fsync_tree, json_digest, parse_json, write_file, write_text
 from experiment.run_files.checkpoints import (
     BEST,
     COMPLETE,
@@ -285,8 +285,10 @@ def _checksums(url: str, marker: bytes) -> dict[str, str]:
     """Return the content of a COMPLETE file. Raises DamagedError."""
     try:
         found: dict[str, str] = parse_json(marker)
-        if not found or any(".." in Path(name).parts or Path(name).is_absolute() for name in found):
-            raise ValueError("it lists no files, or files elsewhere")
+        if not found:
+            raise ValueError("it lists no files")
+        for name in found:
+            check_relative(name)
     except (ValueError, TypeError) as error:
         raise DamagedError(f"{join(url, COMPLETE)} is damaged: {error}") from None
     return found

@@ -12,8 +12,10 @@ from threading import Thread
 import pytest
 
 from experiment import storage
+from experiment.errors import UserError
 from experiment.storage import (
     DeniedError,
+    FileInfo,
     StorageError,
     delete,
     download,
@@ -265,6 +267,25 @@ def test_mistakes(bucket: str, tmp_path: Path) -> None:
         open_url("ftp://h/x")
     with pytest.raises(StorageError, match=f"^file://{tmp_path}/x does not exist$"):
         open_url(f"file://{tmp_path}/x")
+
+
+def test_a_folder_that_names_files_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bucket with names of objects that make a command write files anywhere."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names = ["tokenizer.json", "sub/../../../../x"]
+    monkeypatch.setattr(storage, "list_files", lambda url: {f"{url}/{name}": FileInfo(4, "1") for name in names})
+    monkeypatch.setattr(storage, "download", lambda *_: pytest.fail("copies a part"))
+    with pytest.raises(UserError, match=r"^s3://b/t: 'sub/../../../../x' is not in this folder$"):
+        local_folder("s3://b/t", [])
+
+
+def test_passwords_in_urls() -> None:
+    """Catches a password that is written to manifests and reports, or shown in a message."""
+    for use in (open_url, list_files, read_bytes, stat_file):
+        with pytest.raises(
+            StorageError, match=r"^https://h.org:8/a@b: a URL with a user and password is not read; set"
+        ):
+            use("https://user:secret@h.org:8/a@b")
 
 
 def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
