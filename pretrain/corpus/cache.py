@@ -20,18 +20,21 @@ from typing import NamedTuple
 
 from xxhash import xxh3_128_hexdigest
 
+from experiment.decontamination import CLEAN_SUMMARY
 from experiment.errors import UserError, describe_disk_error
 from experiment.files import cache_folder, json_digest, paths_below, try_lock, write_file
 from experiment.storage import Download, download_files, is_url, join, list_files, read_bytes
 from pretrain.config import CorpusConfig
-from pretrain.corpus.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
+from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, parse_manifest, read_manifest
 from pretrain.corpus.reader import Corpus, open_corpus
+from pretrain.corpus.shards import DATASETS_METADATA
 from pretrain.corpus.verification import is_verified
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _LOCK = ".lock"
+_METADATA = {MANIFEST, CLEAN_SUMMARY, *DATASETS_METADATA}
 
 
 class Description(NamedTuple):
@@ -215,8 +218,9 @@ def _write_description(description: Description, folder: Path) -> None:
 
 
 def _is_copied(name: str) -> bool:
-    """Return False for shards, hidden files, such as locks, and indexes, which are made where they are needed."""
-    return not (name.endswith(".arrow") or name.startswith(("index/", ".")) or "/." in name)
+    """Return whether a file, by its path in the folder, is part of a corpus and not a shard. Others may be large, and a
+    URL can have paths that lead out of the folder, such as `/etc/x` and `tokenizer/../../x`."""
+    return name in _METADATA or (name.startswith(f"{TOKENIZER}/") and "/." not in name)
 
 
 def _complete(folder: Path) -> Corpus | None:

@@ -20,6 +20,7 @@ from pretrain.corpus.manifest import Manifest, Shard
 from pretrain.corpus.tokenization import Counts, EncodedBatch, TokenIds
 from pretrain.corpus.words import BoolArray
 
+DATASETS_METADATA = ("dataset_info.json", "state.json")
 SHARD_TOKENS = 32 * 2**20  # close a piece or a shard at the first document that reaches this
 
 
@@ -165,8 +166,8 @@ def write_datasets_metadata(folder: Path, manifest: Manifest) -> None:
         "_output_all_columns": False,
         "_split": None,
     }
-    write_json(folder / "dataset_info.json", info, indent=1)
-    write_json(folder / "state.json", state, indent=1)
+    for name, content in zip(DATASETS_METADATA, (info, state), strict=True):
+        write_json(folder / name, content, indent=1)
 
 
 class MappedShard(NamedTuple):

@@ -16,8 +16,9 @@ import pytest
 from experiment import storage
 from experiment.config import build_config
 from experiment.errors import UserError
-from experiment.storage import StorageError, delete, list_files, read_bytes, upload, write_bytes
+from experiment.storage import FileInfo, StorageError, delete, list_files, read_bytes, upload, write_bytes
 from pretrain.config import CorpusConfig
+from pretrain.corpus import cache
 from pretrain.corpus.cache import CorpusCache, open_metadata, read_description
 from pretrain.corpus.reader import open_corpus
 from small_disk import SmallDisk
@@ -97,6 +98,33 @@ def test_one_corpus_under_two_names(wordpiece_corpus: Path, tmp_path: Path) -> N
     assert [cache.locate(source).name for source in sources] == [wordpiece_corpus.name, "latest"]
 
 
+@pytest.mark.parametrize("is_url", [False, True])
+def test_other_files_are_not_copied(wordpiece_corpus: Path, tmp_path: Path, is_url: bool) -> None:
+    """Catches a backup in the folder of a corpus that is read into memory and written to each host, and a file of the
+    corpus that is not."""
+    folder = Path(shutil.copytree(wordpiece_corpus, tmp_path / "text"))
+    (folder / "clean.json").write_text("[]")
+    expected = {name for name in files_below(folder) if not name.startswith(("index/", "."))}
+    assert expected >= {"manifest.json", "dataset_info.json", "state.json", "tokenizer/tokenizer.json"}
+    for name in ("text.tar", "backup/manifest.json", "tokenizer/.hidden"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    assert files_below(CorpusCache(tmp_path / "cache").locate(f"file://{folder}" if is_url else str(folder))) == {
+        name: (folder / name).stat().st_size for name in expected
+    }
+
+
+def test_paths_that_lead_out_of_the_folder(stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bucket with names of objects that make a command write files anywhere."""
+    outside = [str(tmp_path / "x"), "tokenizer/../../../x", "../x"]
+    found = list_files(stored) | {f"{stored}/{name}": FileInfo(1, "") for name in outside}
+    monkeypatch.setattr(cache, "list_files", lambda _: found)
+    monkeypatch.setattr(cache, "read_bytes", lambda url: read_bytes(url) if url in list_files(stored) else b"x")
+    copy = CorpusCache(tmp_path / "cache").locate(stored)
+    assert open_metadata(stored).manifest == open_corpus(copy).manifest
+    assert not list(tmp_path.rglob("x"))
+
+
 @pytest.mark.parametrize("kind", ["folder", "url", "metadata"])
 def test_files_beside_the_shards_are_current(wordpiece_corpus: Path, tmp_path: Path, kind: str) -> None:
     """Catches an old tokenizer in the copy, and the rest of a longer file that is appended to an older one."""
@@ -121,7 +149,7 @@ def test_a_copy_in_use_outlives_errors_of_the_source(wordpiece_corpus: Path, tmp
     folder = tmp_path / "text"
     shutil.copytree(wordpiece_corpus, folder)
     copy = CorpusCache(tmp_path / "cache").locate(str(folder))
-    (folder / "notes").symlink_to("/proc/self/mem")  # reading it fails
+    (folder / "tokenizer" / "notes").symlink_to("/proc/self/mem")  # reading it fails
     assert CorpusCache(tmp_path / "cache").locate(str(folder)) == folder
     assert open_corpus(copy).manifest == open_corpus(folder).manifest
 
