@@ -8,10 +8,12 @@ Compiled code is kept in a cache on disk. If compiling fails it is tried once mo
 process that was killed may have left a damaged file. If that fails too, the layers run as they are.
 """
 
+import atexit
 import contextlib
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from torch._inductor.utils import clear_caches
 from torch.utils.checkpoint import checkpoint
 
 from experiment.errors import first_line
+from experiment.files import temporary_folder, temporary_root
 from pretrain.modeling.fast_gelu import use_fast_gelu
 from pretrain.modeling.fused_modules import use_fused_modules
 from pretrain.modeling.last_layer import ShortForward
@@ -133,7 +136,7 @@ class _Compiler:
 
 def _open_cache(usual: Path) -> Path:
     """Return a folder for compiled code that this process can write: below the one that the user has set for torch, or
-    the usual one, or torch's default."""
+    the usual one, or else one among temporary files."""
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     set_by_user = given is not None and given not in (default_cache_dir(), str(usual))  # torch sets it too
     folder = Path(given) / "deepcloze" if given is not None and set_by_user else usual
@@ -142,7 +145,22 @@ def _open_cache(usual: Path) -> Path:
         writable = os.access(folder, os.W_OK)
     except OSError:
         writable = False
-    return folder if writable else Path(default_cache_dir()) / "deepcloze"
+    return folder if writable else _private_folder() / "compiled"
+
+
+def _private_folder() -> Path:
+    """Return the folder of this user among temporary files, or else one for this process: code is loaded from it, so
+    no other user may write there."""
+    root = temporary_root()
+    folder = root / f"deepcloze-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return folder
+    process = contextlib.ExitStack()
+    atexit.register(process.close)
+    return process.enter_context(temporary_folder(root, "deepcloze-compiled-"))
 
 
 def _inode(folder: Path) -> int | None:

@@ -4,7 +4,9 @@ Each test compiles in a process of its own: compiled code, and what torch knows 
 """
 
 import logging
+import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling import masked_lm
 from pretrain.modeling.attention import Packing, use_packed_attention
-from pretrain.modeling.compiled_layers import _Compiler, compile_layers
+from pretrain.modeling.compiled_layers import _Compiler, _open_cache, compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.world import World
 from rank_pool import ForkServer, RankPool
@@ -214,6 +216,32 @@ def test_without_a_working_compiler_the_layers_run_as_they_are(
     assert why in found["warnings"][0]
     assert (cache / "of another run").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize("found", ["nothing", "ours", "of all", "of another user", "link", "file"])
+def test_the_cache_among_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    """Catches code that is loaded from a folder in /tmp where another user may write."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    known = tmp_path / f"deepcloze-{os.getuid()}"
+    if found == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        known.symlink_to(tmp_path / "elsewhere")
+    elif found == "file":
+        known.touch(mode=0o600)
+    elif found != "nothing":
+        known.mkdir(mode=0o700)
+        known.chmod(0o777 if found == "of all" else 0o700)
+    if found == "of another user":
+        user = os.getuid() + 1
+        known = known.rename(tmp_path / f"deepcloze-{user}")
+        monkeypatch.setattr(os, "getuid", lambda: user)
+    (tmp_path / "no folder").touch()
+    folder = _open_cache(tmp_path / "no folder" / "cache").parent
+    assert (folder == known) == (found in ("nothing", "ours"))
+    assert folder.parent == tmp_path
+    assert stat.S_IMODE(folder.lstat().st_mode) == 0o700
+    assert not folder.is_symlink()
 
 
 @pytest.mark.soak
