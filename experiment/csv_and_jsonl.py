@@ -6,7 +6,6 @@
 import csv
 import json
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from experiment.errors import UserError, warn_once
 from experiment.files import parse_json
-from experiment.formatting import counted
+from experiment.formatting import counted, shorten
 from experiment.unspaced_scripts import HAN
 
 # An unclosed quote swallows the rows after it. No real field is longer than this many characters.
@@ -213,7 +212,7 @@ def missing_column(place: str, column: str, names: Iterable[str], key: str, advi
 
 def listed(names: Iterable[object]) -> str:
     """Return the names of columns, or cells, on one line of a message."""
-    return ", ".join(textwrap.shorten(str(name), _MAX_NAME, placeholder=" …") for name in names)
+    return ", ".join(shorten(" ".join(str(name).split()), _MAX_NAME) for name in names)
 
 
 def unexpected_cell(place: str, column: str, value: object, expected: str = "text", hint: str = "") -> UserError:

@@ -6,10 +6,11 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+
+from experiment.formatting import shorten
 
 log = logging.getLogger(__name__)
 
@@ -193,5 +194,5 @@ def describe_lack_of_memory(error: BaseException) -> str | None:
     if not is_out_of_memory(error):
         return None
     advice = "; other programs may use the GPU, see nvidia-smi" if "CUDA" in str(error) else ""
-    cause = f" ({textwrap.shorten(first_line(error), 300, placeholder=' …')})" if str(error) else ""
+    cause = f" ({shorten(first_line(error), 300)})" if str(error) else ""
     return f"memory ran out{advice}{cause}"

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import NotRequired, TypedDict
 
 from experiment.config import FlatConfig, read_config_file
 from experiment.errors import UserError, inform, notify, reason, stopped_by_disk_errors
 from experiment.files import read_json, write_file, write_json
+from experiment.formatting import shorten
 from experiment.process.own_process import module_command
 from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_outcome
 from experiment.run_files.provenance import other_version
@@ -135,7 +135,7 @@ class RunSet:
         if len(set(versions.values())) > 1:
             others = ", ".join(f"{name} ({version})" for name, version in versions.items() if version is not None)
             notify(
-                f"{self.command}: kept from another version of deepcloze: {shorten(others, _NAMES, placeholder=' …')}; "
+                f"{self.command}: kept from another version of deepcloze: {shorten(others, _NAMES)}; "
                 f"runs of this version may have other scores: to run these again, remove their folders in "
                 f"{self.folder.path}"
             )
@@ -216,7 +216,7 @@ class RunSet:
     def _refusal(self, changes: Mapping[str, str]) -> UserError:
         """Return the error about runs that were started with another config. changes: name -> `find_change`."""
         (first, change), *others = changes.items()
-        names = shorten(", ".join(name for name, _ in others), _NAMES, placeholder=" …")
+        names = shorten(", ".join(name for name, _ in others), _NAMES)
         more = f", and {len(others)} more with another config ({names})" if others else ""
         removed = "these folders to run them again" if others else "that folder to run it again"
         return UserError(

@@ -8,6 +8,7 @@ from experiment import csv_and_jsonl
 from experiment.csv_and_jsonl import (
     CsvFormat,
     column_index,
+    listed,
     looks_like_header,
     raw_lines,
     read_csv,
@@ -69,12 +70,20 @@ def test_a_header_that_is_read_as_data_is_named(caplog: pytest.LogCaptureFixture
     ]
 
 
+def test_long_names_are_cut_off() -> None:
+    """Catches a Chinese name of which nothing is left, because it has no spaces."""
+    text = "这家餐厅的味道非常好服务员也很热情" * 3
+    assert listed([text, "正面", "a\n b"]) == f"{text[:39]}…, 正面, a b"
+
+
 def test_data_that_is_read_as_a_header_is_named() -> None:
     """Catches a message that lists the first row of data as names of columns, and does not say what to set."""
     row = ["a stirring , funny and finally transporting film", "1"]
     with pytest.raises(UserError, match=r"if the first row is data, set --header none and name columns by their num"):
         column_index(row, "text", "f:1", "--column", CsvFormat())
-    with pytest.raises(UserError, match=r"stirring , funny and finally …, 1 .* set task\.header: none and name"):
+    with pytest.raises(
+        UserError, match=r"stirring , funny and finally transpor…, 1 .* set task\.header: none and name"
+    ):
         column_index(row, "text", "f:1", "task.columns.text", CsvFormat(as_flags=False))
     for csv_format in (None, CsvFormat(header=False)):
         with pytest.raises(UserError, match=r"names the column\)$"):

@@ -248,7 +248,7 @@ def test_one_message_names_all_runs_with_another_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"row-0/task was started with another seed: 1, now 2, and 11 more") as refused:
         to_finish.opened().__enter__()
     named = ", ".join(f"row-{row}/task" for row in range(1, 9))
-    assert f"({named}, …); choose another run.dir, or remove these folders" in str(refused.value)
+    assert f"({named}, row…); choose another run.dir, or remove these folders" in str(refused.value)
     assert len(str(refused.value)) < 500
 
 
