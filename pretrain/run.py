@@ -20,12 +20,13 @@ if not __package__:  # started as a file: import from the repository, not from t
 if __name__ == "__main__":
     from experiment.errors import UserError
     from experiment.process.fast_imports import import_transformers_without_scipy
-    from experiment.process.own_process import hide_gpus, wait_at_gate
+    from experiment.process.own_process import hide_gpus
     from experiment.run_files.outcome_file import Outcome
 
     hide_gpus()
     import_transformers_without_scipy()
     from pretrain.engine.deepspeed_version import check_version  # imports DeepSpeed
+    from pretrain.gate import wait_at_gate
 
     try:
         check_version()  # before the imports of its internals
@@ -47,7 +48,6 @@ from torch import nn
 from experiment.config import load_config
 from experiment.errors import AgreedFailureError, UserError
 from experiment.files import cache_folder
-from experiment.process.own_process import wait_at_gate
 from experiment.process.shared_cores import share_cores
 from experiment.run_files.goodput import ActivityTimer, attempt_start
 from experiment.run_files.outcome_file import Cause, Outcome, ReportedOutcome
@@ -56,6 +56,7 @@ from pretrain.batching.loader import DataWorkerError
 from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.engine.engine import Engine
 from pretrain.engine.process_group import connect, deadline, disconnect
+from pretrain.gate import wait_at_gate
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.preparation import prepare
 from pretrain.rank_heartbeat import RankHeartbeat

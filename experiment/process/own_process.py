@@ -9,12 +9,10 @@ import os
 import resource
 import site
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from experiment.files import REPOSITORY, is_path_locked
-from experiment.run_files.outcome_file import Outcome
+from experiment.files import REPOSITORY
 
 LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
 """Names the launch as RUN-ATTEMPT: both are hexadecimal. Only of a launch over several hosts."""
@@ -27,7 +25,6 @@ GATE_VARIABLE = "DEEPCLOZE_GATE"
 launch."""
 
 _DEVICE, _GPUS = "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"
-_POLL_SECONDS = 0.01
 _CPU = {_DEVICE: "cpu", _GPUS: "-1"}  # as `use_cpu` and `hide_gpus` set them; HIP ignores an empty value
 _given: dict[str, str | None] = {}  # before that
 
@@ -124,18 +121,6 @@ def python_path(environ: Mapping[str, str]) -> str:
     if REPOSITORY in (Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())):
         return ":".join(given)
     return ":".join([str(REPOSITORY), *(entry for entry in given if entry != str(REPOSITORY))])
-
-
-def wait_at_gate() -> None:
-    """Wait until the launch that has started this process lets it begin. Ends the process if the launch has ended: one
-    that is killed early has not yet started the watchdog that ends its ranks."""
-    if (path := os.environ.pop(GATE_VARIABLE, None)) is None:
-        return
-    gate = Path(path)
-    while not gate.exists():
-        if is_path_locked(gate.parent) is False:
-            os._exit(Outcome.REFUSED.exit_code)  # skips the slow teardown of imported libraries
-        time.sleep(_POLL_SECONDS)
 
 
 def raise_limit_of_open_files() -> None:

@@ -30,6 +30,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.corpus", "pretrain.config"),
     (
         "pretrain.world",
+        "pretrain.gate",
         "pretrain.rank_heartbeat",
         "pretrain.ds_configs",
         "pretrain.optimizer_config",

@@ -38,20 +38,19 @@ from pathlib import Path
 from experiment.run_files.goodput import attempt_start
 from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder
-from experiment.process import own_process
-from experiment.process.own_process import wait_at_gate
+from pretrain import gate
 folder = Path({folder!r})
-is_path_locked = own_process.is_path_locked
+is_path_locked = gate.is_path_locked
 def note_look(launch):
     with (folder / "looks").open("a") as looks:
         looks.write(".")
     return is_path_locked(launch)
-own_process.is_path_locked = note_look
+gate.is_path_locked = note_look
 if os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 (folder / "pid").write_text(str(os.getpid()))
 (folder / "imported").touch()
-wait_at_gate()
+gate.wait_at_gate()
 (folder / "began").write_text(repr(attempt_start()))
 {body}
 """
