@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks.measuring import cpu_precision, deepcloze, describe_machine
 from experiment.formatting import format_perplexity
 from experiment.models.tokenizer import load_tokenizer
-from experiment.tracking.jsonl import read_events
+from experiment.run_files.metrics_file import read_events
 
 METRIC = "eval/held_out/loss"
 

@@ -38,9 +38,9 @@ from experiment.results.history import History
 from experiment.results.page import PAGE, Block, Code, Heading, Page, Table, Text, write_page
 from experiment.results.report.tasks import result_blocks
 from experiment.results.report.training import training_blocks
+from experiment.run_files.metrics_file import read_events
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.jsonl import read_events
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRETRAINING, TASK = "pretrain/recipes/demo.yaml", "finetune/recipes/demo.yaml"

@@ -21,9 +21,9 @@ import yaml
 
 from benchmarks.gpu_results import print_figures
 from benchmarks.measuring import deepcloze, stop_after
+from experiment.run_files.metrics_file import Event, read_events
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.jsonl import Event, read_events
 
 _RECIPE = Path("pretrain/recipes/demo.yaml")
 _OTHERS = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib"}

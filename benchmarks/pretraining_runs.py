@@ -10,8 +10,8 @@ import numpy as np
 import yaml
 
 from benchmarks.measuring import deepcloze
+from experiment.run_files.metrics_file import Event, read_events
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.jsonl import Event, read_events
 from pretrain.batching.sequences import split_documents
 from pretrain.corpus.reader import open_corpus
 

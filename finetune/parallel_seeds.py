@@ -25,10 +25,17 @@ from experiment.process.hardware import prepare_process
 from experiment.process.own_process import module_command, own_environment
 from experiment.process.signals import handle_stop_signals, interrupt, uninterrupted
 from experiment.progress import progress
+from experiment.run_files.metrics_file import (
+    Event,
+    JsonlTracker,
+    kept_events,
+    read_events,
+    read_last_events,
+    write_events,
+)
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_lock import lock_until_exit
-from experiment.tracking.jsonl import Event, JsonlTracker, kept_events, read_events, read_last_events, write_events
 from experiment.tracking.progress_line import ConsoleTracker
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.results.seed_summary import SeedRecord

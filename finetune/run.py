@@ -23,6 +23,7 @@ from experiment.formatting import counted, describe_duration
 from experiment.process.hardware import prepare_process
 from experiment.progress import print_warning, terminal
 from experiment.results.main_score import count_collapsed
+from experiment.run_files.metrics_file import read_events
 from experiment.run_files.outcome_file import Outcome, recorded_outcome
 from experiment.run_files.provenance import (
     ancestors_of,
@@ -35,7 +36,6 @@ from experiment.run_files.provenance import (
 )
 from experiment.run_files.run_folder import RunFolder, check_creatable, open_run_folder
 from experiment.run_files.run_lock import check_unlocked, lock_run
-from experiment.tracking.jsonl import read_events
 from experiment.tracking.rank_logs import logging_set_up
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig

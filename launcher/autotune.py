@@ -18,11 +18,11 @@ from statistics import harmonic_mean, median
 from experiment.errors import StoppedError, UserError, inform
 from experiment.formatting import UNKNOWN
 from experiment.process.signals import handle_stop_signals
+from experiment.run_files.metrics_file import Event, read_events
 from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import Renewal, lock_run
 from experiment.tracking.config import TrackingConfig
-from experiment.tracking.jsonl import Event, read_events
 from launcher.launch_plan import LaunchPlan
 from launcher.ranks.microbatch import max_doublings, max_halvings, scaled_microbatch
 from launcher.supervision.attempt import Layout, run_attempt

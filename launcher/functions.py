@@ -26,8 +26,8 @@ from experiment.process.fast_imports import fast_imports
 from experiment.process.hardware import return_freed_memory
 from experiment.process.own_process import restore_devices
 from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, interrupt
+from experiment.run_files.metrics_file import Event, read_events
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.jsonl import Event, read_events
 from launcher.options import CompareOptions, FinetuneOptions, PretrainOptions
 from pretrain.config import PretrainConfig
 from pretrain.corpus.options import CorpusOptions

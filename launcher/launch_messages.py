@@ -7,8 +7,8 @@ from statistics import fmean
 from experiment.errors import end_line, inform, notify
 from experiment.formatting import counted, describe_duration
 from experiment.run_files.checkpoints import BEST, checkpoint_candidates, checkpoint_path, completed_saves
+from experiment.run_files.metrics_file import read_events, read_last_events
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.jsonl import read_events, read_last_events
 from launcher.hosts.hostfile import Slots
 from launcher.ranks.placement import is_local
 

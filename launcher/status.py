@@ -24,10 +24,10 @@ from experiment.formatting import FILE_WIDTH, UNKNOWN, describe_duration, show, 
 from experiment.results.main_score import main_score
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
 from experiment.run_files.goodput import AttemptTime, add_up, last_lines, read_attempt_times
+from experiment.run_files.metrics_file import last_number, read_last_events
 from experiment.run_files.provenance import read_provenance
 from experiment.run_files.run_folder import RunFolder, is_run, open_folder, runs_in
 from experiment.run_files.run_life import READERS, State, read_life
-from experiment.tracking.jsonl import last_number, read_last_events
 from experiment.tracking.progress_line import TimedStep, estimate_left
 from launcher.supervision.launch_result import count_attempts
 

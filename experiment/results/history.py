@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.results.curves import Curve
+from experiment.run_files.metrics_file import Event, EventReader
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.jsonl import Event, EventReader
 
 _KEYS = frozenset({"tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait", "memory"})
 _EVALUATION = "eval/"

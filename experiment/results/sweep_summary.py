@@ -11,8 +11,8 @@ from experiment.files import read_json, write_text
 from experiment.formatting import UNKNOWN, csv_table, print_table
 from experiment.results.charts import DotChart, Dots
 from experiment.results.main_score import count_collapsed
+from experiment.run_files.metrics_file import read_events
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.jsonl import read_events
 
 
 @dataclass(frozen=True)

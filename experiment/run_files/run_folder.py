@@ -62,7 +62,7 @@ class RunFolder:
     launch_output = _Below("logs/launch.log")
     """The output of the last launch, if it was in the background."""
     downstream = _Below("downstream")
-    """Scores of checkpoints on tasks, written by `deepcloze watch`, see `tracking.downstream`."""
+    """Scores of checkpoints on tasks, written by `deepcloze watch`, see `run_files.downstream`."""
     saved = _Below(".saved")
     """Empty; exists once the run has saved a checkpoint, or resumed from one."""
     stop = _Below("STOP")

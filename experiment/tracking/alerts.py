@@ -22,11 +22,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from experiment.process.own_process import own_environment
+from experiment.run_files.metrics_file import Metrics
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.provenance import read_provenance, wandb_id
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.config import AlertEvent, AlertsConfig
-from experiment.tracking.jsonl import Metrics
 from experiment.tracking.notification import Message, Service, apprise_services, mail_service, webhook_service
 
 if TYPE_CHECKING:

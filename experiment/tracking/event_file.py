@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from experiment.files import atomic_write
+from experiment.run_files.metrics_file import AppendFile, Metrics, is_kept
 from experiment.run_files.outcome_file import Outcome
-from experiment.tracking.jsonl import AppendFile, Metrics, is_kept
 
 _PREFIX = "events.out.tfevents."  # by which TensorBoard recognises its files
 _SPEED = (

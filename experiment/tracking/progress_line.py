@@ -17,8 +17,8 @@ from rich.text import Text
 
 from experiment.formatting import UNKNOWN, describe_duration, format_perplexity
 from experiment.progress import terminal
+from experiment.run_files.metrics_file import SLOW_RATIO, Metrics
 from experiment.run_files.outcome_file import Outcome
-from experiment.tracking.jsonl import SLOW_RATIO, Metrics
 
 PROGRESS_LOG = "experiment.progress"
 """Name of the logger whose messages are not printed: the terminal shows them already."""

@@ -12,12 +12,12 @@ from typing import Protocol
 
 from experiment.errors import UserError
 from experiment.process.own_process import has_launcher
+from experiment.run_files.metrics_file import JsonlTracker, Metrics, kept_events
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, Messenger, alert_services
 from experiment.tracking.config import AlertEvent, TrackingConfig
 from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker
-from experiment.tracking.jsonl import JsonlTracker, Metrics, kept_events
 from experiment.tracking.progress_line import RATE_EVENTS, ConsoleTracker
 from experiment.tracking.weights_and_biases import FINISH_SECONDS, WandbTracker
 

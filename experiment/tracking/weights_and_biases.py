@@ -21,11 +21,11 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from experiment.process.signals import WARNING_SIGNALS, signals_blocked
+from experiment.run_files.metrics_file import Event, Metrics, is_evaluation
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import Alert, send_by_wandb
 from experiment.tracking.config import RUN_SET, WANDB_NAME, TrackingConfig
-from experiment.tracking.jsonl import Event, Metrics, is_evaluation
 
 if TYPE_CHECKING:
     import wandb

@@ -21,14 +21,7 @@ from experiment.errors import DENIED, UserError, describe_disk_error, inform, is
 from experiment.process.signals import handle_stop_signals, interrupt
 from experiment.progress import quiet
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
-from experiment.run_files.goodput import read_attempt_times
-from experiment.run_files.outcome_file import Outcome, read_outcome
-from experiment.run_files.provenance import read_provenance, wandb_id
-from experiment.run_files.run_folder import RunFolder, open_run_folder
-from experiment.run_files.run_life import read_life
-from experiment.run_files.run_lock import lock_run
-from experiment.tracking.config import AlertsConfig
-from experiment.tracking.downstream import (
+from experiment.run_files.downstream import (
     DownstreamLog,
     DownstreamResult,
     best_result,
@@ -36,6 +29,13 @@ from experiment.tracking.downstream import (
     result_file,
     write_result,
 )
+from experiment.run_files.goodput import read_attempt_times
+from experiment.run_files.outcome_file import Outcome, read_outcome
+from experiment.run_files.provenance import read_provenance, wandb_id
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_life import read_life
+from experiment.run_files.run_lock import lock_run
+from experiment.tracking.config import AlertsConfig
 from experiment.tracking.notification import Message, Service, mail_service
 from experiment.tracking.tracker import TrackedRun, open_trackers
 from launcher.options import WatchOptions

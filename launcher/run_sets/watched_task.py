@@ -12,9 +12,9 @@ from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest, read_json, removed_on_error
 from experiment.process.own_process import deepcloze_command, module_command
 from experiment.run_files.checkpoints import checkpoint_step, files_below, link_model, verify, verify_name
+from experiment.run_files.downstream import DownstreamResult
 from experiment.run_files.run_folder import RunFolder, folder_name
 from experiment.run_files.run_lock import folder_use
-from experiment.tracking.downstream import DownstreamResult
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, ModelConfig, TrainingConfig, check_validation
 from finetune.data.task_config import data_checksums
 from finetune.task_kind import find_kind

@@ -10,6 +10,7 @@ from experiment.config import dump_config
 from experiment.files import write_text
 from experiment.formatting import counted, format_epochs
 from experiment.results.fillings import drop_fillings
+from experiment.run_files.downstream import drop_results
 from experiment.run_files.goodput import ActivityTimer
 from experiment.run_files.provenance import (
     ancestors_of,
@@ -18,7 +19,6 @@ from experiment.run_files.provenance import (
     wandb_id,
     write_provenance,
 )
-from experiment.tracking.downstream import drop_results
 from experiment.tracking.tracker import TrackedRun, Trackers, open_trackers
 from pretrain.config import CHANGE_ROUNDING_ONLY
 from pretrain.resolve import ResolvedRun

@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from experiment.process.daemon_thread import in_daemon_thread
 from experiment.process.hardware import peak_flops, peak_memory
+from experiment.run_files.downstream import DownstreamLog
 from experiment.run_files.goodput import ActivityTimer
+from experiment.run_files.metrics_file import SLOW_RATIO, Metrics
 from experiment.run_files.outcome_file import Outcome
 from experiment.tracking.alerts import Alert
-from experiment.tracking.downstream import DownstreamLog
-from experiment.tracking.jsonl import SLOW_RATIO, Metrics
 from experiment.tracking.tracker import CLOSE_SECONDS, Trackers
 from pretrain.engine.engine import Engine
 from pretrain.engine.host_copy import read_numbers

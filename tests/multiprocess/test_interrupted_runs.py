@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import pytest
 
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.run_files.metrics_file import JsonlTracker
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.jsonl import JsonlTracker
 from poison import Poison, poisoned_case
 from pretrain.training.stop_request import StopRequest, receive_stop_requests
 from pretrain.world import World

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.run_files.downstream import DownstreamResult, read_results, write_result
+from experiment.run_files.metrics_file import read_events
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.downstream import DownstreamResult, read_results, write_result
-from experiment.tracking.jsonl import read_events
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_file
 from pretrain.rank_process import RankRecorder
 from pretrain.world import World

@@ -17,8 +17,8 @@ from experiment.results.curves import Curve
 from experiment.results.history import Axis
 from experiment.results.main_score import main_score
 from experiment.results.page import Block, ConfusionMatrix, Heading, Table, Text
+from experiment.run_files.downstream import DownstreamResult, best_result, read_results
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.downstream import DownstreamResult, best_result, read_results
 
 _LABEL_SCORES = ("precision", "recall", "f1")
 _WORST = 10  # rows shown

@@ -23,11 +23,11 @@ from experiment.results.report.followed_pages import (
     Readers,
     Waits,
 )
+from experiment.run_files import metrics_file
 from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_life import Life
 from experiment.run_files.run_lock import lock_run
-from experiment.tracking import jsonl
 from waiting import LIMIT, wait_until
 
 
@@ -295,8 +295,8 @@ def test_readers_take_turns_unless_they_are_stuck() -> None:
 def test_only_new_lines_are_read_and_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a server that reads whole files again and again, or works while no page is open."""
     folder, read = log(tmp_path, *range(1, 2000)), list[int]()
-    parse = jsonl._parse
-    monkeypatch.setattr(jsonl, "_parse", lambda lines: read.append(len(lines)) or parse(lines))
+    parse = metrics_file._parse
+    monkeypatch.setattr(metrics_file, "_parse", lambda lines: read.append(len(lines)) or parse(lines))
     threads = threading.active_count()
     pages = FollowedPages([folder], PATIENT)
     page = pages.page("")

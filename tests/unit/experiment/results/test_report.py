@@ -24,12 +24,12 @@ from experiment.results.report.training import (
     training_blocks,
     training_table,
 )
+from experiment.run_files.downstream import DownstreamResult, write_result
 from experiment.run_files.goodput import EVALUATING, ActivityTimer
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.provenance import write_provenance
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import lock_run
-from experiment.tracking.downstream import DownstreamResult, write_result
 
 
 def training(step: int, **figures: Any) -> dict[str, Any]:

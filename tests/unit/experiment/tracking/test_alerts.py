@@ -5,12 +5,12 @@ from typing import ClassVar, Literal
 import pytest
 
 from experiment.errors import UserError
+from experiment.run_files.metrics_file import Metrics
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking import alerts, tracker
 from experiment.tracking.alerts import MOST_REPEAT_SECONDS, REPEAT_SECONDS, Alert, AlertFilter, Messenger
 from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
-from experiment.tracking.jsonl import Metrics
 from experiment.tracking.notification import Message, Service
 from experiment.tracking.tracker import TrackedRun, Trackers, check_tracking, open_trackers
 from waiting import wait_until

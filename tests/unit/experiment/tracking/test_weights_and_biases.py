@@ -18,11 +18,11 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.process.signals import WARNING_SIGNALS
+from experiment.run_files.metrics_file import Event
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import Alert
 from experiment.tracking.config import AlertsConfig, TrackingConfig
-from experiment.tracking.jsonl import Event
 from experiment.tracking.weights_and_biases import WandbTracker, _read_records, last_step
 from waiting import wait_until
 

@@ -18,13 +18,13 @@ import pytest
 from experiment.errors import UserError, inform
 from experiment.files import write_json, write_text
 from experiment.run_files.checkpoints import checkpoint_step
+from experiment.run_files.downstream import DownstreamLog, DownstreamResult, drop_results, read_results, write_result
 from experiment.run_files.goodput import TRAINING, AttemptTime
+from experiment.run_files.metrics_file import JsonlTracker, read_events
 from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_life import Life, read_life
 from experiment.run_files.run_lock import lock_run
-from experiment.tracking.downstream import DownstreamLog, DownstreamResult, drop_results, read_results, write_result
-from experiment.tracking.jsonl import JsonlTracker, read_events
 from experiment.tracking.notification import Message, Service
 from launcher.cli import main
 from launcher.run_sets.watch import Announcement, Watch, describe_scores

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from experiment.run_files.metrics_file import AppendFile, JsonlTracker, read_events, read_last_events
 from experiment.run_files.outcome_file import Outcome
-from experiment.tracking.jsonl import AppendFile, JsonlTracker, read_events, read_last_events
 
 
 def steps(path: Path) -> list[int]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from experiment.run_files import downstream
+from experiment.run_files.downstream import DownstreamLog, DownstreamResult, drop_results, read_results, write_result
+from experiment.run_files.metrics_file import JsonlTracker, read_events
 from experiment.run_files.run_folder import RunFolder, open_run_folder
-from experiment.tracking import downstream
-from experiment.tracking.downstream import DownstreamLog, DownstreamResult, drop_results, read_results, write_result
-from experiment.tracking.jsonl import JsonlTracker, read_events
 
 
 @pytest.fixture

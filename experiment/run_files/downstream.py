@@ -15,8 +15,8 @@ from typing import Any
 
 from experiment.files import names_in, parse_record, write_json
 from experiment.formatting import counted
+from experiment.run_files.metrics_file import Metrics, read_events
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.jsonl import Metrics, read_events
 
 log = logging.getLogger(__name__)
 
