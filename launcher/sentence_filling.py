@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from experiment.config import read_recorded
 from experiment.errors import UserError, describe_disk_error, notify
-from experiment.results.fillings import (
+from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
+from experiment.run_files.fillings import (
     CheckpointFillings,
     FilledSentence,
     MaskedSentence,
@@ -27,7 +28,6 @@ from experiment.results.fillings import (
     read_fillings,
     spread,
 )
-from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.run_files.goodput import read_attempt_times
 from experiment.run_files.run_folder import RunFolder
 from experiment.unspaced_scripts import HAN, WIDE

@@ -58,7 +58,7 @@ class RunFolder:
     goodput = _Below("logs/goodput.jsonl")
     """Time of the attempts by activity, see `goodput`."""
     fillings = _Below("logs/fillings.jsonl")
-    """Words that checkpoints fill into held-out sentences, see `results.fillings`."""
+    """Words that checkpoints fill into held-out sentences, see `run_files.fillings`."""
     launch_output = _Below("logs/launch.log")
     """The output of the last launch, if it was in the background."""
     downstream = _Below("downstream")

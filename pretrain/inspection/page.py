@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 
 from experiment.decontamination import CLEAN_SUMMARY
 from experiment.formatting import counted
-from experiment.results.fillings import spread
 from experiment.results.page import (
     Bar,
     BarChart,
@@ -27,6 +26,7 @@ from experiment.results.page import (
     Text,
     write_page,
 )
+from experiment.run_files.fillings import spread
 from pretrain.cleaning.report import describe as describe_cleaning
 from pretrain.cleaning.report import summary_blocks
 from pretrain.corpus.build import summary

@@ -9,8 +9,8 @@ from typing import Any
 from experiment.config import dump_config
 from experiment.files import write_text
 from experiment.formatting import counted, format_epochs
-from experiment.results.fillings import drop_fillings
 from experiment.run_files.downstream import drop_results
+from experiment.run_files.fillings import drop_fillings
 from experiment.run_files.goodput import ActivityTimer
 from experiment.run_files.provenance import (
     ancestors_of,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from experiment.errors import UserError, notify
 from experiment.formatting import counted
-from experiment.results.fillings import filling_blocks
 from experiment.results.history import NO_AXIS
 from experiment.results.page import PAGE, Block, Code, Heading, Page, write_page
+from experiment.results.report.fillings import filling_blocks
 from experiment.results.report.run import OpenRuns, Run, open_run, open_runs
 from experiment.results.report.run_facts import goodput_blocks, provenance_blocks, task_headline, training_headline
 from experiment.results.report.several_runs import compare_blocks, name_runs, overlay_blocks, sweep_blocks

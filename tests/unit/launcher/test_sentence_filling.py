@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
-from experiment.results.fillings import FilledSentence, MaskedSentence, read_fillings
 from experiment.run_files.checkpoints import mark_complete
+from experiment.run_files.fillings import FilledSentence, MaskedSentence, read_fillings
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher import sentence_filling
 from launcher.report import report_runs

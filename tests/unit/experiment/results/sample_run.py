@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from experiment.files import write_json, write_text
 from experiment.results.charts import Charts, ChartsData
-from experiment.results.fillings import CheckpointFillings, FilledSentence, MaskedSentence, add_fillings
 from experiment.run_files.checkpoints import mark_complete, write_best
+from experiment.run_files.fillings import CheckpointFillings, FilledSentence, MaskedSentence, add_fillings
 from experiment.run_files.provenance import write_provenance
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 

@@ -15,8 +15,9 @@ from experiment.errors import UserError
 from experiment.files import read_json, write_json
 from experiment.results.charts import LOOKS, Charts
 from experiment.results.history import History
-from experiment.results.page import Heading, Table, Text
+from experiment.results.page import Fillings, Heading, Table, Text
 from experiment.results.report import training, write_overlay, write_report
+from experiment.results.report.fillings import filling_blocks
 from experiment.results.report.run import open_run, open_runs
 from experiment.results.report.run_facts import scaled, task_headline, training_headline
 from experiment.results.report.several_runs import (
@@ -493,3 +494,15 @@ def test_the_worst_rows_of_a_task(tmp_path: Path) -> None:
     (table,) = worst_rows(RunFolder(tmp_path), ["validation", "test"])
     assert table.rows == [["9", "x", "a"], ["8", "cut", ""]]
     assert list(worst_rows(RunFolder(tmp_path / "missing"), ["test"])) == []
+
+
+def test_fillings_are_shown_by_sentence(tmp_path: Path) -> None:
+    """Catches a table by checkpoint, in which nobody sees what the model has learned."""
+    assert filling_blocks(RunFolder(tmp_path)) == []
+    *_, block = filling_blocks(make_run(tmp_path / "run", steps=100))
+    assert isinstance(block, Fillings)
+    assert len(block.fillings) == 4
+    first = block.fillings[0]
+    assert (first.before, first.answer, first.after) == ("the default value is ", "none", ", which disables the cache.")
+    assert [step for step, _ in first.guesses] == ["step 25", "step 50", "step 100"]
+    assert first.guesses[-1][1][0] == ("none", "80.0%")

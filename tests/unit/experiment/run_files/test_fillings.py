@@ -1,18 +1,14 @@
 from pathlib import Path
 
-from sample_run import make_run
-
-from experiment.results.fillings import (
+from experiment.run_files.fillings import (
     CheckpointFillings,
     FilledSentence,
     MaskedSentence,
     add_fillings,
     drop_fillings,
-    filling_blocks,
     read_fillings,
     spread,
 )
-from experiment.results.page import Fillings
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 
 
@@ -23,7 +19,7 @@ def filled(step: int, token: str = "x") -> CheckpointFillings:
 def test_fillings_are_read_as_written(tmp_path: Path) -> None:
     """Catches lines that are lost after one that was cut off, and a step twice after it was trained again."""
     folder = open_run_folder(tmp_path)
-    assert read_fillings(folder) == filling_blocks(folder) == []
+    assert read_fillings(folder) == []
     add_fillings(folder, filled(20))
     with folder.fillings.open("a") as file:
         file.write('\n{"step": 3, "wei')
@@ -42,17 +38,6 @@ def test_other_json_is_skipped(tmp_path: Path) -> None:
     lines = ("3", "[]", '{"step": 1}', f'{{"step": 1, "weights": "", "sentences": [{sentence}]}}')
     folder.fillings.write_text("\n".join(lines))
     assert read_fillings(folder) == []
-
-
-def test_fillings_are_shown_by_sentence(tmp_path: Path) -> None:
-    """Catches a table by checkpoint, in which nobody sees what the model has learned."""
-    *_, block = filling_blocks(make_run(tmp_path / "run", steps=100))
-    assert isinstance(block, Fillings)
-    assert len(block.fillings) == 4
-    first = block.fillings[0]
-    assert (first.before, first.answer, first.after) == ("the default value is ", "none", ", which disables the cache.")
-    assert [step for step, _ in first.guesses] == ["step 25", "step 50", "step 100"]
-    assert first.guesses[-1][1][0] == ("none", "80.0%")
 
 
 def test_checkpoints_are_spread_evenly() -> None:

@@ -10,12 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from experiment.files import parse_records, write_text
-from experiment.results.page import Block, Filling, Fillings, Heading, Text
 from experiment.run_files.run_folder import RunFolder
 
 T = TypeVar("T")
-
-_SHOWN = 6  # checkpoints
 
 
 @dataclass(frozen=True)
@@ -65,22 +62,6 @@ def read_fillings(folder: RunFolder) -> list[CheckpointFillings]:
         return []
     found = {line.step: line for line in lines}
     return [found[step] for step in sorted(found)]
-
-
-def filling_blocks(folder: RunFolder) -> list[Block]:
-    """Return a section of a report; empty without fillings."""
-    if not (checkpoints := spread(read_fillings(folder), _SHOWN)):
-        return []
-    by_sentence: dict[MaskedSentence, list[tuple[str, list[tuple[str, str]]]]] = {}
-    for checkpoint in checkpoints:
-        for filled in checkpoint.sentences:
-            guesses = [(token, f"{probability:.1%}") for token, probability in filled.top]
-            by_sentence.setdefault(filled.sentence, []).append((f"step {checkpoint.step:,}", guesses))
-    fillings = [
-        Filling(sentence.before, sentence.answer, sentence.after, guesses) for sentence, guesses in by_sentence.items()
-    ]
-    about = "The marked word is masked. Below: the most probable words of each checkpoint, with their probabilities."
-    return [Heading("Held-out sentences"), Text(about), Fillings(fillings)]
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
