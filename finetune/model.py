@@ -16,7 +16,7 @@ from experiment.errors import UserError
 from experiment.formatting import format_parameters
 from experiment.models.config_fields import check_fields, with_fields
 from experiment.models.hub import TOKENIZER_FILES
-from experiment.models.model_folder import WEIGHT_FILES, build_from_config, load_config, load_weights
+from experiment.models.model_folder import WEIGHT_FILES, build_from_config, load_model_config, load_weights
 from experiment.models.tensor_files import share_tensors
 from experiment.models.tokenizer import default_length, save_model_tokenizer, vocabulary_size
 from experiment.models.transformers_models import (
@@ -48,7 +48,7 @@ class ModelSpec:
 
     def read_config(self) -> PreTrainedConfig:
         """Raises UserError for a folder or fields that make no config."""
-        return with_fields(load_config(self.folder, **self.head), self.fields)
+        return with_fields(load_model_config(self.folder, **self.head), self.fields)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def pooling_of_head(folder: Path, auto_model: str, pooling: Literal["default", "
     """Return the setting of a model's config for what its head pools. Raises UserError if the head has no choice."""
     if pooling == "default":
         return {}
-    config = load_config(folder)
+    config = load_model_config(folder)
     if auto_model not in _POOLING_HEADS or not hasattr(type(config)(), "classifier_pooling"):
         head = auto_model.removeprefix("AutoModelFor")
         raise UserError(
@@ -88,7 +88,7 @@ def check_config_fields(spec: ModelSpec) -> None:
     if taken := [field for field in spec.fields if field in of_task]:
         raise UserError(f"model.config.{taken[0]}: the task and the model in {spec.folder} determine it; leave it out")
     if spec.fields:
-        check_fields(spec.fields, partial(with_fields, load_config(spec.folder, **spec.head)))
+        check_fields(spec.fields, partial(with_fields, load_model_config(spec.folder, **spec.head)))
 
 
 def model_files(folder: Path, weights: bool) -> list[Path]:
@@ -216,7 +216,7 @@ def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -
     if layers := describe_unused_layers(spec.folder, built.model, built.unused):
         return [*lines, layers]
     unused = tuple(name for name in built.unused if not name.startswith(_DEBERTA_HEADS))
-    architectures = load_config(spec.folder).architectures or [""]
+    architectures = load_model_config(spec.folder).architectures or [""]
     if architectures[0].endswith(PRETRAINING_HEADS):  # a head for a task replaces it, AutoModel has none
         unused = tuple(name for name in unused if is_in_encoder(name, built.model))
     if unused:
@@ -244,7 +244,7 @@ def _is_in_head(parameter: str, model: PreTrainedModel) -> bool:
 
 def _fits_head(model: PreTrainedModel, spec: ModelSpec) -> bool:
     """Return whether the head in the folder, if any, is for the same labels: else its weights mean something else."""
-    config = load_config(spec.folder)
+    config = load_model_config(spec.folder)
     architecture = (config.architectures or ["Model"])[0]
     if architecture.endswith(("Model", *PRETRAINING_HEADS)):  # no head for a task
         return True

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from experiment.errors import UserError, user_errors_in
-from experiment.models.model_folder import load_config
+from experiment.models.model_folder import load_model_config
 from experiment.models.model_names import local_model
 from experiment.models.tokenizer import default_length, load_tokenizer, tokenizer_fingerprint
 from experiment.models.transformers_models import check_freeze, configured_positions, max_positions
@@ -295,7 +295,7 @@ def _limit_tokenizer(
     trained = max(stage.max_seq_length for stage in config.stages)
     tokenizer.model_max_length = max(positions, trained)  # `trained` is larger only if the model has no limit
     if earlier is not None:
-        model_before = meta_model(load_config(Path(earlier)))
+        model_before = meta_model(load_model_config(Path(earlier)))
         trained = max(trained, default_length(load_tokenizer(Path(earlier)), model_before) or 0)
     if trained < positions and has_learned_positions(model):
         tokenizer.model_max_length = trained

@@ -28,7 +28,7 @@ _MAX_TENSORS = 50_000  # of a model, for layers by other names
 _SPARE = 1 << 24  # elements of parts that the weights lack, such as a pooler and a new head
 
 
-def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
+def load_model_config(folder: Path, **changes: Any) -> PreTrainedConfig:
     """Return the config of a Hugging Face folder. changes: to its settings. Raises UserError if it cannot be read.
 
     DeBERTa models of Microsoft need `legacy: false` for their masked-LM head, which their configs lack

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiment.errors import UserError
-from experiment.models.model_folder import has_weights, load_config
+from experiment.models.model_folder import has_weights, load_model_config
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -47,7 +47,7 @@ class OnnxModel(nn.Module):
         """Raises UserError for a file that is damaged, or was written by something else."""
         super().__init__()
         require_packages("onnxruntime")
-        self.config, file = load_config(folder), folder / ONNX_FILE
+        self.config, file = load_model_config(folder), folder / ONNX_FILE
         self._session = _open_session(file)
         self._rank = len(self._session.get_inputs()[0].shape)
         names = [output.name for output in self._session.get_outputs()]

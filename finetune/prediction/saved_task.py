@@ -21,7 +21,7 @@ from experiment.config.field_types import SequenceLength
 from experiment.errors import UserError
 from experiment.files import checksum, read_json, write_json
 from experiment.formatting import counted
-from experiment.models.model_folder import load_config
+from experiment.models.model_folder import load_model_config
 from experiment.models.transformers_models import has_masked_lm_head
 from experiment.run_files.checkpoints import find_model_folder
 from experiment.run_files.run_folder import RunFolder
@@ -134,12 +134,12 @@ def _verify(folder: Path, checksums: Mapping[str, str]) -> None:
 
 def is_masked_lm(folder: Path) -> bool:
     """Return whether a model folder is for no task but has a masked-LM head."""
-    return has_masked_lm_head(load_config(folder).architectures) and not (folder / TASK_FILE).is_file()
+    return has_masked_lm_head(load_model_config(folder).architectures) and not (folder / TASK_FILE).is_file()
 
 
 def _read_foreign(folder: Path) -> SavedTask:
     """Return the task of a model that was trained elsewhere."""
-    config = load_config(folder)
+    config = load_model_config(folder)
     architecture = str((config.architectures or ["none"])[0])
     kind_name = next((name for end, name in _FOREIGN_KINDS.items() if architecture.endswith(end)), None)
     labels = tuple(config.id2label[number] for number in sorted(config.id2label))

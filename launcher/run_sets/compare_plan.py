@@ -8,7 +8,7 @@ from typing import Any
 from experiment.config import FlatConfig, flatten, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in, warn_once
 from experiment.formatting import shorten
-from experiment.models.model_folder import load_config as load_model_config
+from experiment.models.model_folder import load_model_config
 from experiment.models.model_names import local_model
 from experiment.process.own_process import deepcloze_command
 from experiment.run_files.checkpoints import BEST

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError, user_errors_in
-from experiment.models.model_folder import first_use, load_config, load_weights
+from experiment.models.model_folder import first_use, load_model_config, load_weights
 from experiment.models.tokenizer import load_tokenizer
 from experiment.models.transformers_models import describe_unused_layers, first_position, is_in_encoder, keep_fixed
 from pretrain.batching.packing import RowKind
@@ -73,7 +73,7 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
     """Return the model in `model.init_from`, resized to `config`, and untied if `model.config` says so."""
     assert model.init_from is not None
     source = source_config(model)
-    _warn_of_changes(model.config or {}, load_config(Path(model.init_from)), source)
+    _warn_of_changes(model.config or {}, load_model_config(Path(model.init_from)), source)
     untie = (model.config or {}).get("tie_word_embeddings") is False
     if untie:  # load a tied decoder as a copy of the embeddings; transformers keeps one that has weights of its own
         source.tie_word_embeddings = True

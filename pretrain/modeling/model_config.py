@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from experiment.config import did_you_mean
 from experiment.errors import UserError, first_line, user_errors_in
 from experiment.models.config_fields import check_fields, declared_fields, with_fields
-from experiment.models.model_folder import build_from_config, load_config
+from experiment.models.model_folder import build_from_config, load_model_config
 from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from experiment.models.transformers_models import quiet_transformers
 from pretrain.config import ModelConfig
@@ -154,7 +154,7 @@ def _new_config(
     text = default.get_text_config()
     known = declared_fields(text)
     ids = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKEN_IDS if name in known}
-    if default.model_type == "big_bird":  # see `load_config`
+    if default.model_type == "big_bird":  # see `load_model_config`
         ids["attention_type"] = "original_full"
     of_tokenizer = {"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id} | ids
     given = of_tokenizer | dict(fields)
@@ -184,7 +184,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.init_from: {folder} is not a Hugging Face folder: it has no config.json")
     with user_errors_in("model.init_from"):
-        return load_config(folder)
+        return load_model_config(folder)
 
 
 def _load_tokenizer(key: str, folder: str) -> PreTrainedTokenizerFast:

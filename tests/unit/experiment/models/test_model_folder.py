@@ -20,7 +20,7 @@ from transformers import (
 
 from experiment.errors import UserError
 from experiment.models import model_folder
-from experiment.models.model_folder import build_from_config, load_config, load_weights
+from experiment.models.model_folder import build_from_config, load_model_config, load_weights
 
 
 def build(config: Any, weights: Path | None = None, auto_model: Any = AutoModelForMaskedLM) -> Any:
@@ -96,7 +96,7 @@ def test_the_head_of_a_deberta_release_is_loaded(tmp_path: Path, legacy: bool, f
     config = tmp_path / "config.json"
     fields = json.loads(config.read_text())
     config.write_text(json.dumps({name: fields[name] for name in fields.keys() - {"legacy", "architectures"}}))
-    loaded, report = load_weights(AutoModelForMaskedLM, tmp_path, load_config(tmp_path))
+    loaded, report = load_weights(AutoModelForMaskedLM, tmp_path, load_model_config(tmp_path))
     assert not report["missing_keys"]
     assert torch.equal(loaded(torch.arange(9)[None]).logits, model.eval()(torch.arange(9)[None]).logits)
     assert loaded.config.architectures == (None if legacy else ["DebertaV2ForMaskedLM"])
@@ -111,7 +111,7 @@ def test_deberta_v3_has_no_trained_masked_lm_head(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({name: fields[name] for name in fields.keys() - {"legacy", "architectures"}})
     )
-    config = load_config(tmp_path)
+    config = load_model_config(tmp_path)
     assert config.architectures is None
     _, report = load_weights(AutoModelForMaskedLM, tmp_path, config)
     assert "cls.predictions.bias" in report["missing_keys"]
@@ -123,7 +123,7 @@ def test_a_config_says_what_is_computed(tmp_path: Path, model_type: str) -> None
     that is not in the folders that deepcloze writes."""
     auto_map = {"AutoModelForMaskedLM": "modeling_big_bird.BigBirdForMaskedLM"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": auto_map}))
-    config = load_config(tmp_path)
+    config = load_model_config(tmp_path)
     assert config.attention_type == "original_full"
     assert "auto_map" not in config.to_dict()
 
@@ -132,7 +132,7 @@ def test_a_config_with_outputs_can_be_saved(tmp_path: Path) -> None:
     """Catches a model whose config asks for attention weights, which trains, but of which no checkpoint is saved."""
     outputs = {"output_attentions": True, "output_hidden_states": True}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **SIZES, **outputs}))
-    model = build(load_config(tmp_path))
+    model = build(load_model_config(tmp_path))
     model.set_attn_implementation("sdpa")
     model.config.save_pretrained(tmp_path)
     assert not outputs.keys() & json.loads((tmp_path / "config.json").read_text()).keys()
@@ -147,12 +147,12 @@ def test_weights_that_a_layer_does_not_use_are_rejected(tmp_path: Path) -> None:
     attention.inv_freq = torch.nn.Buffer(torch.zeros(4))
     model.bert.encoder.layer.append(torch.nn.Linear(2, 2))  # a layer more than the config has
     model.save_pretrained(tmp_path)
-    load_weights(AutoModelForMaskedLM, tmp_path, load_config(tmp_path))
+    load_weights(AutoModelForMaskedLM, tmp_path, load_model_config(tmp_path))
     attention.distance_embedding = torch.nn.Embedding(63, 4)
     for prefix, saved in (("bert.", model), ("", model.bert)):
         saved.save_pretrained(tmp_path)
         with pytest.raises(UserError) as error:
-            load_weights(AutoModelForMaskedLM, tmp_path, load_config(tmp_path))
+            load_weights(AutoModelForMaskedLM, tmp_path, load_model_config(tmp_path))
         assert str(error.value) == (
             f"{tmp_path}: transformers' 'bert' model does not use {prefix}encoder.layer.0.attention.self."
             "distance_embedding.weight: position_embedding_type 'relative_key_query' is not supported"
@@ -166,7 +166,7 @@ def test_biases_that_a_layer_does_not_use_are_rejected(tmp_path: Path) -> None:
     config.attention_bias = False
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model does not use model\.layers\.0\.attn\.Wo\.bias and 1 more"):
-        load_weights(AutoModelForMaskedLM, tmp_path, load_config(tmp_path))
+        load_weights(AutoModelForMaskedLM, tmp_path, load_model_config(tmp_path))
 
 
 def test_threads_load_models_one_after_the_other(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_threads_load_models_one_after_the_other(tmp_path: Path) -> None:
     build_from_config(AutoModelForMaskedLM, config, "config.json").save_pretrained(tmp_path)
 
     def missing(_: int) -> int:
-        return len(load_weights(AutoModelForMaskedLM, tmp_path, load_config(tmp_path))[1]["missing_keys"])
+        return len(load_weights(AutoModelForMaskedLM, tmp_path, load_model_config(tmp_path))[1]["missing_keys"])
 
     with ThreadPoolExecutor(4) as threads:
         assert set(threads.map(missing, range(12))) == {0}
@@ -187,6 +187,6 @@ def test_labels_of_parts_are_counted(tmp_path: Path) -> None:
     """Catches labels of the text model in a config for texts and images, which fill the memory too."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "text_config": {"num_labels": 10**9}}))
     with pytest.raises(UserError, match="'num_labels' is 1,000,000,000"):
-        load_config(tmp_path)
+        load_model_config(tmp_path)
     BertConfig(num_labels=1000).save_pretrained(tmp_path)
-    assert load_config(tmp_path).num_labels == 1000
+    assert load_model_config(tmp_path).num_labels == 1000
