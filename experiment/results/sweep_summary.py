@@ -61,7 +61,7 @@ def read_metric(folder: RunFolder, metric: str, lower_is_better: bool | None = N
     return float(values[-1]) if values and values[-1] is not None else None
 
 
-def read_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]], metric: str) -> list[SweepResult]:
+def read_sweep_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]], metric: str) -> list[SweepResult]:
     """Return the results of a sweep's runs, without points that were taken out of the grid. runs: of its record, by
     name."""
     return [
@@ -99,7 +99,7 @@ def sort_results(results: Sequence[SweepResult], lower_is_better: bool) -> list[
     return sorted(results, key=lambda result: math.inf if result.value is None else sign * result.value)
 
 
-def score_charts(best_first: Sequence[SweepResult], metric: str) -> list[DotChart]:
+def sweep_charts(best_first: Sequence[SweepResult], metric: str) -> list[DotChart]:
     """Return a chart with a row for each result that has a finite value; empty if none has. metric: its name."""
     scored = [
         Dots(result.name, list(result.by_seed) or [result.value], result.value)
@@ -124,7 +124,7 @@ def write_summary(results: Sequence[SweepResult], output: Path, metric: str, low
     keys = list(best_first[0].values)
     rows = [[*run.values.values(), run.value, run.state, run.name, run.collapsed, run.std] for run in best_first]
     write_text(output / "sweep.csv", csv_table([[*keys, metric, "state", "folder", "collapsed", "std"], *rows]))
-    if charts := score_charts(best_first, metric):
+    if charts := sweep_charts(best_first, metric):
         from experiment.results.plots import draw_dots  # matplotlib takes a second
 
         draw_dots(output / "sweep.png", charts)

@@ -17,7 +17,7 @@ from experiment.process.own_process import deepcloze_command
 from experiment.results.sweep_summary import (
     metric_title,
     read_metric,
-    read_results,
+    read_sweep_results,
     short_names,
     sort_results,
     write_summary,
@@ -58,7 +58,7 @@ def run_sweep(plan: SweepPlan) -> None:
     measure = partial(read_metric, metric=plan.metric, lower_is_better=plan.lower_is_better if selects_best else None)
     with runs.opened() as records:
         runs.finish(records, measure)
-        results = read_results(runs.folder, {run.name: records[run.name] for run in runs.runs}, plan.metric)
+        results = read_sweep_results(runs.folder, {run.name: records[run.name] for run in runs.runs}, plan.metric)
         best = sort_results(results, plan.lower_is_better)[0]
         runs.save(records, best=best.name if best.value is not None else None)
         title = metric_title(plan.metric, runs.runs[0].config)

@@ -18,7 +18,7 @@ from experiment.results.page import Block, Cell, Heading, RunRow, Runs, Table, T
 from experiment.results.report.run import OpenRuns, Run
 from experiment.results.report.run_facts import describe_state, scaled
 from experiment.results.report.training import optimization_plots
-from experiment.results.sweep_summary import SweepResult, metric_title, read_results, score_charts, sort_results
+from experiment.results.sweep_summary import SweepResult, metric_title, read_sweep_results, sort_results, sweep_charts
 from experiment.run_files.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 
 _OF_EVALUATION = ("masking.", "batch.max_seq_length")  # keys
@@ -174,12 +174,12 @@ def sweep_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
     path = folder.path / SWEEP_RECORD
     try:
         record = read_json(path)
-        results = read_results(folder, record["runs"], record["metric"])
+        results = read_sweep_results(folder, record["runs"], record["metric"])
         best_first = sort_results(results, bool(record.get("lower_is_better", True)))
         configs = [run.get("config", {}) for run in record["runs"].values()]
         metric = metric_title(str(record["metric"]), configs[0] if configs else {})
         table = _sweep_table(best_first, metric)
-        charts = [DotCharts("sweep", found)] if (found := score_charts(best_first, metric)) else []
+        charts = [DotCharts("sweep", found)] if (found := sweep_charts(best_first, metric)) else []
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError, AttributeError):

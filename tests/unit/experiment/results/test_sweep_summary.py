@@ -9,9 +9,9 @@ from experiment.errors import UserError
 from experiment.results.sweep_summary import (
     SweepResult,
     read_metric,
-    read_results,
-    score_charts,
+    read_sweep_results,
     sort_results,
+    sweep_charts,
     write_summary,
 )
 from experiment.run_files.run_folder import RunFolder
@@ -29,9 +29,9 @@ def test_points_of_a_grid_have_a_row_each() -> None:
     """Catches points of a large grid that share a line, and a chart that fails for a run without a finite value."""
     values = {"lr=1 rate=1": 2.0, "lr=1 rate=2": 3.0, "diverged": math.inf, "failed": None}
     results = [SweepResult(name, {}, "done", value) for name, value in values.items()]
-    (chart,) = score_charts(results, "loss")
+    (chart,) = sweep_charts(results, "loss")
     assert [(dots.label, dots.mean) for dots in chart.rows] == [("lr=1 rate=1", 2.0), ("lr=1 rate=2", 3.0)]
-    assert score_charts(results[2:], "loss") == []
+    assert sweep_charts(results[2:], "loss") == []
 
 
 def test_results_of_fine_tuning(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_collapsed_seeds_are_marked(tmp_path: Path, content: str | None, shown: 
     if content is not None:
         folder.results.write_text(content)
     runs = {"lr=1": {"values": {"lr": "1"}, "state": "done", "value": 0.5}}
-    (result,) = read_results(RunFolder(tmp_path), runs, "f1")
+    (result,) = read_sweep_results(RunFolder(tmp_path), runs, "f1")
     assert result.shown() == shown
 
 
@@ -107,8 +107,8 @@ def test_the_spread_of_several_seeds_is_shown(tmp_path: Path, capsys: pytest.Cap
     scores = {"f1": {"values": [0.4, 0.6], "mean": 0.5, "std": 0.1414}}
     folder.results.write_text(json.dumps({"collapsed": {}, "seeds": [7, 8], "splits": {"validation": scores}}))
     runs = {"lr=1": {"values": {"lr": "1"}, "state": "done", "value": 0.5}}
-    results = read_results(RunFolder(tmp_path), runs, "f1")
-    assert [dots.values for dots in score_charts(results, "f1")[0].rows] == [[0.4, 0.6]]
+    results = read_sweep_results(RunFolder(tmp_path), runs, "f1")
+    assert [dots.values for dots in sweep_charts(results, "f1")[0].rows] == [[0.4, 0.6]]
     write_summary(results, tmp_path, "f1", lower_is_better=False)
     assert "0.5000 ± 0.1414" in capsys.readouterr().out
     with (tmp_path / "sweep.csv").open() as file:
@@ -123,6 +123,6 @@ def test_collapsed_seeds_are_counted_in_the_csv(tmp_path: Path) -> None:
         folder = RunFolder(tmp_path / f"lr={lr}")
         folder.path.mkdir()
         folder.results.write_text(json.dumps({"collapsed": collapsed, "seeds": [7, 8, 9]}))
-    write_summary(read_results(RunFolder(tmp_path), runs, "f1"), tmp_path, "f1", lower_is_better=False)
+    write_summary(read_sweep_results(RunFolder(tmp_path), runs, "f1"), tmp_path, "f1", lower_is_better=False)
     with (tmp_path / "sweep.csv").open() as file:
         assert [(row["lr"], row["collapsed"]) for row in csv.DictReader(file)] == [("1", "1"), ("2", "0"), ("3", "")]
