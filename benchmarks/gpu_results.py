@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from benchmarks.measuring import spread
 from experiment.files import write_text
-from experiment.formatting import escape, markdown_table
+from experiment.formatting import escape_markdown, markdown_table
 
 _ATTEMPTS = 2  # of a job that ends the session
 _MARK = "FIGURES "  # at the start of a line: libraries print JSON too
@@ -77,9 +77,11 @@ def write_results(path: Path, outcomes: Mapping[str, JobOutcome]) -> None:
 def _page(outcomes: Mapping[str, JobOutcome], folder: Path) -> Iterator[str]:
     yield "# Results of a GPU session\n"
     for figures in _figures(outcomes, "environment"):
-        yield markdown_table(["", ""], [[escape(key), escape(str(value))] for key, value in figures.items()])
+        yield markdown_table(
+            ["", ""], [[escape_markdown(key), escape_markdown(str(value))] for key, value in figures.items()]
+        )
     yield "## Jobs\n"
-    yield markdown_table(["job", ""], [[name, escape(outcome.summary)] for name, outcome in outcomes.items()])
+    yield markdown_table(["job", ""], [[name, escape_markdown(outcome.summary)] for name, outcome in outcomes.items()])
     if failures := list(_failures(outcomes)):
         yield "## Failures\n"
         yield from failures
@@ -96,7 +98,9 @@ def _page(outcomes: Mapping[str, JobOutcome], folder: Path) -> Iterator[str]:
         yield f"## Profile: {profile.parent.name}\n\n```\n{profile.read_text(encoding='utf-8').strip()}\n```\n"
     for figures in _figures(outcomes, "pretraining"):
         yield "## Pretraining, stopped and resumed\n"
-        yield markdown_table(["", ""], [[escape(key), _value(value)] for key, value in figures.items()], labels=1)
+        yield markdown_table(
+            ["", ""], [[escape_markdown(key), _value(value)] for key, value in figures.items()], labels=1
+        )
 
 
 def _figures(outcomes: Mapping[str, JobOutcome], start: str) -> list[Figures]:
@@ -112,7 +116,7 @@ def _failures(outcomes: Mapping[str, JobOutcome]) -> Iterator[str]:
             yield f"### {name}\n\n{outcome.summary}\n"
             for figures in outcome.figures:
                 if figures.get("result") == "failed":
-                    yield f"- `{figures['test']}`: {escape(figures['message'])}"
+                    yield f"- `{figures['test']}`: {escape_markdown(figures['message'])}"
             yield f"\n```\n{outcome.output}\n```\n"
     for figures in (figures for outcome in outcomes.values() for figures in outcome.figures):
         if figures.get("error"):
@@ -143,7 +147,7 @@ def _training_rows(results: Iterable[Figures]) -> Iterator[list[str]]:
             f"{statistics.median(ms):.1f}",
             f"{max(memory) / 2**30:.1f} GiB",
             f"{statistics.median(fill):.3f}",
-            escape("; ".join(dict.fromkeys(line for result in rounds for line in result.get("warnings", ())))),
+            escape_markdown("; ".join(dict.fromkeys(line for result in rounds for line in result.get("warnings", ())))),
         ]
 
 

@@ -103,7 +103,7 @@ def notify(message: str, bar_rows: int = 0) -> None:
     """
     with suppress(OSError):  # the terminal may be closed
         before, after = ("\n", "\n" * (bar_rows - 1)) if bar_rows and sys.stderr.isatty() else ("", "")
-        print(f"{before}deepcloze: {escaped(message)}\n{after}", end="", file=sys.stderr, flush=True)
+        print(f"{before}deepcloze: {escape_controls(message)}\n{after}", end="", file=sys.stderr, flush=True)
 
 
 def inform(message: str) -> None:
@@ -119,10 +119,10 @@ def is_quiet() -> bool:
 @cache
 def warn_once(message: str) -> None:
     """Log a warning, once in each command: some commands read files or choose a device several times."""
-    log.warning("%s", escaped(message))
+    log.warning("%s", escape_controls(message))
 
 
-def escaped(message: str) -> str:
+def escape_controls(message: str) -> str:
     """Escape control characters, such as from a quoted file, which would change the terminal."""
     return _CONTROL_CHARACTER.sub(lambda found: f"\\x{ord(found[0]):02x}", message)
 

@@ -60,7 +60,7 @@ def format_epochs(value: float) -> str:
     return f"{number} epoch{'' if number == '1' else 's'}"
 
 
-def escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Escape plain text for Markdown, on one line."""
     text = re.sub(r"([\\`*<>|\[\]~&$])", r"\\\1", " ".join(text.split()))
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # within a word it is an ordinary character

@@ -9,7 +9,7 @@ compare.json: row -> column -> `init_from`, `step` of that checkpoint, `metric`,
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiment.formatting import UNKNOWN, csv_table, escape, markdown_table, show
+from experiment.formatting import UNKNOWN, csv_table, escape_markdown, markdown_table, show
 from experiment.results.charts import DotChart, DotCharts, Dots
 from experiment.results.page import Block, Table, Text
 
@@ -79,7 +79,7 @@ def as_markdown(comparison: Comparison, failed: Mapping[str, str]) -> str:
     """Format as Markdown. failed: name of a run -> how it failed."""
     parts = []
     for title, cells in tables(comparison, failed).items():
-        header, *rows = [[escape(cell) for cell in row] for row in cells]
+        header, *rows = [[escape_markdown(cell) for cell in row] for row in cells]
         parts.append(f"{title}\n\n{markdown_table(header, rows)}")
     if any(comparison.values()):
         parts.append(f"![{INTERVALS}](compare.png)\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from experiment.formatting import UNKNOWN, escape, markdown_table, show
+from experiment.formatting import UNKNOWN, escape_markdown, markdown_table, show
 from experiment.models.hub_names import hub_name
 from experiment.results.page import open_templates
 from experiment.run_files.provenance import describe_commit
@@ -43,7 +43,7 @@ def render_card(
             shown once.
     """
     environment = open_templates(template.parent, autoescape=False)
-    environment.filters["escaped"] = escape
+    environment.filters["escape_markdown"] = escape_markdown
     environment.globals |= {"table": _table, "settings": _settings, "show": show, "libraries": _LIBRARIES}
     values["hardware"] = list(dict.fromkeys(map(tuple, values["hardware"])))
     lineage = None if ancestors is None else [_lineage_row(ancestor) for ancestor in ancestors]
@@ -139,7 +139,7 @@ def format_value(value: Any) -> str:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels: int = 1) -> str:
-    header, *lines = [[escape(cell) for cell in row] for row in [columns, *rows]]
+    header, *lines = [[escape_markdown(cell) for cell in row] for row in [columns, *rows]]
     return markdown_table(header, lines, labels)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiment.config import flatten
 from experiment.files import write_text
-from experiment.formatting import UNKNOWN, escape, markdown_table, show
+from experiment.formatting import UNKNOWN, escape_markdown, markdown_table, show
 from experiment.results.model_card import (
     CARD_FILE,
     MODEL,
@@ -101,7 +101,7 @@ def add_seed_scores(run: RunFolder, results: Mapping[str, Any]) -> None:
 
 def _seed_scores(results: Mapping[str, Any]) -> str:
     rows = [
-        [escape(split), escape(metric), show(scores["mean"], ",.4f"), show(scores["std"], ",.4f")]
+        [escape_markdown(split), escape_markdown(metric), show(scores["mean"], ",.4f"), show(scores["std"], ",.4f")]
         for split, metrics in results["splits"].items()
         for metric, scores in metrics.items()
     ]
@@ -115,7 +115,7 @@ def _usage(run: ResolvedRun) -> str:
     values = {"model": MODEL, "tokenizing": tokenizing, "length": length, "overlap": length // 3}
     code = Template(run.task.kind.usage).substitute(values)
     roles = run.task.kind.config.columns.without_targets().cell_types()
-    columns = ", ".join(escape(name) for role in roles for name in run.task.kind.config.columns.names(role))
+    columns = ", ".join(escape_markdown(name) for role in roles for name in run.task.kind.config.columns.names(role))
     commands = f"deepcloze prepares texts as in training. The input of `predict` has the columns {columns}:"
     return usage_section(snippet("python", code), commands, COMMANDS)
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCardData
 
-from experiment.formatting import escape
+from experiment.formatting import escape_markdown
 from experiment.models.hub_names import hub_name
 from experiment.results.model_card import attempt_row, front_matter, render_card, replace_usage, snippet, usage_section
 
@@ -46,7 +46,7 @@ def test_data_of_users_cannot_break_a_table(tmp_path: Path) -> None:
         r"| \<img src=x\> \*x\* \[y\](z) \`c\` \_d\_ e_f | 2 |",
         "",
     ]
-    assert escape("weighted_f1") == "weighted_f1"
+    assert escape_markdown("weighted_f1") == "weighted_f1"
 
 
 def test_front_matter_is_yaml_whatever_the_names(tmp_path: Path) -> None:
