@@ -15,7 +15,7 @@ from experiment.formatting import shorten
 log = logging.getLogger(__name__)
 
 DENIED = {errno.EACCES, errno.EPERM}
-_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_DAMAGE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk full (quota exceeded)"}
 _OF_NETWORKS = {errno.ECOMM, errno.EHOSTDOWN, errno.ENOTCONN, errno.EREMOTEIO, errno.ESHUTDOWN, errno.ETIMEDOUT}
 _MAY_PASS = {*_FULL, *_OF_NETWORKS, errno.EIO, errno.ESTALE}
@@ -68,8 +68,8 @@ def reason(error: Exception) -> str:
 
 
 def is_damage(error: Exception) -> bool:
-    """Return whether a file is missing or has other content, unlike one that a disk does not give now."""
-    return not isinstance(error, OSError) or error.errno in _OF_DAMAGE
+    """Return whether a file is missing or has other content, as opposed to temporarily unreadable."""
+    return not isinstance(error, OSError) or error.errno in _DAMAGE_ERRNOS
 
 
 def require_damage(error: Exception, problem: str, advice: str = "Try again") -> None:

@@ -489,7 +489,7 @@ def _http_status(error: BaseException) -> int | None:
 def _storage_error(url: str, error: BaseException) -> StorageError:
     """Describe the error and, if credentials are wrong, where they come from."""
     names = {base.__name__ for base in type(error).__mro__}
-    advice = _CREDENTIALS.get(url.partition("://")[0], "the server wants some")
+    advice = _CREDENTIALS.get(url.partition("://")[0], "the server requires credentials")
     cause = first_line(error)
     if names & _NO_CREDENTIALS:
         return StorageError(f"{url}: no credentials: {advice}")

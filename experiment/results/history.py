@@ -52,18 +52,18 @@ class SeedHistory:
         self, steps: NDArray[np.float64], tokens: NDArray[np.float64], speeds: NDArray[np.float64]
     ) -> None:
         known = ~np.isnan(steps + tokens + speeds)
-        of_tokens, of_seconds = map(copy.copy, self._time)
+        tokens_curve, seconds_curve = map(copy.copy, self._time)
         before, start = (curve.last[1] if len(curve) else 0.0 for curve in self._time)
         steps, tokens, speeds = steps[known], tokens[known], speeds[known]
-        if not len(of_tokens) and len(steps):
+        if not len(tokens_curve) and len(steps):
             first_step, first = self.curves["tokens"].lowest
             # A fork begins with the tokens of its parent, which it logs first, without a speed.
             before = first if first_step < steps[0] else 0.0
         taken = np.maximum(np.diff(tokens, prepend=before), 0.0)
         spent = np.cumsum(np.divide(taken, speeds, out=np.zeros_like(taken), where=speeds > 0))
-        of_tokens.extend(steps, tokens)
-        of_seconds.extend(steps, start + spent)
-        self._time = of_tokens, of_seconds
+        tokens_curve.extend(steps, tokens)
+        seconds_curve.extend(steps, start + spent)
+        self._time = tokens_curve, seconds_curve
 
     def curve(self, key: str) -> Curve:
         """Return the curve of a key; empty if there are no numbers with it."""

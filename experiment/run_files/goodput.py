@@ -116,7 +116,7 @@ def process_start() -> float:
     """Return when this process started, as time.time(). `exec` keeps the start: with `sh -c 'prepare && exec
     deepcloze pretrain'` it is the start of the shell. `psutil.Process.create_time` alone is off by up to a second."""
     since_boot: float = psutil.Process().create_time() - psutil.boot_time()
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot  # first: time that passes between is no earlier start
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot  # read first, so that a delay cannot move the start back
     return time.time() - age
 
 
