@@ -194,9 +194,9 @@ def opened_lock(path: Path) -> Iterator[Callable[[float], bool | None]]:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def write_file(path: Path, content: bytes, durable: bool = True) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Replace a file atomically, see `atomic_write`."""
-    with atomic_write(path, durable) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 
