@@ -218,15 +218,3 @@ def listed(names: Iterable[object]) -> str:
 def unexpected_cell(place: str, column: str, value: object, expected: str = "text", hint: str = "") -> UserError:
     found = json.dumps(value, default=str, ensure_ascii=False)[:60]
     return UserError(f"{place}: expected {expected} in '{column}', found {found}{hint}")
-
-
-def is_unicode(value: Any) -> bool:
-    """Return whether all texts are free of halves of surrogate pairs, which tokenizers and files refuse: JSON may
-    escape them, and Python writes bytes of a file name that are not UTF-8 with them."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return False
-    parts = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return all(map(is_unicode, parts))

@@ -278,6 +278,18 @@ def text_lines(
         yield line.removeprefix("\ufeff") if number == 1 else line
 
 
+def is_unicode(value: Any) -> bool:
+    """Return whether all texts are free of halves of surrogate pairs, which tokenizers and files refuse: JSON may
+    escape them, and Python writes bytes of a file name that are not UTF-8 with them."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+    parts = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(map(is_unicode, parts))
+
+
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text. Raises ValueError with one line, also for a key that an object has twice, of
     which Python keeps the last, for a whole number of more than 4300 digits, and for nesting that is too deep."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import fire
 
-from experiment.csv_and_jsonl import is_unicode
 from experiment.errors import StoppedError, UserError, describe_disk_error, describe_lack_of_memory, notify
+from experiment.files import is_unicode
 from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, ignore_stop_signals, interrupt
 from launcher.command_line import help_text, is_help_request, parse_command_line, terminal_width
 from launcher.commands import COMMANDS

@@ -11,14 +11,13 @@ from typing import Any
 from experiment.csv_and_jsonl import (
     column_index,
     header_advice,
-    is_unicode,
     listed,
     looks_like_header,
     missing_column,
     unexpected_cell,
 )
 from experiment.errors import UserError, warn_once
-from experiment.files import json_digest
+from experiment.files import is_unicode, json_digest
 from experiment.formatting import counted
 from finetune.data.columns import LABEL, WORDS, CellType, Columns
 from finetune.data.dialogue import TurnJoiner

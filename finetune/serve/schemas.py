@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from experiment.csv_and_jsonl import is_unicode
+from experiment.files import is_unicode
 from finetune.pooling import Pooling
 
 _ONE_OF = ("texts", "pairs", "records")

@@ -4,9 +4,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiment.csv_and_jsonl import is_unicode
 from experiment.errors import UserError, warn_once
-from experiment.files import json_digest
+from experiment.files import is_unicode, json_digest
 from experiment.formatting import counted
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.markup import join_surrogates

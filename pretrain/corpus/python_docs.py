@@ -20,9 +20,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiment.csv_and_jsonl import is_unicode
 from experiment.errors import UserError, describe_disk_error
-from experiment.files import atomic_write
+from experiment.files import atomic_write, is_unicode
 from experiment.process.cpu_cores import cpu_cores
 from experiment.progress import progress
 from pretrain.corpus.workers import worker_pool

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiment.config.field_types import expand_home
-from experiment.csv_and_jsonl import is_unicode
 from experiment.decontamination import CLEAN_PAGE, is_clean_summary
 from experiment.errors import UserError
-from experiment.files import json_digest
+from experiment.files import is_unicode, json_digest
 from experiment.formatting import counted
 from experiment.hub_data import PREFIX, HubData
 from experiment.models.hub_names import HubName
