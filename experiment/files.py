@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, fsync, JSON, lists and checksums."""
+"""Files on disk: atomic writes, fsync, JSON, text and checksums."""
 
 import codecs
 import errno
@@ -10,7 +10,6 @@ import platform
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import xxhash
 
 from experiment.errors import UserError, reason
+from experiment.file_locks import is_path_locked
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -34,7 +34,6 @@ PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 
 _LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
 _UNLOCKED_SECONDS = 10.0  # between a folder and its lock
-_LOCK_POLL_SECONDS = 0.1
 _CHECKSUM_BYTES = 2**20  # read at once
 _MAX_DIGITS = 4300  # Python refuses to read longer whole numbers
 
@@ -138,60 +137,6 @@ def _is_left(folder: Path, now: float, made_here: bool) -> bool:
     """Return whether the process that made the folder has ended."""
     age, locked = now - folder.stat().st_mtime, is_path_locked(folder)
     return not locked and age > (_UNLOCKED_SECONDS if made_here and locked is not None else _LEFT_SECONDS)
-
-
-def is_path_locked(path: Path) -> bool | None:
-    """Return whether a process has locked a file or folder, such as a `temporary_folder`; False if there is none, None
-    if the disk cannot tell."""
-    try:
-        descriptor = _open_for_lock(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return None
-    try:
-        locked = try_lock(descriptor)
-    finally:
-        os.close(descriptor)
-    return None if locked is None else not locked
-
-
-def _open_for_lock(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR)  # NFS needs write access
-    except OSError:  # a folder, read-only, or of another user
-        return os.open(path, os.O_RDONLY)
-
-
-def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
-    """Lock an open file or folder. Returns False if another process has locked it, None if the disk cannot tell, as
-    Lustre without `-o flock`."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter on some disks
-        return False
-    except OSError:
-        return None
-    return True
-
-
-@contextmanager
-def opened_lock(path: Path) -> Iterator[Callable[[float], bool | None]]:
-    """Yield a function that locks the file `path`, as `try_lock`, until the block or this process ends. Its argument:
-    seconds to wait for another process. The file is created; raises OSError."""
-    with path.open("ab") as file:
-
-        def lock(seconds: float) -> bool | None:
-            end = time.monotonic() + seconds
-            while (locked := try_lock(file.fileno())) is False and time.monotonic() < end:
-                time.sleep(_LOCK_POLL_SECONDS)
-            return locked and os.fstat(file.fileno()).st_nlink > 0  # False: another process has removed it meanwhile
-
-        try:
-            yield lock
-        finally:
-            with suppress(OSError):  # forked processes may have it open
-                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -6,7 +6,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from experiment.errors import UserError
-from experiment.files import created_parents, opened_lock, removed_on_error
+from experiment.file_locks import opened_lock
+from experiment.files import created_parents, removed_on_error
 
 
 class LockedError(UserError):

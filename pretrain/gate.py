@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from experiment.files import is_path_locked
+from experiment.file_locks import is_path_locked
 from experiment.process.own_process import GATE_VARIABLE
 from experiment.run_files.outcome_file import Outcome
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import psutil
 
 from experiment.errors import UserError, notify, require_damage
-from experiment.files import is_path_locked, opened_lock, read_json, write_json
+from experiment.file_locks import is_path_locked, opened_lock
+from experiment.files import read_json, write_json
 from experiment.run_files.outcome_file import read_rank_records
 from experiment.run_files.run_folder import RunFolder
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.errors import first_line
-from experiment.files import atomic_write, exists_uncached, opened_lock, remove_unfinished
+from experiment.file_locks import opened_lock
+from experiment.files import atomic_write, exists_uncached, remove_unfinished
 from pretrain.corpus.reader import Corpus
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment import files
-from experiment.files import try_lock
+from experiment.file_locks import try_lock
 from pretrain.batching import sequences
 from pretrain.batching.sequences import open_index, split_documents
 from small_disk import SmallDisk
