@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiment.errors import UserError, notify
-from experiment.results.report import write_overlay, write_report
+from experiment.results.report.pages import write_overlay, write_report
 from experiment.run_files.run_folder import RunFolder, is_run, open_folder, planned_folders, runs_in
 from launcher.sentence_filling import fill_new_checkpoints
 

@@ -24,9 +24,9 @@ from selenium.webdriver.support.expected_conditions import presence_of_element_l
 from selenium.webdriver.support.ui import WebDriverWait
 
 from experiment.local_server import bind
-from experiment.results.report import write_report
 from experiment.results.report.followed_pages import FollowedPages
 from experiment.results.report.page_server import PageServer
+from experiment.results.report.pages import write_report
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_lock import lock_run
 from headless_chromium import start_browser

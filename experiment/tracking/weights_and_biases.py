@@ -173,7 +173,7 @@ class WandbTracker:
     def _write_report(self, outcome: Outcome) -> Path | None:
         """Return the page; None if it cannot be written."""
         try:
-            from experiment.results.report import write_report  # only one rank needs it
+            from experiment.results.report.pages import write_report  # only one rank needs it
 
             return write_report(self._folder.path, outcome=outcome)
         except Exception as error:

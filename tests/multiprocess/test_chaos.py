@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiment.results.report import write_report
+from experiment.results.report.pages import write_report
 from experiment.run_files.checkpoints import complete_checkpoints, read_state
 from experiment.run_files.goodput import (
     CHECKPOINTING,

@@ -23,7 +23,7 @@ from experiment.formatting import counted
 from experiment.results.charts import ChartsData
 from experiment.results.history import History
 from experiment.results.page import Block, Headline, Links, Page, Part, Text, render_page, render_parts
-from experiment.results.report import run_blocks, run_page, set_page
+from experiment.results.report.pages import run_blocks, run_page, set_page
 from experiment.results.report.run import OpenRuns, Run, last_start
 from experiment.results.report.several_runs import overlay_blocks
 from experiment.results.report.tasks import read_task_results

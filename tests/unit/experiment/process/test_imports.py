@@ -9,7 +9,7 @@ MODULES = (
     "run_files.goodput",
     "run_files.checkpoints",
     "run_files.provenance",
-    "results.report",
+    "results.report.pages",
     "results.sweep_summary",
 )
 

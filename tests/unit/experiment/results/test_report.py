@@ -13,7 +13,7 @@ from experiment.files import write_json
 from experiment.results.charts import Charts, Mark
 from experiment.results.history import NO_AXIS, History
 from experiment.results.page import Heading, Table
-from experiment.results.report import write_overlay, write_report
+from experiment.results.report.pages import write_overlay, write_report
 from experiment.results.report.tasks import confusion_matrix, downstream_blocks, result_blocks, worst_rows
 from experiment.results.report.training import (
     NORM,

@@ -21,7 +21,7 @@ from experiment.results.page import (
     SeenToken,
     write_page,
 )
-from experiment.results.report import write_overlay, write_report
+from experiment.results.report.pages import write_overlay, write_report
 from runs import soak
 
 

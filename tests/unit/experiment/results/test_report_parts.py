@@ -16,8 +16,9 @@ from experiment.files import read_json, write_json
 from experiment.results.charts import LOOKS, Charts
 from experiment.results.history import History
 from experiment.results.page import Fillings, Heading, Table, Text
-from experiment.results.report import training, write_overlay, write_report
+from experiment.results.report import training
 from experiment.results.report.fillings import filling_blocks
+from experiment.results.report.pages import write_overlay, write_report
 from experiment.results.report.run import open_run, open_runs
 from experiment.results.report.run_facts import scaled, task_headline, training_headline
 from experiment.results.report.several_runs import (

@@ -291,7 +291,7 @@ def test_the_origin_of_the_results_is_saved(
         (folder.report / "index.html").write_text("curves")
         return folder.report / "index.html"
 
-    monkeypatch.setattr("experiment.results.report.write_report", write_report)
+    monkeypatch.setattr("experiment.results.report.pages.write_report", write_report)
     folder.config.write_text("a: 1")
     folder.provenance.write_text("{}")
     tracker(tmp_path, artifacts=True).close(Outcome.DONE)
