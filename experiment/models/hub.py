@@ -57,8 +57,9 @@ def resolve_commit(name: HubName, kind: Kind = "model") -> HubName:
 
 def download_model(
     name: HubName,
-    weights: bool = True,
     on_progress: Callable[[], None] = lambda: None,
+    *,
+    weights: bool = True,
     modules: bool = False,
     onnx: bool = False,
     card: bool = False,
@@ -69,8 +70,8 @@ def download_model(
     on a terminal.
 
     Args:
-        weights: whether to download them.
         on_progress: called when something has been received.
+        weights: whether to download them.
         modules: whether to download those of sentence-transformers, such as 1_Pooling, too.
         onnx: whether a model without safetensors may be one that `deepcloze export` wrote as ONNX.
         card: whether to download its card and license too.

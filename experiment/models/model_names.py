@@ -72,25 +72,23 @@ def mention_state(name: str, model: str) -> None:
 def local_model(
     name: str,
     on_progress: Callable[[], None] = lambda: None,
+    *,
     weights: bool = True,
     modules: bool = False,
     onnx: bool = False,
     card: bool = False,
 ) -> Path:
     """Return the path that a name stands for: a folder, a checkpoint or a run. A model of object storage or of the Hub
-    is copied to the user's cache folder first. Raises UserError.
-
-    on_progress: called when something has been received from the Hub. weights, modules: whether to copy the weights of
-    a Hub model, and its modules of sentence-transformers, too. onnx: whether it may be an ONNX model. card: whether to
-    copy its card and license.
-    """
+    is copied to the user's cache folder first; for the other parameters see `download_model`. Raises UserError."""
     _check_form(name)
     if is_url(name):
         return local_checkpoint(name)
     if HubName.parse(name) is not None and (Path(name) / "config.json").is_file():
         log.warning("%s: using this folder, not a model of this name on the Hugging Face Hub", name)
     hub = HubName.of_model(name)
-    return Path(name) if hub is None else download_model(hub, weights, on_progress, modules, onnx, card)
+    if hub is None:
+        return Path(name)
+    return download_model(hub, on_progress, weights=weights, modules=modules, onnx=onnx, card=card)
 
 
 def local_tokenizer(name: str) -> Path:
