@@ -73,7 +73,9 @@ class MaskedLanguageModel(nn.Module):
                     predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
                     max_length = (self.training and self.trained_length) or self._max_length or width
                     longest = min(width, max_length)
-                    varlen = varlen_kernels(self.model.config, self.model.dtype, self.windows != {None})
+                    varlen = None
+                    if segments.is_cuda:  # not on the meta device, where a run is planned
+                        varlen = varlen_kernels(self.model.config, self.model.dtype, self.windows != {None})
                     packing = Packing(segments, cu_seqlens, longest, predicted, varlen)
                     if not uses_flash(self.model.config, packing.capability, self.model.dtype):
                         # Not in the first layer: if it is compiled, its graph would differ from the graph of the

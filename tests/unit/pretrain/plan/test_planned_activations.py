@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from pretrain.batching.packing import MicrobatchLayout
+from pretrain.modeling import attention
 from pretrain.modeling.random_model import meta_model
 from pretrain.plan.activations import (
     Computation,
@@ -103,6 +104,18 @@ def test_a_gpu_keeps_no_scores() -> None:
     flat = replace(FP32, on_gpu=True, kind="flat")
     wide, twice = (memory(flat, replace(SHAPE, rows=1, width=width)).activations for width in (8192, 16384))
     assert twice == pytest.approx(2 * wide, rel=0.1)
+
+
+def test_planning_uses_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches kernels that are tried on a GPU of this machine, which `deepcloze plan` must leave to other programs."""
+    config = AutoConfig.for_model(
+        "modernbert", hidden_size=128, num_attention_heads=2, intermediate_size=64, vocab_size=60_000
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention, "_tried_varlen_kernels", lambda *_: pytest.fail("a kernel is tried"))
+    computation = Computation(torch.bfloat16, "flat", on_gpu=True, checkpointed=False)
+    assert memory(computation, replace(SHAPE, rows=1), config).total > 0
 
 
 def test_gradients_that_stay_are_counted_once() -> None:
