@@ -2,6 +2,6 @@
 
 - activations: memory of one microbatch, on torch's meta device; memory: of a rank, by part and ZeRO stage
 - workload: steps, tokens and microbatches of each stage of the schedule
-- cost: the device; FLOPs and bytes -> time, energy, cost
-- plan: all of these for one run, and the communication of its ranks; text: the report, with warnings
+- communication: bytes that a rank sends; cost: the device; FLOPs and bytes -> time, energy, cost
+- plan: all of these for one run; text: the report, with warnings
 """

@@ -13,16 +13,16 @@ highest use of a step is in the backward pass, or, for a large model with small 
 reduced or weights are updated; a rank on a CPU also needs memory to build the model and to save a checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pretrain.config import PretrainConfig
-from pretrain.engine.deepspeed_settings import DeepSpeedSettings, OffloadDevice, Precision, uses_zero1_optimizer
+from pretrain.engine.deepspeed_settings import OffloadDevice, Precision, uses_zero1_optimizer
 from pretrain.engine.muon import orthogonalization_dtype
 from pretrain.engine.shared_memory import BUFFER_BYTES
 from pretrain.modeling.structure import ParameterCounts
 from pretrain.plan.activations import MicrobatchMemory
+from pretrain.resolve import ResolvedRun
 
 _FP32 = 4
 # oneDNN generates code for each shape of a matrix product and keeps it: 0.6 MB each in fp32 with torch 2.13 and
@@ -77,9 +77,11 @@ class RankMemory:
 
 
 @dataclass(frozen=True)
-class MemorySettings:
-    """Settings that the memory of a rank depends on, besides parameters and microbatches."""
+class ShardedModel:
+    """The parameters of a model and how they are distributed over ranks: what the memory of a rank depends on, besides
+    microbatches."""
 
+    counts: ParameterCounts
     zero_stage: int
     ranks: int
     host_ranks: int  # the most on a machine
@@ -105,21 +107,169 @@ class MemorySettings:
         """Whether gradients stay in `parameter.grad` until the update; else they go to a sum in fp32 or a bucket."""
         return self.zero_stage == 0
 
+    @property
+    def uses_zero1_optimizer(self) -> bool:
+        return uses_zero1_optimizer(self.zero_stage, self.offload)
 
-def memory_settings(
-    config: PretrainConfig, deepspeed: DeepSpeedSettings, ranks: int, host_ranks: int, on_gpu: bool
-) -> MemorySettings:
+    def memory(self, microbatch: MicrobatchMemory) -> RankMemory:
+        """Estimate the memory of a rank. `microbatch`: of the stage whose microbatches take the most."""
+        resident = self._resident() + Parts(buffers=0 if self.on_gpu else _CPU_KERNELS)
+        computing = Parts(activations=microbatch.activations, logits=microbatch.logits, gradients=microbatch.gradients)
+        moments = {
+            "backward": resident + computing + Parts(buffers=self._backward_buffers()),
+            "update": resident + self._update(),
+        }
+        if self.zero_stage == 3:
+            buffers = self._backward_buffers() + self._prefetched()
+            moments["forward"] = resident + Parts(activations=microbatch.activations, buffers=buffers)
+        moments["start"] = self._start(resident)
+        if not self.on_gpu:
+            moments["checkpoint"] = resident + Parts(buffers=self._copied(1))
+        swapped = 2 * _FP32 * self.counts.total + self._moments()  # masters, gradients and moments
+        return RankMemory(
+            moments,
+            host=self._offloaded() if self.on_gpu else 0,
+            checkpoint=self._copied(self.host_ranks) if self.on_gpu else 0,
+            disk=swapped // self.ranks if self.offload == "nvme" else 0,
+        )
+
+    @property
+    def _share(self) -> int:
+        """The parameters of one rank, where they are partitioned."""
+        return -(-self.counts.total // self.ranks)
+
+    def _moments(self) -> int:
+        """Return the bytes of moments on all ranks together. Muon has no second moment of hidden matrices."""
+        return 2 * _FP32 * self.counts.total - (_FP32 * self.counts.hidden_matrices if self.optimizer == "muon" else 0)
+
+    def _shares_memory(self) -> bool:
+        """Return whether ranks exchange weights and gradients in memory, as CPU ranks of one host do."""
+        return not self.on_gpu and self.ranks == self.host_ranks > 1
+
+    def _resident(self) -> Parts:
+        """Permanent allocations. Without a GPU, parts that are offloaded to the host are in the same memory."""
+        total, share, size = self.counts.total, self._share, self.weight_bytes
+        if self.offload != "none":
+            weights = 0 if self.offloads_weights else size * share if self.zero_stage == 3 else size * total
+            gradients = _FP32 * share if self.zero_stage < 3 and size < _FP32 else 0
+            return Parts(weights=weights, gradients=gradients, optimizer=0 if self.on_gpu else self._offloaded())
+        if self.zero_stage == 0:
+            return Parts(weights=_FP32 * total, optimizer=self._moments() + self.average_bytes * total)
+        return Parts(
+            weights=size * (share if self.zero_stage == 3 else total),
+            gradients=_FP32 * (share if self.zero_stage >= 2 else total),  # outside `parameter.grad`
+            optimizer=(_FP32 + self.average_bytes) * share + self._moments() // self.ranks,
+            buffers=BUFFER_BYTES if self.zero_stage < 3 and self._shares_memory() else 0,
+        )
+
+    def _copied(self, ranks: int) -> int:
+        """Return the bytes of rank 0, or of a machine with it and so many ranks, for a checkpoint: each copies its part
+        of masters, moments and averages, at ZeRO 0 only rank 0; rank 0 the whole model, too."""
+        states = (_FP32 + self.average_bytes) * self.counts.total + self._moments()
+        return (states if self.zero_stage == 0 else -(-states * ranks // self.ranks)) + _FP32 * self.counts.total
+
+    def _start(self, resident: Parts) -> Parts:
+        """Return the memory of building the engine: DeepSpeed moves the whole model to the device, then copies it to
+        flat tensors (ZeRO 1 and 2) or partitions it (ZeRO 3). On a CPU the fp32 model is in the same memory."""
+        whole = self.weight_bytes * self.counts.total
+        model = whole if self.on_gpu else max(whole, _FP32 * self.counts.total)
+        flat = whole if self.zero_stage in (1, 2) else resident.weights if self.zero_stage == 3 else 0
+        masters = 0 if self.zero_stage == 0 else min(_FP32 * self._share, resident.optimizer)
+        return Parts(weights=model + flat, gradients=resident.gradients, optimizer=masters)
+
+    def _offloaded(self) -> int:
+        """Host memory of a rank: masters, moments, gradients, and a copy of the gradients or of updated weights. See
+        the table in ds_configs/README.md."""
+        if self.offload == "none":
+            return 0
+        size = self.weight_bytes
+        weights = size if self.offloads_weights else 0
+        if self.offload == "nvme":
+            return (_FP32 + weights + self.average_bytes) * self._share
+        copies = _FP32 if self.zero_stage == 3 else size + (_FP32 if size == _FP32 else 0)
+        others = (_FP32 + _FP32 + copies + weights + self.average_bytes) * self._share
+        return others + self._moments() // self.ranks
+
+    def _backward_buffers(self) -> int:
+        """Return the bytes of buckets and gathered weights in the backward pass.
+
+        The bucket is allocated whole, but a CPU's memory is taken only as far as it is written: at ZeRO 2 when most
+        activations are freed already.
+        """
+        if self.zero_stage == 0:
+            return 0
+        if self.zero_stage == 3:
+            bucket = self.reduce_bucket if self.on_gpu else min(self.counts.total, self.reduce_bucket)
+            return _FP32 * bucket + self.weight_bytes * self.gathered_weights()
+        return 0 if self.uses_zero1_optimizer or not self.on_gpu else self._bucket_element() * self.reduce_bucket
+
+    def _bucket_element(self) -> int:
+        """Bytes: at ZeRO 2 gradients are reduced before they are added up in fp32, elsewhere after that."""
+        return self.weight_bytes if self.zero_stage == 2 else _FP32
+
+    def _update(self) -> Parts:
+        """Return the memory of reducing gradients and updating weights: gradients, the flattened copy of a bucket, and
+        temporary tensors of the optimizer."""
+        total = self.counts.total
+        share = total if self.zero_stage == 0 else self._share
+        bucket = min(total, self.reduce_bucket)
+        allocated = self.reduce_bucket if self.on_gpu else bucket
+        match self.zero_stage:
+            case 3:  # the flat gradient of a sub-group, beside the bucket
+                buffers = _FP32 * allocated + _FP32 * share
+            case 1 if self.uses_zero1_optimizer:
+                # The other ranks' parts. In fp32, the default of `communication_data_type`, they are sent uncopied.
+                received = not self.on_gpu and self.ranks > 1 and not self._shares_memory()
+                buffers = _FP32 * total if received else 0
+            case 1 | 2:
+                buffers = self._bucket_element() * allocated + _FP32 * bucket
+            case _:
+                buffers = _FP32 * bucket
+        gradients = self.weight_bytes * total if self.gradients_stay else 0
+        return Parts(gradients=gradients, buffers=buffers + self._temporary(share))
+
+    def _temporary(self, share: int) -> int:
+        """Return the bytes of the optimizer's tensors during an update of `share` parameters. Muon's: the matrices that
+        this rank orthogonalizes, and, with several ranks, the data that it sends and receives."""
+        if self.optimizer == "muon":
+            copies = 1 if self.ranks == 1 else 3
+            return copies * self.orthogonalization_bytes * self.counts.hidden_matrices // self.ranks
+        return {"adamw": 0, "lamb": _FP32, "stableadamw": 2 * _FP32}[self.optimizer] * share
+
+    def _persistent(self) -> int:
+        """Return the elements of small parameters, which ZeRO 3 keeps gathered."""
+        return sum(size for size in self.counts.sizes if size <= self.persistence_threshold)
+
+    def _prefetched(self) -> int:
+        """Return the bytes of the flat tensor of weights that ZeRO 3 gathers ahead and copies each weight from; it is
+        freed when the last one is used, for a small model in the head."""
+        return self.weight_bytes * min(self.counts.total - self._persistent(), self.prefetch_bucket)
+
+    def gathered_weights(self) -> int:
+        """Return the elements of the weights that are whole on a rank at the end of the forward pass of ZeRO 3.
+
+        Small parameters stay gathered; of the others, those whose next use is at most `max_reuse_distance` elements
+        away, there and back; and the next ones are prefetched.
+        """
+        near = max(self.max_reuse_distance // 2 + self.prefetch_bucket, self.counts.largest)
+        return self._persistent() + min(self.counts.total - self._persistent(), near)
+
+
+def shard_model(counts: ParameterCounts, run: ResolvedRun, ranks_by_host: Sequence[int], on_gpu: bool) -> ShardedModel:
+    """Return a model with these parameters at the run's own ZeRO stage."""
+    deepspeed = run.deepspeed
     zero: Mapping[str, Any] = deepspeed.raw.get("zero_optimization", {})
     offload_param = (zero.get("offload_param") or {}).get("device", "none")
-    return MemorySettings(
+    return ShardedModel(
+        counts,
         zero_stage=deepspeed.zero_stage,
-        ranks=ranks,
-        host_ranks=host_ranks,
+        ranks=sum(ranks_by_host),
+        host_ranks=max(ranks_by_host),
         precision=deepspeed.precision,
         on_gpu=on_gpu,
-        average_bytes=0 if config.model.ema_decay is None else _FP32,
-        optimizer=config.optimizer.name,
-        orthogonalization_bytes=orthogonalization_dtype(config.optimizer.muon, deepspeed.precision).itemsize,
+        average_bytes=0 if run.config.model.ema_decay is None else _FP32,
+        optimizer=run.config.optimizer.name,
+        orthogonalization_bytes=orthogonalization_dtype(run.config.optimizer.muon, deepspeed.precision).itemsize,
         offload=deepspeed.offload,
         offloads_weights=offload_param != "none",
         reduce_bucket=int(zero.get("reduce_bucket_size", _REDUCE_BUCKET)),
@@ -127,157 +277,3 @@ def memory_settings(
         persistence_threshold=int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD)),
         max_reuse_distance=int(zero.get("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE)),
     )
-
-
-def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings: MemorySettings) -> RankMemory:
-    """Estimate the memory. `microbatch`: of the stage of the schedule whose microbatches take the most."""
-    resident = _resident(counts, settings) + Parts(buffers=0 if settings.on_gpu else _CPU_KERNELS)
-    computing = Parts(activations=microbatch.activations, logits=microbatch.logits, gradients=microbatch.gradients)
-    moments = {
-        "backward": resident + computing + Parts(buffers=_backward_buffers(counts, settings)),
-        "update": resident + _update(counts, settings),
-    }
-    if settings.zero_stage == 3:
-        moments["forward"] = resident + Parts(
-            activations=microbatch.activations,
-            buffers=_backward_buffers(counts, settings) + _prefetched(counts, settings),
-        )
-    moments["start"] = _start(counts, settings, resident)
-    if not settings.on_gpu:
-        moments["checkpoint"] = resident + Parts(buffers=_copied(counts, settings, 1))
-    host = _offloaded(counts, settings)
-    swapped = 2 * _FP32 * counts.total + _moments(counts, settings)  # masters, gradients and moments
-    disk = swapped // settings.ranks if settings.offload == "nvme" else 0
-    checkpoint = _copied(counts, settings, settings.host_ranks) if settings.on_gpu else 0
-    return RankMemory(moments, host if settings.on_gpu else 0, checkpoint, disk)
-
-
-def _resident(counts: ParameterCounts, settings: MemorySettings) -> Parts:
-    """Permanent allocations. Without a GPU, parts that are offloaded to the host are in the same memory."""
-    total, share, size = counts.total, -(-counts.total // settings.ranks), settings.weight_bytes
-    if settings.offload != "none":
-        host = 0 if settings.on_gpu else _offloaded(counts, settings)
-        weights = 0 if settings.offloads_weights else size * share if settings.zero_stage == 3 else size * total
-        gradients = _FP32 * share if settings.zero_stage < 3 and size < _FP32 else 0
-        return Parts(weights=weights, gradients=gradients, optimizer=host)
-    if settings.zero_stage == 0:
-        return Parts(weights=_FP32 * total, optimizer=_moments(counts, settings) + settings.average_bytes * total)
-    return Parts(
-        weights=size * (share if settings.zero_stage == 3 else total),
-        gradients=_FP32 * (share if settings.zero_stage >= 2 else total),  # outside `parameter.grad`
-        optimizer=(_FP32 + settings.average_bytes) * share + _moments(counts, settings) // settings.ranks,
-        buffers=BUFFER_BYTES if settings.zero_stage < 3 and _shares_memory(settings) else 0,
-    )
-
-
-def _moments(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """Return bytes on all ranks together. Muon has no second moment of hidden matrices."""
-    return 2 * _FP32 * counts.total - (_FP32 * counts.hidden_matrices if settings.optimizer == "muon" else 0)
-
-
-def _copied(counts: ParameterCounts, settings: MemorySettings, ranks: int) -> int:
-    """Return the bytes of rank 0, or of a machine with it and so many ranks, for a checkpoint: each copies its part of
-    masters, moments and averages, at ZeRO 0 only rank 0; rank 0 the whole model, too."""
-    states = (_FP32 + settings.average_bytes) * counts.total + _moments(counts, settings)
-    return (states if settings.zero_stage == 0 else -(-states * ranks // settings.ranks)) + _FP32 * counts.total
-
-
-def _shares_memory(settings: MemorySettings) -> bool:
-    """Return whether ranks exchange weights and gradients in memory, as CPU ranks of one host do."""
-    return not settings.on_gpu and settings.ranks == settings.host_ranks > 1
-
-
-def _start(counts: ParameterCounts, settings: MemorySettings, resident: Parts) -> Parts:
-    """Return the memory of building the engine: DeepSpeed moves the whole model to the device, then copies it to flat
-    tensors (ZeRO 1 and 2) or partitions it (ZeRO 3). On a CPU the fp32 model is in the same memory."""
-    whole = settings.weight_bytes * counts.total
-    model = whole if settings.on_gpu else max(whole, _FP32 * counts.total)
-    flat = whole if settings.zero_stage in (1, 2) else resident.weights if settings.zero_stage == 3 else 0
-    masters = 0 if settings.zero_stage == 0 else min(_FP32 * -(-counts.total // settings.ranks), resident.optimizer)
-    return Parts(weights=model + flat, gradients=resident.gradients, optimizer=masters)
-
-
-def _offloaded(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """Host memory of a rank: masters, moments, gradients, and a copy of the gradients or of updated weights. See the
-    table in ds_configs/README.md."""
-    if settings.offload == "none":
-        return 0
-    share, size = -(-counts.total // settings.ranks), settings.weight_bytes
-    weights = size if settings.offloads_weights else 0
-    if settings.offload == "nvme":
-        return (_FP32 + weights + settings.average_bytes) * share
-    copies = _FP32 if settings.zero_stage == 3 else size + (_FP32 if size == _FP32 else 0)
-    others = (_FP32 + _FP32 + copies + weights + settings.average_bytes) * share
-    return others + _moments(counts, settings) // settings.ranks
-
-
-def _backward_buffers(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """Return the bytes of buckets and gathered weights in the backward pass.
-
-    The bucket is allocated whole, but a CPU's memory is taken only as far as it is written: at ZeRO 2 when most
-    activations are freed already.
-    """
-    if settings.zero_stage == 0:
-        return 0
-    if settings.zero_stage == 3:
-        bucket = settings.reduce_bucket if settings.on_gpu else min(counts.total, settings.reduce_bucket)
-        return _FP32 * bucket + settings.weight_bytes * gathered_weights(counts, settings)
-    if uses_zero1_optimizer(settings.zero_stage, settings.offload) or not settings.on_gpu:
-        return 0
-    return _bucket_element(settings) * settings.reduce_bucket
-
-
-def _bucket_element(settings: MemorySettings) -> int:
-    """Bytes: at ZeRO 2 gradients are reduced before they are added up in fp32, elsewhere after that."""
-    return settings.weight_bytes if settings.zero_stage == 2 else _FP32
-
-
-def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
-    """Return the memory of reducing gradients and updating weights: gradients, the flattened copy of a bucket, and
-    temporary tensors of the optimizer."""
-    total, size = counts.total, settings.weight_bytes
-    share = total if settings.zero_stage == 0 else -(-total // settings.ranks)
-    temporary = _temporary(counts, share, settings)
-    gradients = size * total if settings.gradients_stay else 0
-    bucket = min(total, settings.reduce_bucket)
-    match settings.zero_stage:
-        case 3:  # the flat gradient of a sub-group, beside the bucket
-            buffers = _FP32 * (settings.reduce_bucket if settings.on_gpu else bucket) + _FP32 * share
-        case 1 if uses_zero1_optimizer(settings.zero_stage, settings.offload):
-            # The parts of the other ranks. In fp32, the default of `communication_data_type`, they are sent uncopied.
-            received = not settings.on_gpu and settings.ranks > 1 and not _shares_memory(settings)
-            buffers = _FP32 * total if received else 0
-        case 1 | 2:
-            whole = settings.reduce_bucket if settings.on_gpu else bucket
-            buffers = _bucket_element(settings) * whole + _FP32 * bucket
-        case _:
-            buffers = _FP32 * bucket
-    return Parts(gradients=gradients, buffers=buffers + temporary)
-
-
-def _temporary(counts: ParameterCounts, share: int, settings: MemorySettings) -> int:
-    """Return the bytes of the optimizer's tensors during an update. Muon's: the matrices that this rank orthogonalizes,
-    and, with several ranks, the data that it sends and receives."""
-    if settings.optimizer == "muon":
-        copies = 1 if settings.ranks == 1 else 3
-        return copies * settings.orthogonalization_bytes * counts.hidden_matrices // settings.ranks
-    return {"adamw": 0, "lamb": _FP32, "stableadamw": 2 * _FP32}[settings.optimizer] * share
-
-
-def _prefetched(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """Return the bytes of the flat tensor of weights that ZeRO 3 gathers ahead and copies each weight from; it is freed
-    when the last one is used, for a small model in the head."""
-    kept = sum(size for size in counts.sizes if size <= settings.persistence_threshold)
-    return settings.weight_bytes * min(counts.total - kept, settings.prefetch_bucket)
-
-
-def gathered_weights(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """Return the elements of the weights that are whole on a rank at the end of the forward pass of ZeRO 3.
-
-    Small parameters stay gathered; of the others, those whose next use is at most `max_reuse_distance` elements away,
-    there and back; and the next ones are prefetched.
-    """
-    kept = sum(size for size in counts.sizes if size <= settings.persistence_threshold)
-    others = counts.total - kept
-    near = max(settings.max_reuse_distance // 2 + settings.prefetch_bucket, counts.largest)
-    return kept + min(others, near)

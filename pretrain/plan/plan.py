@@ -10,21 +10,21 @@ from typing import NamedTuple
 from experiment.errors import UserError, first_line
 from experiment.process.hardware import peak_flops
 from pretrain.batching.packing import RowKind
-from pretrain.engine.deepspeed_settings import unsupported_precision, uses_zero1_optimizer
+from pretrain.engine.deepspeed_settings import unsupported_precision
 from pretrain.modeling.build import row_kind_on
 from pretrain.modeling.packability import is_packed
 from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.structure import FlopsModel, ParameterCounts, count_parameters, flops_model, hidden_matrices
 from pretrain.plan.activations import Computation, MicrobatchMemory, microbatch_memory
+from pretrain.plan.communication import sent_per_step
 from pretrain.plan.cost import Cost, Device, Rates, run_cost
-from pretrain.plan.memory import MemorySettings, RankMemory, memory_settings, rank_memory
+from pretrain.plan.memory import RankMemory, ShardedModel, shard_model
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import ResolvedRun
 from pretrain.training_stream import open_stream, run_layout
 from pretrain.world import World
 
 _LAYER = re.compile(r"\.\d+\.")
-_FP32 = 4  # bytes; gradients are reduced in fp32 at every precision
 
 
 class ZeroPlan(NamedTuple):
@@ -102,21 +102,20 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
     # The first position does not matter: batches get no tensors.
     stream = open_stream(run, World(0, ranks), run_layout(run, kind), ratio)
     stages = stage_work(stream, run.config.masking)
-    settings = memory_settings(run.config, run.deepspeed, ranks, host_ranks, device.is_gpu)
+    sharded = shard_model(counts, run, ranks_by_host, device.is_gpu)
     if rates.peak_flops is None:
         rates = replace(rates, peak_flops=peak_flops(device.name, run.deepspeed.precision))
-    alternatives = _alternatives(settings)
+    alternatives = _alternatives(sharded)
     largest = {
         stay: _largest_microbatch(run, stages, kind, device.is_gpu, stay)
-        for stay in {each.gradients_stay for each in alternatives}
+        for stay in {model.gradients_stay for model in alternatives}
     }
     longest = max(stages, key=lambda stage: stage.steps or math.inf)
     zero = {
-        each.zero_stage: ZeroPlan(
-            rank_memory(counts, largest[each.gradients_stay], each),
-            sent_per_step(counts, each, longest.batch.microbatches),
+        model.zero_stage: ZeroPlan(
+            model.memory(largest[model.gradients_stay]), sent_per_step(model, longest.batch.microbatches)
         )
-        for each in alternatives
+        for model in alternatives
     }
     by_stage = _flops_per_token(flops, stages, mean(run.config.masking.rates))
     cost, budget_steps = None, None
@@ -126,7 +125,7 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
         by_step = [
             (
                 flops_per_token * stage.tokens_per_step() * work / (ranks * rates.peak_flops * rates.mfu),
-                sent_per_step(counts, settings, stage.batch.microbatches) / rates.bandwidth,
+                sent_per_step(sharded, stage.batch.microbatches) / rates.bandwidth,
             )
             for flops_per_token, stage in zip(by_stage, stages, strict=True)
         ]
@@ -172,13 +171,12 @@ def _seconds_of_run(
     return computing, communicating, None if budget is None else max(begin + 1, round(done))
 
 
-def _alternatives(settings: MemorySettings) -> list[MemorySettings]:
-    """Return the settings at each ZeRO stage that the precision and the offload device allow."""
-    lowest = {"nvme": 3, "cpu": 1}.get(settings.offload, 0 if settings.precision == "fp32" else 1)
-    stages = sorted({*range(lowest, 4), settings.zero_stage})
+def _alternatives(model: ShardedModel) -> list[ShardedModel]:
+    """Return the model at each ZeRO stage that the precision and the offload device allow."""
+    lowest = {"nvme": 3, "cpu": 1}.get(model.offload, 0 if model.precision == "fp32" else 1)
+    stages = sorted({*range(lowest, 4), model.zero_stage})
     return [
-        replace(settings, zero_stage=stage, offloads_weights=settings.offloads_weights and stage == 3)
-        for stage in stages
+        replace(model, zero_stage=stage, offloads_weights=model.offloads_weights and stage == 3) for stage in stages
     ]
 
 
@@ -232,39 +230,3 @@ def _mean_over_tokens(by_stage: list[float], stages: tuple[StageWork, ...], budg
     """Average over tokens. `budget_steps`: as for `_tokens_by_stage`."""
     tokens = _tokens_by_stage(stages, budget_steps)
     return sum(each * count for each, count in zip(by_stage, tokens, strict=True)) / max(1, sum(tokens))
-
-
-def sent_per_step(counts: ParameterCounts, settings: MemorySettings, microbatches: int) -> float:
-    """Return bytes that each rank sends per step.
-
-    A ring moves (w - 1) / w of a tensor past each of w ranks to gather or to scatter it, and twice that to reduce it
-    for all (Rajbhandari et al. 2020, arXiv:1910.02054, section 7). A ring over several machines crosses the network of
-    each machine once, so the same bytes pass between machines, whatever the number of ranks on each.
-    """
-    return (_ring_bytes(counts, settings, microbatches) + _muon_bytes(counts, settings)) * (1 - 1 / settings.ranks)
-
-
-def _ring_bytes(counts: ParameterCounts, settings: MemorySettings, microbatches: int) -> float:
-    """Count the bytes of gradients and weights that go around rings."""
-    gradients, weights = _FP32 * counts.total, settings.weight_bytes * counts.total
-    match settings.zero_stage:
-        case 0:
-            return 2 * gradients
-        case 1 if uses_zero1_optimizer(settings.zero_stage, settings.offload):
-            return gradients + weights
-        case 1:
-            return 2 * gradients + weights
-        case 2:  # reduces after each microbatch
-            return 2 * gradients * microbatches + weights
-        case _:
-            all_stay = 2 * counts.total <= settings.max_reuse_distance  # until the backward pass
-            return (gradients + (1 if all_stay else 2) * weights) * microbatches
-
-
-def _muon_bytes(counts: ParameterCounts, settings: MemorySettings) -> float:
-    """Count the bytes of a rank's part of Muon's exchanges, as if each matrix were spread over all ranks. The busiest
-    rank of BERT-base and BERT-large on 2 to 64 ranks sends 0.94 to 1.08 times as many."""
-    if settings.optimizer != "muon":
-        return 0.0
-    size = settings.orthogonalization_bytes * counts.hidden_matrices
-    return size if settings.zero_stage == 0 else 2 * size / settings.ranks  # at stage 0 owners have the updates
