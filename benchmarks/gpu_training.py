@@ -201,7 +201,7 @@ def _build(case: TrainingCase, world: World) -> tuple[BuiltModel, Engine]:
         fields |= {"num_hidden_layers": case.layers}
     settings = ModelConfig(config=fields)
     built = build_model(settings, AutoConfig.for_model(**fields), seed=1)
-    module = MaskedLanguageModel(built.model, built.packed, case.length)
+    module = MaskedLanguageModel(built.model, case.length)
     compiled = compile_layers(module, cache_folder() / "compiled") if case.compile else ()
     engine = Engine(
         module,

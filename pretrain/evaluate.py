@@ -185,7 +185,7 @@ def _evaluate(
     masks = {"seed": seed, "unit": masking.unit, "rate": masking.rates[-1], "max_seq_length": length}
     if show_progress:
         terminal().print(f"masks: {', '.join(f'{name} {value}' for name, value in masks.items())}")
-    module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
+    module = MaskedLanguageModel(built.model).to(device).eval()
     kind, tokens = choose_row_kind(built, torch.float32), max(BatchConfig().microbatch_tokens, length)
     layout = MicrobatchLayout(length, tokens, kind, built.first_position, least_row_width(config))
 

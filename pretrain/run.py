@@ -82,7 +82,7 @@ def pretrain(
         group = CpuGroup(world, _timeout(config), times.make_progress)
     try:
         run, model, stream = prepare(config, group)
-        module = MaskedLanguageModel(model.model, model.packed, run.config.batch.max_seq_length)
+        module = MaskedLanguageModel(model.model, run.config.batch.max_seq_length)
         compiled: set[type[nn.Module]] = set()
         if _compiles(run.config.engine):
             from pretrain.modeling.compiled_layers import compile_layers  # takes seconds

@@ -174,6 +174,10 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(_PACKED)
 
 
+def uses_packed_attention(model: PreTrainedModel) -> bool:
+    return bool(model.config._attn_implementation == _PACKED)
+
+
 def supports_flash(capability: Capability | None, head_size: int, dtype: torch.dtype) -> bool:
     """Return whether torch's FlashAttention-2 can train on a device of this capability (None: a CPU). These are the
     limits of torch's `sdp_utils.cpp` and `flash_api.cpp`."""

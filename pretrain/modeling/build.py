@@ -21,7 +21,7 @@ from experiment.models.transformers_models import describe_unused_layers, first_
 from pretrain.batching.packing import RowKind
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
-from pretrain.modeling.attention import Capability, uses_flash
+from pretrain.modeling.attention import Capability, uses_flash, uses_packed_attention
 from pretrain.modeling.model_config import source_config
 from pretrain.modeling.packability import ignores_padding, probe, why_not_packed
 from pretrain.modeling.random_model import meta_model, random_model
@@ -36,10 +36,14 @@ class BuiltModel:
     """A model and the layout of the rows it is fed."""
 
     model: PreTrainedModel
-    packed: bool  # a row holds several sequences; else one, padded
     first_position: int  # position id of a sequence's first token
     flops: FlopsModel | None  # None: unknown
     unused: frozenset[str]  # names of the parameters that it does not use
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds several sequences; else one, padded."""
+        return uses_packed_attention(self.model)
 
 
 def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_head: bool = True) -> BuiltModel:
@@ -63,10 +67,10 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
             )
     if config.model_type == "big_bird":
         log.warning("'big_bird' computes full attention: block_sparse is not supported")
-    unused = unused_parameters(built, reason is None)
+    unused = unused_parameters(built)
     if model.activation_checkpointing:
         checkpoint_activations(built)
-    return BuiltModel(built, reason is None, first_position(built), flops_model(built, unused), unused)
+    return BuiltModel(built, first_position(built), flops_model(built, unused), unused)
 
 
 def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
@@ -147,16 +151,16 @@ def _fill_biases(model: PreTrainedModel, new: Collection[str]) -> set[str]:
     return filled
 
 
-def unused_parameters(model: PreTrainedModel, packed: bool) -> frozenset[str]:
+def unused_parameters(model: PreTrainedModel) -> frozenset[str]:
     """Return the names of the parameters from which no path of autograd leads to the logits, such as a pooler's or
     Longformer's global attention, and of X-MOD's adapters of other languages. The model is on the CPU.
 
     Weight decay must not shrink them: ZeRO gives every parameter a gradient, zeros if there is none.
 
-    `packed`: it uses the packed attention. Raises UserError for a model that cannot compute.
+    Raises UserError for a model that cannot compute.
     """
     with torch.enable_grad(), first_use(model):
-        nodes: list[Any] = [probe(model, packed).grad_fn]
+        nodes: list[Any] = [probe(model).grad_fn]
     seen, used = set(nodes), set()
     while nodes:
         node = nodes.pop()

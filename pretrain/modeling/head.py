@@ -83,20 +83,20 @@ def cross_entropy(output: Tensor, labels: Tensor, count: bool) -> tuple[Tensor, 
     return loss_sum, (logits_MV.argmax(dim=-1) == labels).sum() if count else None
 
 
-def choose_head(model: PreTrainedModel, packed: bool) -> Head:
-    """Choose a head. `model`: on the CPU and not yet partitioned. `packed`: it uses the packed attention."""
+def choose_head(model: PreTrainedModel) -> Head:
+    """Choose a head. `model`: on the CPU and not yet partitioned."""
     if torch.cuda.is_available() and not _is_fused_loss_usable():
         return logits_head
-    return choose_fused_head(model, packed)
+    return choose_fused_head(model)
 
 
-def choose_fused_head(model: PreTrainedModel, packed: bool, losses: Losses | None = None) -> Head:
+def choose_fused_head(model: PreTrainedModel, losses: Losses | None = None) -> Head:
     """Return `fused_head`, or `logits_head` where that is impossible. `model`: as above, or on the meta device."""
-    decoder = find_linear_decoder(model, packed)
+    decoder = find_linear_decoder(model)
     return logits_head if decoder is None else partial(fused_head, decoder, losses=losses)
 
 
-def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | None:
+def find_linear_decoder(model: PreTrainedModel) -> nn.Linear | None:
     """Return the layer whose output the model returns as its logits, unchanged. None if there is none."""
     decoder = decoder_of(model)
     if decoder is None or type(decoder) not in (nn.Linear, FastLinear):
@@ -105,7 +105,7 @@ def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | Non
     hook = decoder.register_forward_hook(lambda _module, _inputs, output: outputs.append((output, output._version)))
     try:
         with torch.no_grad():
-            logits = probe(model, packed)
+            logits = probe(model)
     except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError):  # it needs more than token ids
         return None
     finally:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from experiment.models.dropout import use_fast_dropout
 from experiment.models.fast_linear import use_fast_linear
 from experiment.models.fp32_sums import use_fp32_sums
-from pretrain.modeling.attention import Packing, Predicted, uses_flash, varlen_kernels
+from pretrain.modeling.attention import Packing, Predicted, uses_flash, uses_packed_attention, varlen_kernels
 from pretrain.modeling.head import Head, choose_head, cross_entropy
 from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.modeling.small_embeddings import use_one_hot_products
@@ -30,14 +30,12 @@ class Predictions(NamedTuple):
 class MaskedLanguageModel(nn.Module):
     """Wraps a model from `AutoModelForMaskedLM`."""
 
-    def __init__(
-        self, model: PreTrainedModel, packed: bool, max_length: int | None = None, head: Head | None = None
-    ) -> None:
-        """`packed`: it uses the packed attention. `max_length`: of sequences; None: as wide as the rows. `head`: None:
-        the fastest for this process's device."""
+    def __init__(self, model: PreTrainedModel, max_length: int | None = None, head: Head | None = None) -> None:
+        """`max_length`: of sequences; None: as wide as the rows. `head`: None: the fastest for this process's
+        device."""
         super().__init__()
         self.model = model
-        self.packed = packed
+        self.packed = uses_packed_attention(model)
         self._max_length = max_length
         self.trained_length: int | None = None  # in place of `max_length` while training; None: the same
         self._masked_positions: Tensor | None = None
@@ -47,8 +45,8 @@ class MaskedLanguageModel(nn.Module):
         use_fast_linear(model)
         use_one_hot_products(model)
         use_fp32_sums(model)
-        self._head = head or choose_head(model, packed)
-        short_layer = shorten_last_layer(model) if packed else None
+        self._head = head or choose_head(model)
+        short_layer = shorten_last_layer(model) if self.packed else None
         self._short_layer = (short_layer,)  # a module of its own would be registered twice
         if short_layer is None:
             model.base_model.register_forward_hook(self._keep_masked_positions)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from experiment.errors import first_line
 from experiment.models.model_folder import first_use
 from experiment.models.transformers_models import first_position, quiet_transformers
-from pretrain.modeling.attention import Packing, use_packed_attention
+from pretrain.modeling.attention import Packing, use_packed_attention, uses_packed_attention
 from pretrain.modeling.random_model import random_model
 
 # Of fp32 logits, relative to their standard deviation. Rounding made 3e-4 in 24 layers with random weights and outlier
@@ -91,11 +91,11 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def probe(model: PreTrainedModel, packed: bool) -> Tensor:
-    """Return the logits of a short sequence, without dropout. `packed`: it uses the packed attention."""
+def probe(model: PreTrainedModel) -> Tensor:
+    """Return the logits of a short sequence, without dropout."""
     with next(model.parameters()).device:
         ids = torch.arange(3, 3 + _PROBE_LENGTH) % model.config.get_text_config().vocab_size
-        if packed:
+        if uses_packed_attention(model):
             inputs: dict[str, Any] = packed_inputs(ids, (_PROBE_LENGTH,), _PROBE_LENGTH, first_position(model))
         else:
             inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}

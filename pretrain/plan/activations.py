@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.packing import RowKind
-from pretrain.modeling.attention import Predicted, interruptible, use_packed_attention
+from pretrain.modeling.attention import Predicted, interruptible, use_packed_attention, uses_packed_attention
 from pretrain.modeling.build import checkpoint_activations
 from pretrain.modeling.fused_cross_entropy import chunk_rows, padded_columns
 from pretrain.modeling.head import choose_fused_head, gpu_losses
@@ -66,10 +66,6 @@ class Computation:
     gradients_stay: bool = False  # in `parameter.grad` until the step
     accumulates: bool = False  # a step has several microbatches
 
-    @property
-    def packed(self) -> bool:
-        return self.kind != "padded"
-
 
 def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computation: Computation) -> MicrobatchMemory:
     """Measure memory. `model`: on the meta device; changed. Raises RuntimeError or AssertionError if it cannot run."""
@@ -98,12 +94,12 @@ def _move_gradient(parameter: Tensor) -> None:
 
 
 def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguageModel:
-    if computation.packed:
+    if computation.kind != "padded":
         use_packed_attention(model)
-    head = choose_fused_head(model, computation.packed, gpu_losses if computation.on_gpu else None)
-    wrapped = MaskedLanguageModel(model, computation.packed, head=head).train()
+    head = choose_fused_head(model, gpu_losses if computation.on_gpu else None)
+    wrapped = MaskedLanguageModel(model, head=head).train()
     if computation.on_gpu:
-        _use_gpu_kernels(model, computation.packed)
+        _use_gpu_kernels(model)
     if computation.kind == "flat":
         wrapped.windows = set()  # flash attention needs no masks, which have an entry for each pair of slots
     if computation.checkpointed:
@@ -183,12 +179,13 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bytes["gradients"] += size
 
 
-def _use_gpu_kernels(model: PreTrainedModel, packed: bool) -> None:
+def _use_gpu_kernels(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.__class__ = _GpuDropout
     if model.config._attn_implementation != "eager":
-        AttentionInterface.register(_GPU_ATTENTION, interruptible(_gpu_attention) if packed else _gpu_attention)
+        attend = interruptible(_gpu_attention) if uses_packed_attention(model) else _gpu_attention
+        AttentionInterface.register(_GPU_ATTENTION, attend)
         model.set_attn_implementation(_GPU_ATTENTION)
 
 

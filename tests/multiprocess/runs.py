@@ -150,7 +150,7 @@ def build_engine(world: World, tree: Tree, seed: int | None = None, compiled: bo
     run = resolve(build_config(PretrainConfig, tree), world.size)
     config = run.config
     built = build_model(config.model, run.model_config, config.run.seed if seed is None else seed)
-    module = MaskedLanguageModel(built.model, built.packed)
+    module = MaskedLanguageModel(built.model)
     layers = set()
     if compiled:
         from pretrain.modeling.compiled_layers import compile_layers

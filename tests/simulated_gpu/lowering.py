@@ -68,7 +68,7 @@ def lower(config: dict[str, Any]) -> list[str]:
     attention._tried_varlen_kernels = lambda *_: VarlenKernels(varlen_attention, qkv_attention)
     encoder = random_model(AutoConfig.for_model(**config))
     use_packed_attention(encoder)
-    model = MaskedLanguageModel(encoder, packed=True, max_length=_LENGTH, head=logits_head).to(torch.bfloat16)
+    model = MaskedLanguageModel(encoder, max_length=_LENGTH, head=logits_head).to(torch.bfloat16)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"))

@@ -61,8 +61,8 @@ def compare_case(_: World, cache: Path, options: dict[str, Any]) -> dict[str, An
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("pretrain").addHandler(handler)
     break_compiling(options)
-    expected = losses_and_gradients(MaskedLanguageModel(build(options), packed=True).train())
-    wrapped = MaskedLanguageModel(build(options), packed=True)
+    expected = losses_and_gradients(MaskedLanguageModel(build(options)).train())
+    wrapped = MaskedLanguageModel(build(options))
     compile_layers(wrapped, cache)
     found = losses_and_gradients(wrapped.train())
     for (loss, gradients), (other, others) in zip(expected, found, strict=True):

@@ -50,7 +50,7 @@ def test_every_type_trains(tokenizer: PreTrainedTokenizerFast, model_type: str) 
     built = build_model(settings, config, seed=1)
     assert is_packed(config) == built.packed, "a plan would have other rows"
     assert sum(parameter.numel() for parameter in built.model.parameters()) < 2e7, "not tiny: add its sizes to SMALL"
-    module = MaskedLanguageModel(built.model, built.packed)  # in evaluation mode: without dropout
+    module = MaskedLanguageModel(built.model)  # in evaluation mode: without dropout
     batch = microbatch(built.packed, built.first_position)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
     module.train()
@@ -70,7 +70,7 @@ def test_which_types_compute_in_16_bit(tokenizer: PreTrainedTokenizerFast, model
     """Catches a type that is accepted in 16 bit and fails in its first step, or one that is refused without need."""
     settings = tiny(model_type)
     built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
-    module = MaskedLanguageModel(built.model, built.packed).train().to(dtype)
+    module = MaskedLanguageModel(built.model).train().to(dtype)
     refused = pytest.raises(RuntimeError) if model_type in ONLY_IN_FP32 else nullcontext()
     with refused:
         module(*microbatch(built.packed, built.first_position)).loss_sum.backward()
@@ -99,13 +99,13 @@ def test_the_last_layer_of_every_type(
     if not built.packed:
         pytest.skip("trains padded, so its last layer computes all positions")
     whole = copy.deepcopy(built.model)
-    short = MaskedLanguageModel(built.model, packed=True).eval()  # without dropout
+    short = MaskedLanguageModel(built.model).eval()  # without dropout
     assert (short.short_layer is None) == (model_type in WHOLE)
     monkeypatch.setattr(masked_lm, "shorten_last_layer", lambda _model: None)
     by_slot = microbatch(True, built.first_position)
     columns, entries = torch.tensor([[2, 7], [2, 0]]), torch.tensor([0, 1, 2])
     by_row = by_slot._replace(predicted_columns=columns, predicted_entries=entries)
-    expected = loss_and_gradients(MaskedLanguageModel(whole, packed=True).eval(), by_slot)
+    expected = loss_and_gradients(MaskedLanguageModel(whole).eval(), by_slot)
     for batch in (by_slot, by_row):
         torch.testing.assert_close(loss_and_gradients(short, batch), expected, rtol=1e-4, atol=1e-5)
 
@@ -122,7 +122,7 @@ def test_rows_without_a_sequence_change_nothing(tokenizer: PreTrainedTokenizerFa
     if built.packed:
         pytest.skip("trains packed, so every row has a sequence")
     built.model.requires_grad_(True)
-    module = MaskedLanguageModel(built.model, packed=False).eval()  # without dropout
+    module = MaskedLanguageModel(built.model).eval()  # without dropout
     batch = microbatch(False, built.first_position)
     padding = torch.zeros(1, 12, dtype=torch.int32)
     ids = torch.cat([batch.input_ids, padding.long() + (built.model.config.pad_token_id or 0)])
@@ -143,7 +143,7 @@ def test_predictions_are_of_the_masked_positions(tokenizer: PreTrainedTokenizerF
     built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
     if built.packed:
         pytest.skip("trains packed, which is compared with single sequences")
-    module = MaskedLanguageModel(built.model, packed=False).eval()
+    module = MaskedLanguageModel(built.model).eval()
     batch = microbatch(False, built.first_position)
     with torch.no_grad():
         for parameter in built.model.parameters():

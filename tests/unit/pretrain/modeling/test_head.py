@@ -26,7 +26,7 @@ def test_logits_of_these_models_are_the_output_of_a_linear_layer(
 ) -> None:
     """Catches a probe that fails, so that a model would keep its logits for no reason."""
     built = example(model_type).built
-    assert find_linear_decoder(built.model, built.packed) is built.model.get_output_embeddings()
+    assert find_linear_decoder(built.model) is built.model.get_output_embeddings()
     assert not any(module._forward_hooks for module in [built.model.get_output_embeddings()])
 
 
@@ -37,7 +37,7 @@ class Scaled(nn.Linear):
 class Model(nn.Module):
     """A masked-LM model that may change what its last layer returns."""
 
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=5))
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=5), _attn_implementation="eager")
 
     def __init__(self, change: Callable[[Tensor], Tensor], decoder: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def twice(model: Model) -> Model:
 )
 def test_logits_that_are_changed_are_not_fused(model: Any, found: bool) -> None:
     """Catches a head whose loss would miss what comes after the linear layer."""
-    assert (find_linear_decoder(model, packed=False) is not None) == found
+    assert (find_linear_decoder(model) is not None) == found
 
 
 @pytest.mark.parametrize(("works", "kind"), [(True, fused_head), (False, logits_head)])
@@ -81,9 +81,9 @@ def test_choice_of_the_head(
     built = example("bert").built
     monkeypatch.setattr(head, "_is_fused_loss_usable", lambda: works)
     model = copy.deepcopy(built.model)
-    assert getattr(choose_head(model, built.packed), "func", None) is fused_head, "without a CUDA device"
+    assert getattr(choose_head(model), "func", None) is fused_head, "without a CUDA device"
     monkeypatch.setattr(head.torch.cuda, "is_available", lambda: True)
-    chosen = choose_head(copy.deepcopy(built.model), built.packed)
+    chosen = choose_head(copy.deepcopy(built.model))
     assert getattr(chosen, "func", chosen) is kind
 
 
@@ -115,10 +115,8 @@ def compare_heads(model_type: str, corpus: Path) -> None:
     """Fails unless a model computes the same with the fused head as without."""
     case = make_example(model_type, corpus)
     models = (case.built.model, copy.deepcopy(case.built.model))
-    heads = (logits_head, choose_fused_head(models[1], case.built.packed))
-    modules = [
-        MaskedLanguageModel(model, case.built.packed, head=head) for model, head in zip(models, heads, strict=True)
-    ]
+    heads = (logits_head, choose_fused_head(models[1]))
+    modules = [MaskedLanguageModel(model, head=head) for model, head in zip(models, heads, strict=True)]
     (loss, correct, gradients), (fused_loss, fused_correct, fused_gradients) = (
         results(module, case.microbatches[0]) for module in modules
     )
@@ -149,7 +147,7 @@ def test_a_cpu_without_triton_trains(example: Callable[[str], Example], monkeypa
     """Catches an import of Triton on a machine without a GPU, where it need not be installed."""
     monkeypatch.setitem(sys.modules, "triton", None)
     case = example("bert")
-    module = MaskedLanguageModel(copy.deepcopy(case.built.model), case.built.packed)
+    module = MaskedLanguageModel(copy.deepcopy(case.built.model))
     module.train()(*case.microbatches[0]).loss_sum.backward()
     assert module.eval()(*case.microbatches[0]).correct is not None
 
@@ -157,7 +155,7 @@ def test_a_cpu_without_triton_trains(example: Callable[[str], Example], monkeypa
 def test_predictions_are_counted_in_evaluation_with_gradients(example: Callable[[str], Example]) -> None:
     """Catches a fused head that is chosen by another rule than the count of correct predictions."""
     case = example("bert")
-    module = MaskedLanguageModel(copy.deepcopy(case.built.model), case.built.packed).eval()
+    module = MaskedLanguageModel(copy.deepcopy(case.built.model)).eval()
     predictions = module(*case.microbatches[0])
     assert predictions.correct is not None
     assert predictions.loss_sum.requires_grad

@@ -38,7 +38,7 @@ def test_the_last_layer_computes_predicted_positions_after_attention(
 ) -> None:
     """Catches a type of model for which the last layer computes all positions, and another layer that does not."""
     case = example(model_type)
-    module = MaskedLanguageModel(copy.deepcopy(case.built.model), packed=True).train()
+    module = MaskedLanguageModel(copy.deepcopy(case.built.model)).train()
     rows = rows_of_linear_layers(module.model)
     microbatch = case.microbatches[0]
     module(*microbatch)
@@ -102,7 +102,7 @@ def test_models_whose_layers_share_weights_stay_as_they_are() -> None:
 def test_layers_with_an_input_for_each_row_stay_as_they_are() -> None:
     """Catches XMOD, whose layers choose adapters by the language of a row: selected positions have no rows."""
     model = tiny("xmod", languages=["en_XX"], default_language="en_XX", max_position_embeddings=40)
-    module = MaskedLanguageModel(model, packed=True).train()
+    module = MaskedLanguageModel(model).train()
     assert module.short_layer is None
     ids = torch.arange(24).view(2, 12)
     segments = torch.ones(2, 12, dtype=torch.int32)

@@ -125,7 +125,7 @@ def test_loss_and_gradients_are_those_of_each_sequence_alone_with_the_full_head(
 ) -> None:
     """Catches a head on other positions than the predicted ones, shifted labels, and padding in the loss."""
     case = example(model_type)
-    module = MaskedLanguageModel(case.built.model, case.built.packed).train()
+    module = MaskedLanguageModel(case.built.model).train()
     loss = torch.stack([module(*microbatch).loss_sum for microbatch in case.microbatches]).sum()
     expected = one_by_one_loss(case)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -155,7 +155,7 @@ def test_a_model_whose_tokenizer_has_neither_cls_nor_sep_trains(
     case = make_example("eurobert", tmp_path / "corpus")
     ids = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert (case.maker.vocabulary.prefix, case.maker.vocabulary.suffix) == ((ids["<|begin|>"],), (ids["<|end|>"],))
-    module = MaskedLanguageModel(case.built.model, case.built.packed).train()
+    module = MaskedLanguageModel(case.built.model).train()
     optimizer, microbatch = torch.optim.SGD(module.parameters(), lr=1e-3), case.microbatches[0]
     before = module(*microbatch).loss_sum
     before.backward()
@@ -176,7 +176,7 @@ def test_flat_and_packed_rows_have_the_same_loss_and_gradients(
     assert min(microbatch.input_ids.shape[1] for microbatch in flat.microbatches) > 4 * 70, "of 70 positions"
     results = []
     for microbatches in (case.microbatches, flat.microbatches):
-        module = MaskedLanguageModel(case.built.model, case.built.packed, WIDTH).train()
+        module = MaskedLanguageModel(case.built.model, WIDTH).train()
         module.zero_grad()
         loss = torch.stack([module(*microbatch).loss_sum for microbatch in microbatches]).sum()
         loss.backward()
@@ -194,7 +194,7 @@ def test_a_microbatch_without_predicted_tokens_contributes_nothing(
     case = example(model_type)
     batch = dataclasses.replace(case.maker, masking_schedule=MaskingSchedule((1e-9,), "stepped", steps=1))[0]
     assert batch.masked_tokens == 0
-    module = MaskedLanguageModel(case.built.model, case.built.packed).train()
+    module = MaskedLanguageModel(case.built.model).train()
     for microbatch in batch.microbatches:
         loss = module(*microbatch).loss_sum
         assert loss.item() == 0.0
@@ -207,7 +207,7 @@ def test_a_microbatch_without_predicted_tokens_contributes_nothing(
 def test_correct_counts_right_predictions(example: Callable[[str], Example]) -> None:
     """Catches fillers counted as correct, and comparison with the masked input instead of the original token."""
     case = example("bert")
-    module = MaskedLanguageModel(case.built.model, case.built.packed).eval()
+    module = MaskedLanguageModel(case.built.model).eval()
     with torch.inference_mode():
         for microbatch in case.microbatches:
             expected = 0
@@ -222,7 +222,7 @@ def test_correct_counts_right_predictions(example: Callable[[str], Example]) -> 
 def test_parameters_keep_their_names(example: Callable[[str], Example]) -> None:
     """Catches a wrapper that renames parameters, so that transformers could not load the checkpoint."""
     case = example("bert")
-    module = MaskedLanguageModel(case.built.model, case.built.packed)
+    module = MaskedLanguageModel(case.built.model)
     assert [name for name, _ in module.named_parameters()] == [
         f"model.{name}" for name, _ in case.plain.named_parameters()
     ]

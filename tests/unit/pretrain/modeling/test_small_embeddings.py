@@ -50,7 +50,7 @@ def test_the_token_types_of_bert_have_products() -> None:
     )
     model = AutoModelForMaskedLM.from_config(config)
     names = list(model.state_dict())
-    MaskedLanguageModel(model, packed=False)
+    MaskedLanguageModel(model)
     changed = {name for name, table in model.named_modules() if isinstance(table, SmallEmbedding)}
     assert changed == {"bert.embeddings.token_type_embeddings"}
     assert list(model.state_dict()) == names
