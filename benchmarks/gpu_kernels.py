@@ -22,8 +22,8 @@ from benchmarks.gpu_results import print_figures
 from experiment.errors import first_line
 from pretrain.batching.batch import IGNORED
 from pretrain.modeling.attention import (
+    FlashKernel,
     Packing,
-    VarlenKernel,
     flash_attention,
     flash_attention_2,
     masked_attention,
@@ -125,7 +125,7 @@ def _flash(settings: KernelSettings, length: int, window: int | None = None) -> 
 
 
 def _prepare_flash(settings: KernelSettings, length: int, window: int | None, dropout: float, ours: bool) -> _Call:
-    kernel: VarlenKernel = flash_attention_2
+    kernel: FlashKernel = flash_attention_2
     if ours:
         from pretrain.modeling.varlen_attention import varlen_attention
 

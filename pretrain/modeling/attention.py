@@ -9,11 +9,11 @@ Three kernels compute the same result, see `packed_attention`:
   scaled_dot_product_attention with a mask, nested tensors or a loop over sequences, as long as rows are short.
 - flash, on CUDA in 16 bit: flash attention over concatenated sequences, which skips pairs of slots of different
   sequences (Dao 2023, arXiv 2307.08691). Where it is faster, a kernel of our own, see
-  `varlen_kernels`; else FlashAttention-2.
+  `choose_varlen_kernels`; else FlashAttention-2.
 - sdpa, on CUDA otherwise: scaled_dot_product_attention with a mask.
 
 Shapes: B rows, W slots, T = B · W, J = 3 for query, key and value, H heads, D dimensions of a head, M predicted
-positions, Q the most of a row.
+positions, Q the largest number of predicted slots in a row.
 """
 
 import copy
@@ -39,7 +39,7 @@ _PACKED = "deepcloze_packed"
 Capability = tuple[int, int]
 """Compute capability of a CUDA device: major and minor number."""
 
-VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float, int | None], Tensor]
+FlashKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float, int | None], Tensor]
 """`flash_attention_2`, or `pretrain.modeling.varlen_attention.varlen_attention`."""
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of rotary positions, for each dimension of a head; both halves are equal."""
@@ -50,7 +50,7 @@ _VARLEN_HEAD_SIZE, _LOCAL_REACH = 64, 64  # measured on an H200
 class VarlenKernels(NamedTuple):
     """The kernels of `pretrain.modeling.varlen_attention`."""
 
-    attend: VarlenKernel  # varlen_attention
+    attend: FlashKernel  # varlen_attention
     attend_qkv: Callable[[Tensor, Rotation | None, Tensor, int, float, float, int | None], Tensor]
 
 
@@ -90,7 +90,7 @@ class Packing:
         max_length: of all sequences that `cu_seqlens` bounds, padding included; by default the width of a row. Flash
         attention does not compute the rest of a longer sequence, nor slots after the last bound.
         predicted: the slots that the last layer returns, if it is a short one (`shorten_last_layer`). None: all.
-        varlen: as from `varlen_kernels`.
+        varlen: as from `choose_varlen_kernels`.
         """
         self.predicted = predicted
         self.interrupts = False  # whether attention raises LayerInterrupted
@@ -98,7 +98,7 @@ class Packing:
         self.cu_seqlens = cu_seqlens
         self.max_length = segments.shape[1] if max_length is None else max_length
         # Looked up here and not in each layer, which may be compiled.
-        self.capability = _capability(segments.device) if segments.is_cuda else None
+        self.capability = device_capability(segments.device)
         self.varlen = varlen
         self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
@@ -207,8 +207,9 @@ def _head_size(config: PreTrainedConfig) -> int | None:
 
 
 @functools.cache
-def _capability(device: torch.device) -> Capability:
-    return torch.cuda.get_device_capability(device)
+def device_capability(device: torch.device) -> Capability | None:
+    """Return the capability of a CUDA device; None for others."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 @interruptible
@@ -330,7 +331,7 @@ def flash_attention(
     scaling: float,
     dropout: float,
     sliding_window: int | None,
-    kernel: VarlenKernel | None = None,
+    kernel: FlashKernel | None = None,
 ) -> Tensor:
     """Compute flash attention, [B, W, H, D]. kernel: None for FlashAttention-2."""
     query_THD, key_THD, value_THD = (
@@ -376,14 +377,16 @@ def _prefers_without_window(capability: Capability | None) -> bool:
     return capability is not None and capability[0] == HOPPER
 
 
-def varlen_kernels(config: PreTrainedConfig, dtype: torch.dtype, has_windows: bool) -> VarlenKernels | None:
-    """Our own kernels for packed sequences, on this process's CUDA device. None if flash attention does not compute the
-    model or is faster in all layers, or if Triton is missing or the kernels compute something else, of which there is
-    one warning.
+def choose_varlen_kernels(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, has_windows: bool
+) -> VarlenKernels | None:
+    """Return our own kernels for packed sequences. None if flash attention does not compute the model on the device or
+    is faster in all layers, or if Triton is missing or the kernels compute something else, of which there is one
+    warning.
 
     has_windows: whether some layers of the model have a local window.
     """
-    capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
+    capability = device_capability(device)
     if _head_size(config) != _VARLEN_HEAD_SIZE or not uses_flash(config, capability, dtype):
         return None
     if not (has_windows or _prefers_without_window(capability)):
@@ -394,12 +397,12 @@ def varlen_kernels(config: PreTrainedConfig, dtype: torch.dtype, has_windows: bo
 @functools.cache
 def _tried_varlen_kernels(dtype: torch.dtype, has_windows: bool) -> VarlenKernels | None:
     try:
-        from pretrain.modeling.varlen_attention import qkv_attention, varlen_attention
+        from pretrain.modeling.varlen_attention import varlen_attention, varlen_qkv_attention
 
-        kernels = VarlenKernels(varlen_attention, qkv_attention)
+        kernels = VarlenKernels(varlen_attention, varlen_qkv_attention)
         with torch.inference_mode(mode=False), torch.enable_grad():  # a run may begin with an evaluation
-            for window in (None, _LOCAL_REACH + 1) if has_windows else (None,):
-                _compare_with_flash_attention(kernels, dtype, window)
+            for reach in (None, _LOCAL_REACH) if has_windows else (None,):
+                _compare_with_flash_attention(kernels, dtype, reach)
             _compare_dropped_weights(kernels, dtype)
     except Exception as error:  # of a missing package, compiler or driver
         log.warning("attention is that of torch; the kernels of deepcloze fail: %s", first_line(error))
@@ -407,7 +410,7 @@ def _tried_varlen_kernels(dtype: torch.dtype, has_windows: bool) -> VarlenKernel
     return kernels
 
 
-def _compare_with_flash_attention(kernels: VarlenKernels, dtype: torch.dtype, window: int | None) -> None:
+def _compare_with_flash_attention(kernels: VarlenKernels, dtype: torch.dtype, reach: int | None) -> None:
     """Raise AssertionError if the kernels compute something else, or errors of Triton."""
     from pretrain.modeling.varlen_attention import apply_rotary
 
@@ -416,7 +419,7 @@ def _compare_with_flash_attention(kernels: VarlenKernels, dtype: torch.dtype, wi
     frequencies = torch.linspace(1, 0, qkv.shape[-1] // 2, device="cuda").repeat(2)
     angles = torch.arange(len(qkv), device="cuda")[:, None] * frequencies
     rotation = angles.cos().to(dtype), angles.sin().to(dtype)
-    options = (bounds, longest, 0.1, 0.0, _reach(window))
+    options = (bounds, longest, 0.1, 0.0, reach)
     found = kernels.attend(query, key, value, *options), kernels.attend_qkv(qkv, rotation, *options)
     expected = (
         flash_attention_2(query, key, value, *options),
@@ -446,9 +449,9 @@ def _compare_dropped_weights(kernels: VarlenKernels, dtype: torch.dtype) -> None
         torch.cuda.set_rng_state(state)
     upstream = output.detach()
     (gradient,) = torch.autograd.grad(output, qkv, upstream)
-    of_output = upstream.float().square().sum()
-    of_values = (value.float() * gradient[:, 2].float()).sum()
-    torch.testing.assert_close(of_values, of_output, rtol=5e-2, atol=0.0)
+    output_product = upstream.float().square().sum()
+    value_product = (value.float() * gradient[:, 2].float()).sum()
+    torch.testing.assert_close(value_product, output_product, rtol=5e-2, atol=0.0)
     torch.testing.assert_close(mean, torch.ones_like(mean), rtol=5e-2, atol=0.0)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from experiment.models.dropout import use_fast_dropout
 from experiment.models.fast_linear import use_fast_linear
 from experiment.models.fp32_sums import use_fp32_sums
-from pretrain.modeling.attention import Packing, Predicted, uses_flash, uses_packed_attention, varlen_kernels
+from pretrain.modeling.attention import Packing, Predicted, choose_varlen_kernels, uses_flash, uses_packed_attention
 from pretrain.modeling.head import Head, choose_head, cross_entropy
 from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.modeling.small_embeddings import use_one_hot_products
@@ -63,23 +63,22 @@ class MaskedLanguageModel(nn.Module):
         predicted_entries: Tensor,
     ) -> Predictions:
         """Predict the masked tokens. The arguments are the fields of a `pretrain.batching.batch.Microbatch`."""
-        self._masked_positions, self._width = masked_positions, input_ids.shape[1]
+        width = segments.shape[1]
+        self._masked_positions, self._width = masked_positions, width
         try:
             with self._head(labels, not self.training):
                 if self.packed:
-                    width = segments.shape[1]
                     predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
                     max_length = (self.training and self.trained_length) or self._max_length or width
                     longest = min(width, max_length)
-                    varlen = None
-                    if segments.is_cuda:  # not on the meta device, where a run is planned
-                        varlen = varlen_kernels(self.model.config, self.model.dtype, self.windows != {None})
+                    config, dtype = self.model.config, self.model.dtype
+                    varlen = choose_varlen_kernels(config, segments.device, dtype, self.windows != {None})
                     packing = Packing(segments, cu_seqlens, longest, predicted, varlen)
-                    if not uses_flash(self.model.config, packing.capability, self.model.dtype):
+                    if not uses_flash(config, packing.capability, dtype):
                         # Not in the first layer: if it is compiled, its graph would differ from the graph of the
                         # others.
                         for window in self.windows:
-                            packing.bias(window, self.model.dtype)
+                            packing.bias(window, dtype)
                     output = self.model(input_ids=input_ids, position_ids=position_ids, packing=packing)
                 else:
                     input_ids, visible = self._fill_empty_rows(input_ids, segments)

@@ -63,7 +63,7 @@ def varlen_attention(
     return output
 
 
-def qkv_attention(
+def varlen_qkv_attention(
     qkv_T3HD: Tensor,
     rotation: tuple[Tensor, Tensor] | None,
     cu_seqlens: Tensor,

@@ -13,11 +13,11 @@ from pretrain.modeling import attention
 from pretrain.modeling.attention import (
     Packing,
     VarlenKernels,
+    choose_varlen_kernels,
     flash_attention,
     masked_attention,
     packed_attention,
     supports_flash,
-    varlen_kernels,
 )
 
 LENGTHS = [(13, 40, 7), (64,), (1, 1, 50)]  # of the sequences in each row of 64 slots; the rest is padding
@@ -126,7 +126,8 @@ def test_our_own_kernel_agrees_with_the_cpu(
 
 
 def own_kernels(dtype: torch.dtype) -> VarlenKernels:
-    kernels = varlen_kernels(AutoConfig.for_model("modernbert"), dtype, has_windows=True)
+    config, device = AutoConfig.for_model("modernbert"), torch.device("cuda")
+    kernels = choose_varlen_kernels(config, device, dtype, has_windows=True)
     assert kernels is not None
     return kernels
 

@@ -68,13 +68,13 @@ def other_dropout_case(_world: World) -> bool:
     from pretrain.modeling import attention, varlen_attention
 
     with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
-        kernel = varlen_attention.qkv_attention
+        kernel = varlen_attention.varlen_qkv_attention
 
         def call(*args: Any) -> torch.Tensor:
             output, other = kernel(*args), kernel(*args)
             return output.detach() + other - other.detach()
 
-        patch.setattr(varlen_attention, "qkv_attention", call)
+        patch.setattr(varlen_attention, "varlen_qkv_attention", call)
         return attention._tried_varlen_kernels(torch.bfloat16, True) is not None
 
 

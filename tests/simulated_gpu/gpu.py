@@ -158,11 +158,11 @@ def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
 
     def qkv(*args: Any) -> torch.Tensor:
         gpu.calls["varlen_attention"] += 1
-        return kernels.qkv_attention(*args)
+        return kernels.varlen_qkv_attention(*args)
 
     patch.setattr("pretrain.modeling.cross_entropy_kernel._cross_entropy_kernel", Launcher())
     patch.setattr(varlen_attention, "varlen_attention", varlen)
-    patch.setattr(varlen_attention, "qkv_attention", qkv)
+    patch.setattr(varlen_attention, "varlen_qkv_attention", qkv)
     attention._tried_varlen_kernels.cache_clear()
 
 

@@ -159,8 +159,8 @@ def varlen_attention(
     return output_THD
 
 
-def qkv_attention(qkv_T3HD: Tensor, rotation: tuple[Tensor, Tensor] | None, *options: Any) -> Tensor:
-    """As `pretrain.modeling.varlen_attention.qkv_attention`."""
+def varlen_qkv_attention(qkv_T3HD: Tensor, rotation: tuple[Tensor, Tensor] | None, *options: Any) -> Tensor:
+    """As `pretrain.modeling.varlen_attention.varlen_qkv_attention`."""
     from pretrain.modeling.varlen_attention import apply_rotary  # imports Triton
 
     query, key, value = qkv_T3HD.unbind(1)

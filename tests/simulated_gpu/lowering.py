@@ -35,7 +35,7 @@ from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.head import logits_head
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.modeling.random_model import random_model
-from pretrain.modeling.varlen_attention import qkv_attention, varlen_attention
+from pretrain.modeling.varlen_attention import varlen_attention, varlen_qkv_attention
 
 _CAPABILITY = (9, 0)
 _SLOTS, _SEQUENCES, _PREDICTED, _LENGTH = 4096, 40, 640, 512
@@ -65,7 +65,7 @@ def lower(config: dict[str, Any]) -> list[str]:
     codes: list[str] = []
     _replace_device_functions()
     _replace_compiler(codes)
-    attention._tried_varlen_kernels = lambda *_: VarlenKernels(varlen_attention, qkv_attention)
+    attention._tried_varlen_kernels = lambda *_: VarlenKernels(varlen_attention, varlen_qkv_attention)
     encoder = random_model(AutoConfig.for_model(**config))
     use_packed_attention(encoder)
     model = MaskedLanguageModel(encoder, max_length=_LENGTH, head=logits_head).to(torch.bfloat16)

@@ -10,6 +10,7 @@ from pretrain.modeling import attention
 from pretrain.modeling.attention import (
     Packing,
     VarlenKernels,
+    choose_varlen_kernels,
     flash_attention,
     masked_attention,
     packed_attention,
@@ -99,14 +100,14 @@ def test_a_kernel_of_our_own_that_does_not_work_is_not_used(
 ) -> None:
     """Catches a run that ends because Triton does not work, and a warning of kernels that would not be used. The trial
     fails here: there is no CUDA device."""
-    monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(attention, "device_capability", lambda _: (9, 0))
     attention._tried_varlen_kernels.cache_clear()
-    assert attention.varlen_kernels(ModernBertConfig(), dtype, True) is None
+    assert choose_varlen_kernels(ModernBertConfig(), cuda, dtype, True) is None
     assert "attention is that of torch" in caplog.text
-    assert attention.varlen_kernels(ModernBertConfig(hidden_size=96, num_attention_heads=3), dtype, True) is None
-    monkeypatch.setattr(attention, "_capability", lambda _: (8, 0))
-    assert attention.varlen_kernels(BertConfig(), dtype, False) is None
+    assert choose_varlen_kernels(ModernBertConfig(hidden_size=96, num_attention_heads=3), cuda, dtype, True) is None
+    monkeypatch.setattr(attention, "device_capability", lambda _: (8, 0))
+    assert choose_varlen_kernels(BertConfig(), cuda, dtype, False) is None
     assert len(caplog.records) == 1
     attention._tried_varlen_kernels.cache_clear()
 

@@ -75,7 +75,7 @@ def run(model: Any) -> torch.Tensor:
     segments = torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor(LENGTHS))[None]
     bounds = torch.tensor([0, LENGTHS[0], slots], dtype=torch.int32)
     predicted = Predicted(torch.tensor([3, 18, 21, 27]), torch.empty(1, 0, dtype=torch.long), torch.arange(4))
-    kernels = VarlenKernels(varlen_attention.varlen_attention, varlen_attention.qkv_attention)
+    kernels = VarlenKernels(varlen_attention.varlen_attention, varlen_attention.varlen_qkv_attention)
     packing = Packing(segments, bounds, max(LENGTHS), predicted, kernels)
     packing.capability = (9, 0)
     logits: torch.Tensor = model(input_ids=ids, position_ids=positions, packing=packing).logits
@@ -88,7 +88,7 @@ def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) 
     from pretrain.modeling import bias_gelu, fused_norm, varlen_attention
 
     model = build(model_type, changes).train(training)
-    used = {"qkv_attention": 0, "bias_gelu": 0, "dropout_add_norm": 0, "norm_beside_residual": 0}
+    used = {"varlen_qkv_attention": 0, "bias_gelu": 0, "dropout_add_norm": 0, "norm_beside_residual": 0}
 
     def counted(module: Any, name: str) -> Any:
         function = getattr(module, name)
@@ -104,7 +104,7 @@ def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) 
         patch.setattr(fused_modules, "is_compiled_in_16_bit", lambda _: True)
         patch.setattr(fused_norm, "_PROGRAMS", 3)  # the interpreter takes milliseconds for each
         for module, name in (
-            (varlen_attention, "qkv_attention"),
+            (varlen_attention, "varlen_qkv_attention"),
             (bias_gelu, "bias_gelu"),
             (fused_norm, "dropout_add_norm"),
             (fused_norm, "norm_beside_residual"),
@@ -144,7 +144,7 @@ def test_modules_compute_what_those_of_the_model_do(
     """Catches a type of model whose modules do something else, one that is not recognized, and attention dropout in
     evaluation or none in training."""
     model_type, changes, kernels = CASES[case]
-    used = {"qkv_attention": LAYERS, "bias_gelu": 0, "dropout_add_norm": 0, "norm_beside_residual": 0} | kernels
+    used = {"varlen_qkv_attention": LAYERS, "bias_gelu": 0, "dropout_add_norm": 0, "norm_beside_residual": 0} | kernels
     assert interpreting_pools[1].run(compare, model_type, changes, training) == [([], used)]
 
 

@@ -116,7 +116,7 @@ def compare_qkv_attention(_: World, rotates: bool, dropout: float) -> None:
     rotation = (angles.cos().half(), angles.sin().half()) if rotates else None
     options = (torch.tensor(bounds, dtype=torch.int32), bounds[1], 0.25, dropout, None)
     generator = torch.get_rng_state()
-    output = module.qkv_attention(qkv, rotation, *options)
+    output = module.varlen_qkv_attention(qkv, rotation, *options)
     upstream = torch.randn_like(output)
     (gradient,) = torch.autograd.grad(output, qkv, upstream)
 

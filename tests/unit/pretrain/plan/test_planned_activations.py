@@ -112,7 +112,7 @@ def test_planning_uses_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "modernbert", hidden_size=128, num_attention_heads=2, intermediate_size=64, vocab_size=60_000
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(attention, "_tried_varlen_kernels", lambda *_: pytest.fail("a kernel is tried"))
     computation = Computation(torch.bfloat16, "flat", on_gpu=True, checkpointed=False)
     assert memory(computation, replace(SHAPE, rows=1), config).total > 0
