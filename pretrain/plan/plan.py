@@ -21,7 +21,7 @@ from pretrain.plan.cost import Cost, Device, Rates, run_cost
 from pretrain.plan.memory import RankMemory, ShardedModel, shard_model
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import ResolvedRun
-from pretrain.training_stream import open_stream, run_layout
+from pretrain.training_stream import TrainingStream, open_stream, run_layout
 from pretrain.world import World
 
 _LAYER = re.compile(r"\.\d+\.")
@@ -44,17 +44,14 @@ class RunPlan:
     host_ranks: int  # the most on a machine
     device: Device
     rates: Rates
-    packed: bool
+    stream: TrainingStream
     parameters: ParameterCounts
     hidden_matrix_names: tuple[str, ...]  # names, once for all layers: layers.*.attn.Wqkv.weight
     stages: tuple[StageWork, ...]
     flops_per_token: float | None  # of the whole run
     zero: dict[int, ZeroPlan]  # by ZeRO stage: the run's own and the others
-    steps: int | None  # at which it ends, exact; None: a time budget
     budget_steps: int | None  # at which a time budget ends it, about
     tokens: int | None  # exact; None: a time budget
-    epochs: float | None  # None: a time budget or a mixture
-    begin: int  # the step that it begins with: of its parent if it is a fork, else 0
     cost: Cost | None
 
     @property
@@ -95,9 +92,8 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
         raise unsupported_precision(run.deepspeed, device.name, instead="fp16")
     ranks, host_ranks = sum(ranks_by_host), max(ranks_by_host)
     skeleton = meta_model(run.model_config)
-    packed = is_packed(run.model_config)
     counts, flops = count_parameters(skeleton), flops_model(skeleton)
-    kind = row_kind_on(device.capability, packed, run.model_config, run.deepspeed.dtype)
+    kind = row_kind_on(device.capability, is_packed(run.model_config), run.model_config, run.deepspeed.dtype)
     ratio = None if device.is_gpu or flops is None else flops.attention_ratio
     # The first position does not matter: batches get no tensors.
     stream = open_stream(run, World(0, ranks), run_layout(run, kind), ratio)
@@ -139,17 +135,14 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
         host_ranks=host_ranks,
         device=device,
         rates=rates,
-        packed=packed,
+        stream=stream,
         parameters=counts,
         hidden_matrix_names=tuple(dict.fromkeys(_LAYER.sub(".*.", name) for name in hidden_matrices(skeleton))),
         stages=stages,
         flops_per_token=None if by_stage is None else _mean_over_tokens(by_stage, stages, budget_steps),
         zero=zero,
-        steps=stream.steps,
         budget_steps=budget_steps,
         tokens=None if stream.steps is None else sum(stage.tokens or 0 for stage in stages),
-        epochs=stream.epochs,
-        begin=stream.begin,
         cost=cost,
     )
 

@@ -40,15 +40,15 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
         "ranks": plan.ranks,
         "device": asdict(plan.device),
         "assumed": asdict(plan.rates),
-        "packed": plan.packed,
+        "packed": plan.stream.layout.kind != "padded",
         "parameters": {k: v for k, v in asdict(plan.parameters).items() if k != "sizes"},
         "flops_per_token": plan.flops_per_token,
         "steps_done": plan.run.resume_plan.step,
-        "steps": plan.steps,
+        "steps": plan.stream.steps,
         "budget_steps": plan.budget_steps,
         "tokens": plan.tokens,
         "budget_tokens": plan.budget_tokens,
-        "epochs": plan.epochs,
+        "epochs": plan.stream.epochs,
         "stages": [asdict(stage) for stage in plan.stages],
         "zero_stage": plan.zero_stage,
         "zero": {
@@ -86,11 +86,12 @@ def _sections(plan: RunPlan) -> list[tuple[str, list[str]]]:
 def _model(plan: RunPlan) -> list[str]:
     counts = plan.parameters
     flops = _UNKNOWN_FLOPS if plan.flops_per_token is None else f"{plan.flops_per_token:.4g}"
+    rows = "padded, one sequence a row" if plan.stream.layout.kind == "padded" else "packed"
     return [
         f"{counts.total:,} parameters: {counts.embeddings:,} in the embeddings, {counts.encoder:,} in the encoder, "
         f"{counts.head:,} in the head",
         *_optimizer(plan),
-        f"FLOPs per token, forward and backward: {flops}; {'packed' if plan.packed else 'padded, one sequence a row'}",
+        f"FLOPs per token, forward and backward: {flops}; {rows}",
     ]
 
 
@@ -111,18 +112,19 @@ def _work(plan: RunPlan) -> list[str]:
             f"{stage.tokens_per_step():,.0f} tokens per step in {counted(batch.microbatches, 'microbatch', 'es')} of "
             f"{shape.rows:,} × {shape.width:,} slots per rank, {stage.mean.filled:.0%} of them filled"
         )
-    if plan.steps is not None:
-        epochs = "" if plan.epochs is None else f", {format_epochs(plan.epochs)}"
-        lines.append(f"in all {counted(plan.steps - plan.begin, 'step')}, {plan.tokens:,} tokens{epochs}")
+    stream, begin = plan.stream, plan.stream.begin
+    if stream.steps is not None:
+        epochs = "" if stream.epochs is None else f", {format_epochs(stream.epochs)}"
+        lines.append(f"in all {counted(stream.steps - begin, 'step')}, {plan.tokens:,} tokens{epochs}")
     elif plan.budget_steps is not None:
-        steps, tokens = counted(plan.budget_steps - plan.begin, "step"), float(f"{plan.budget_tokens:.3g}")
+        steps, tokens = counted(plan.budget_steps - begin, "step"), float(f"{plan.budget_tokens:.3g}")
         lines.append(f"in all about {steps}, {tokens:,.0f} tokens, in {plan.run.config.schedule.budget}")
-    done, total = plan.run.resume_plan.step, plan.steps or plan.budget_steps
-    if plan.begin:
-        lines.append(f"these figures leave out {counted(plan.begin, 'step')} of the run that it forks")
-    if done > plan.begin:
+    done, total = plan.run.resume_plan.step, stream.steps or plan.budget_steps
+    if begin:
+        lines.append(f"these figures leave out {counted(begin, 'step')} of the run that it forks")
+    if done > begin:
         included = "" if total is None or total < done else ", which these figures include"
-        lines.append(f"done: {counted(done - plan.begin, 'step')} of this run{included}")
+        lines.append(f"done: {counted(done - begin, 'step')} of this run{included}")
     return lines
 
 
@@ -179,7 +181,7 @@ def _cost(plan: RunPlan) -> list[str]:
     if cost is None:
         needs_peak = f"unknown: state the device's peak as --peak_tflops; known for {known_devices()}"
         return [*lines, _UNKNOWN_FLOPS if plan.flops_per_token is None else needs_peak]
-    steps = (plan.steps or plan.budget_steps or 0) - plan.begin
+    steps = (plan.stream.steps or plan.budget_steps or 0) - plan.stream.begin
     per_step = f", {cost.seconds / steps:.3g} s per step" if steps else ""
     duration = describe_duration(cost.seconds) if cost.seconds >= 10 else f"{cost.seconds:.3g} s"
     lines.append(
@@ -213,7 +215,7 @@ def warnings(plan: RunPlan) -> list[str]:
         *_device_warnings(plan),
         *_memory_warnings(plan),
         *_batches_warnings(plan),
-        *plan.run.config.warnings(plan.steps if plan.steps is not None else plan.budget_steps),
+        *plan.run.config.warnings(plan.stream.steps if plan.stream.steps is not None else plan.budget_steps),
         *_communication_warnings(plan),
     ]
 

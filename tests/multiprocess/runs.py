@@ -137,7 +137,7 @@ def planned(tree: Tree, ranks: int) -> tuple[int | None, int | None]:
 
     run = resolve(build_config(PretrainConfig, tree), ranks)
     plan = plan_run(run, [ranks], Device("cpu", None, None), Rates(None, 0.4, 25e9, None, None))
-    return plan.steps, plan.tokens
+    return plan.stream.steps, plan.tokens
 
 
 def build_engine(world: World, tree: Tree, seed: int | None = None, compiled: bool = False) -> tuple[Any, Any]:
