@@ -56,20 +56,20 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         values, weight, mean, scale = ctx.saved_tensors
-        of_values = values.new_empty(values.shape)
+        grad_values = values.new_empty(values.shape)
         columns = weight.numel()
         in_fp32 = weight.float()
         sums = torch.zeros(2, columns)
-        tensors = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (gradient, values, mean, scale, of_values))
+        tensors = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (gradient, values, mean, scale, grad_values))
         chunks = (tensor.split(max(1, _CHUNK // columns)) for tensor in tensors)
-        for upstream, value, *statistics, of_value in zip(*chunks, strict=True):
-            of_chunk, *of_parameters = torch.ops.aten.native_layer_norm_backward(
+        for upstream, value, *statistics, grad_value in zip(*chunks, strict=True):
+            grad_chunk, *grad_parameters = torch.ops.aten.native_layer_norm_backward(
                 upstream.float(), value.float(), weight.shape, *statistics, in_fp32, in_fp32, [True] * 3
             )
-            of_value.copy_(of_chunk)
-            sums += torch.stack(of_parameters)
-        of_weight, of_bias = sums.to(weight.dtype)
-        return of_values, of_weight, of_bias if ctx.has_bias else None, None
+            grad_value.copy_(grad_chunk)
+            sums += torch.stack(grad_parameters)
+        grad_weight, grad_bias = sums.to(weight.dtype)
+        return grad_values, grad_weight, grad_bias if ctx.has_bias else None, None
 
 
 class Embedding(nn.Embedding):
@@ -91,11 +91,11 @@ class _Lookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
-        found, places = ids.unique(return_inverse=True)  # a whole table in fp32 takes longer, and more memory
-        sums = torch.ops.aten.embedding_dense_backward(gradient.float(), places, len(found), -1, False)
-        of_table = gradient.new_zeros(ctx.table_rows, gradient.shape[-1]).index_copy_(
-            0, found.long(), sums.to(gradient.dtype)
+        used_ids, places = ids.unique(return_inverse=True)  # a whole table in fp32 takes longer, and more memory
+        sums = torch.ops.aten.embedding_dense_backward(gradient.float(), places, len(used_ids), -1, False)
+        grad_table = gradient.new_zeros(ctx.table_rows, gradient.shape[-1]).index_copy_(
+            0, used_ids.long(), sums.to(gradient.dtype)
         )
         if ctx.padding is not None:
-            of_table[ctx.padding] = 0
-        return None, of_table, None
+            grad_table[ctx.padding] = 0
+        return None, grad_table, None

@@ -138,7 +138,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class KnownAttention:
+class PrecomputedAttention:
     """The output of attention that was computed before, in place of a Packing."""
 
     output: Tensor  # [1, M, H, D]
@@ -155,8 +155,8 @@ def interruptible(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., t
     option `predicted`, the slots whose output it has to return, [1, M, H, D]."""
 
     @functools.wraps(attend)
-    def attention(*inputs: Any, packing: Packing | KnownAttention | None = None, **options: Any) -> Any:
-        if isinstance(packing, KnownAttention):
+    def attention(*inputs: Any, packing: Packing | PrecomputedAttention | None = None, **options: Any) -> Any:
+        if isinstance(packing, PrecomputedAttention):
             return packing.output, None
         if packing is None:
             raise TypeError("it does not pass 'packing' on to its attention")
@@ -420,14 +420,14 @@ def _compare_with_flash_attention(kernels: VarlenKernels, dtype: torch.dtype, re
     angles = torch.arange(len(qkv), device="cuda")[:, None] * frequencies
     rotation = angles.cos().to(dtype), angles.sin().to(dtype)
     options = (bounds, longest, 0.1, 0.0, reach)
-    found = kernels.attend(query, key, value, *options), kernels.attend_qkv(qkv, rotation, *options)
+    outputs = kernels.attend(query, key, value, *options), kernels.attend_qkv(qkv, rotation, *options)
     expected = (
         flash_attention_2(query, key, value, *options),
         flash_attention_2(apply_rotary(query, *rotation), apply_rotary(key, *rotation), value, *options),
     )
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
-        gradients = [torch.autograd.grad(output, qkv, other.detach())[0] for output in (one, other)]
+    for pair in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=2e-2, atol=2e-2)
+        gradients = [torch.autograd.grad(output, qkv, pair[1].detach())[0] for output in pair]
         torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)
 
 

@@ -45,8 +45,8 @@ class _BiasGelu(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (values,) = ctx.saved_tensors
         columns = values.shape[-1]
-        of_values, sums = _backward(gradient.reshape(-1, columns).contiguous(), values.reshape(-1, columns))
-        return of_values.view(values.shape), sums.sum(0).to(gradient.dtype)
+        grad_values, sums = _backward(gradient.reshape(-1, columns).contiguous(), values.reshape(-1, columns))
+        return grad_values.view(values.shape), sums.sum(0).to(gradient.dtype)
 
 
 @custom_op("deepcloze::bias_gelu_backward", mutates_args=())
@@ -54,11 +54,11 @@ def _backward(gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradient of `values` [R, N], and its sums over parts of the rows, fp32 [parts, N]."""
     assert gradient.is_contiguous()
     assert values.is_contiguous()
-    of_values, sums = _allocate(gradient, values)
+    grad_values, sums = _allocate(gradient, values)
     rows, columns = values.shape
     grid = (triton.cdiv(columns, _COLUMNS), len(sums))
-    _backward_kernel[grid](gradient, values, of_values, sums, rows, columns, _ROWS, _COLUMNS, _STEPS)
-    return of_values, sums
+    _backward_kernel[grid](gradient, values, grad_values, sums, rows, columns, _ROWS, _COLUMNS, _STEPS)
+    return grad_values, sums
 
 
 @_backward.register_fake
@@ -70,7 +70,7 @@ def _allocate(gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    gradient, values, of_values, sums, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr
+    gradient, values, grad_values, sums, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr
 ):
     """One program per block of columns and part of the rows."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -86,8 +86,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         bell = tl.exp2(size * size * _EXPONENT)
         inverse = 1.0 / (1.0 + _SLOPE * size)
         tail = ((((_FIRST * inverse + _SECOND) * inverse + _THIRD) * inverse + _FOURTH) * inverse + _FIFTH) * inverse
-        of_negative = tail * bell - size * (bell * _DENSITY)
-        product = upstream * tl.where(value < 0, of_negative, 1.0 - of_negative)
-        tl.store(of_values + places, product.to(of_values.dtype.element_ty), mask=inside)
+        slope_below_zero = tail * bell - size * (bell * _DENSITY)
+        product = upstream * tl.where(value < 0, slope_below_zero, 1.0 - slope_below_zero)
+        tl.store(grad_values + places, product.to(grad_values.dtype.element_ty), mask=inside)
         total += product
     tl.store(sums + tl.program_id(1) * columns + column, tl.sum(total, axis=0), mask=column < columns)

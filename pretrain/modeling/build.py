@@ -166,9 +166,9 @@ def unused_parameters(model: PreTrainedModel) -> frozenset[str]:
         node = nodes.pop()
         if hasattr(node, "variable"):
             used.add(id(node.variable))
-        found = {following for following, _ in node.next_functions if following is not None} - seen
-        seen |= found
-        nodes += found
+        unseen = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= unseen
+        nodes += unseen
     # X-MOD computes its adapters of other languages too, for no tokens.
     other_adapters = re.compile(rf"\.adapter_modules\.(?!{getattr(model.config, 'default_language', None)}\.)")
     return frozenset(

@@ -137,9 +137,9 @@ class _Compiler:
 def _open_cache(usual: Path) -> Path:
     """Return a folder for compiled code that this process can write: below the one that the user has set for torch, or
     the usual one, or else one among temporary files."""
-    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    set_by_user = given is not None and given not in (default_cache_dir(), str(usual))  # torch sets it too
-    folder = Path(given) / "deepcloze" if given is not None and set_by_user else usual
+    configured = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    set_by_user = configured is not None and configured not in (default_cache_dir(), str(usual))  # torch sets it too
+    folder = Path(configured) / "deepcloze" if configured is not None and set_by_user else usual
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)

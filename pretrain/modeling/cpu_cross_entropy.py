@@ -45,10 +45,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         hidden, weight, gradient, bias_gradient = ctx.saved_tensors
-        of_hidden, of_weight, *_ = ctx.needs_input_grad
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         return (
-            input_gradient(gradient, weight).mul_(scale) if of_hidden else None,
-            _weight_gradient(gradient, hidden * scale) if of_weight else None,
+            input_gradient(gradient, weight).mul_(scale) if needs_hidden else None,
+            _weight_gradient(gradient, hidden * scale) if needs_weight else None,
             None if bias_gradient is None else (bias_gradient * scale).to(gradient.dtype),
             None,
         )

@@ -54,8 +54,8 @@ class Gelu(torch.autograd.Function):
         wide = values.float()
         size = wide.abs()
         tail, density = _normal_distribution(size)
-        of_negative = tail - size * density
-        product: Tensor = gradient.float() * torch.where(wide < 0, of_negative, 1.0 - of_negative)
+        slope_below_zero = tail - size * density
+        product: Tensor = gradient.float() * torch.where(wide < 0, slope_below_zero, 1.0 - slope_below_zero)
         return product.to(gradient.dtype)
 
 

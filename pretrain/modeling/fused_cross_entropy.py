@@ -116,13 +116,13 @@ def _accumulate(
     gradients: list[Tensor | None], chunk: slice, logits_gradient: Tensor, hidden: Tensor, weight: Tensor
 ) -> None:
     """Add the contribution of a chunk, [C, P], to the fp32 gradients of hidden [M, D], weight [P, D] and bias [P]."""
-    of_hidden, of_weight, of_bias = gradients
-    if of_hidden is not None:
-        _add_product(of_hidden[chunk], logits_gradient, weight)
-    if of_weight is not None:
-        _add_product(of_weight, logits_gradient.t(), hidden)
-    if of_bias is not None:
-        of_bias += logits_gradient.sum(0, dtype=torch.float32)
+    grad_hidden, grad_weight, grad_bias = gradients
+    if grad_hidden is not None:
+        _add_product(grad_hidden[chunk], logits_gradient, weight)
+    if grad_weight is not None:
+        _add_product(grad_weight, logits_gradient.t(), hidden)
+    if grad_bias is not None:
+        grad_bias += logits_gradient.sum(0, dtype=torch.float32)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -71,11 +71,11 @@ class _DropoutAddNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, other: Tensor | None = None) -> tuple[Tensor | None, ...]:
         *saved, numbers = ctx.saved_tensors
         belongs_to = _NOTHING if other is None else _OUTPUT
-        of_residual, of_values, sums = _backward(gradient, other, belongs_to.value, *saved, numbers, ctx.dropout, 3)
-        of_weight, of_bias, of_layer_bias = sums.sum(0).to(gradient.dtype)
+        grad_residual, grad_values, sums = _backward(gradient, other, belongs_to.value, *saved, numbers, ctx.dropout, 3)
+        grad_weight, grad_bias, grad_layer_bias = sums.sum(0).to(gradient.dtype)
         if numbers is None:
-            of_values = of_residual
-        return of_values, of_residual, of_layer_bias, of_weight, of_bias, None, None, None
+            grad_values = grad_residual
+        return grad_values, grad_residual, grad_layer_bias, grad_weight, grad_bias, None, None, None
 
 
 class _NormBesideResidual(torch.autograd.Function):
@@ -89,9 +89,9 @@ class _NormBesideResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, other: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        of_values, _, sums = _backward(gradient, other, _INPUT.value, *saved, None, 0.0, ctx.parts)
-        of_weight, *of_bias = sums.sum(0).to(gradient.dtype)
-        return of_values, of_weight, of_bias[0] if of_bias else None, None
+        grad_values, _, sums = _backward(gradient, other, _INPUT.value, *saved, None, 0.0, ctx.parts)
+        grad_weight, *grad_bias = sums.sum(0).to(gradient.dtype)
+        return grad_values, grad_weight, grad_bias[0] if grad_bias else None, None
 
 
 @custom_op("deepcloze::norm_backward", mutates_args=())
@@ -116,7 +116,7 @@ def _backward(
     other = gradient if other is None else other.contiguous()
     columns = inputs.shape[-1]
     padded = triton.next_power_of_2(columns)
-    of_inputs, of_values, sums = _allocate(inputs, numbers, parts)
+    grad_inputs, grad_values, sums = _allocate(inputs, numbers, parts)
     _backward_kernel[len(sums),](
         gradient,
         other,
@@ -124,9 +124,9 @@ def _backward(
         mean,
         scale,
         weight,
-        of_inputs if numbers is None else numbers,
-        of_inputs,
-        of_values,
+        grad_inputs if numbers is None else numbers,
+        grad_inputs,
+        grad_values,
         sums,
         inputs.numel() // columns,
         columns,
@@ -139,7 +139,7 @@ def _backward(
         COLUMNS=padded,
         num_warps=_WARPS,
     )
-    return of_inputs, of_values, sums
+    return grad_inputs, grad_values, sums
 
 
 def rows_at_once(columns: int, parts: int) -> int:
@@ -152,9 +152,9 @@ def rows_at_once(columns: int, parts: int) -> int:
 
 
 def _allocate(inputs: Tensor, numbers: Tensor | None, parts: int) -> tuple[Tensor, Tensor, Tensor]:
-    of_values = inputs.new_empty(0) if numbers is None else torch.empty_like(inputs)
+    grad_values = inputs.new_empty(0) if numbers is None else torch.empty_like(inputs)
     sums = inputs.new_empty(_PROGRAMS, parts, inputs.shape[-1], dtype=torch.float32)
-    return torch.empty_like(inputs), of_values, sums
+    return torch.empty_like(inputs), grad_values, sums
 
 
 _backward.register_fake(
@@ -173,8 +173,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     scales,
     weight,
     numbers,
-    of_inputs,
-    of_values,
+    grad_inputs,
+    grad_values,
     sums,
     rows,
     columns,
@@ -195,9 +195,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if DROPS:
         column_numbers = tl.load(numbers + column, mask=inside, other=0)
-    of_weight = tl.zeros([ROWS, COLUMNS], tl.float32)
-    of_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
-    of_layer_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
+    grad_weight = tl.zeros([ROWS, COLUMNS], tl.float32)
+    grad_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
+    grad_layer_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         exists = row < rows
@@ -215,20 +215,20 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         result = (weighted - mean[:, None] - normal * slope[:, None]) * scale[:, None]
         if OTHER_OF == _INPUT:
             result += tl.load(other + places, mask=mask, other=0.0).to(tl.float32)
-        tl.store(of_inputs + places, result.to(of_inputs.dtype.element_ty), mask=mask)
-        of_weight += upstream * normal
+        tl.store(grad_inputs + places, result.to(grad_inputs.dtype.element_ty), mask=mask)
+        grad_weight += upstream * normal
         if PARTS > 1:
-            of_bias += upstream
+            grad_bias += upstream
         if DROPS:
             row_numbers = tl.load(numbers + columns + row, mask=exists, other=0)
             products = row_numbers[:, None] * column_numbers[None, :]
             result = tl.where(products >= smallest_kept, result * kept_scale, 0.0)
-            tl.store(of_values + places, result.to(of_values.dtype.element_ty), mask=mask)
+            tl.store(grad_values + places, result.to(grad_values.dtype.element_ty), mask=mask)
         if PARTS > 2:
-            of_layer_bias += result
+            grad_layer_bias += result
     sums += tl.program_id(0) * PARTS * columns + column
-    tl.store(sums, tl.sum(of_weight, axis=0), mask=inside)
+    tl.store(sums, tl.sum(grad_weight, axis=0), mask=inside)
     if PARTS > 1:
-        tl.store(sums + columns, tl.sum(of_bias, axis=0), mask=inside)
+        tl.store(sums + columns, tl.sum(grad_bias, axis=0), mask=inside)
     if PARTS > 2:
-        tl.store(sums + 2 * columns, tl.sum(of_layer_bias, axis=0), mask=inside)
+        tl.store(sums + 2 * columns, tl.sum(grad_layer_bias, axis=0), mask=inside)

@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from experiment.errors import first_line
 from experiment.models.transformers_models import first_position
-from pretrain.modeling.attention import KnownAttention, LayerInterrupted, Packing, Predicted
+from pretrain.modeling.attention import LayerInterrupted, Packing, PrecomputedAttention, Predicted
 from pretrain.modeling.packability import evaluation_mode, same_logits
 from pretrain.modeling.structure import Forward, encoder_layers, forward_without_checkpointing
 
@@ -79,10 +79,10 @@ class ShortForward:
         return forward(*inputs, **options)
 
     def _run_twice(self, positions: Tensor, hidden_BWD: Tensor, *inputs: Any, packing: Packing, **options: Any) -> Any:
-        known = KnownAttention(self.attend(hidden_BWD, *inputs, packing=packing.interrupting(), **options))
+        precomputed = PrecomputedAttention(self.attend(hidden_BWD, *inputs, packing=packing.interrupting(), **options))
         select = partial(_select, slots=hidden_BWD.shape[:2], positions=positions)
         hidden_1MD, inputs, options = tree_map_only(Tensor, select, (hidden_BWD, inputs, options))
-        return self._forward(hidden_1MD, *inputs, packing=known, **options)
+        return self._forward(hidden_1MD, *inputs, packing=precomputed, **options)
 
 
 def _attend(forward: Forward, *inputs: Any, **options: Any) -> Tensor:
@@ -115,13 +115,13 @@ def _why_not_short(model: PreTrainedModel, layer: GradientCheckpointingLayer) ->
             logits = model(input_ids=ids, position_ids=positions, packing=packing).logits
             expected = logits.flatten(0, 1)[predicted.positions]
             packing.predicted = predicted
-            found = model(input_ids=ids, position_ids=positions, packing=packing).logits[0]
+            actual = model(input_ids=ids, position_ids=positions, packing=packing).logits[0]
     except Exception as error:  # of any type of model
         return first_line(error)
     finally:
         hook.remove()
     if len(runs) != 2:
         return f"it runs {len(runs) / 2:g} times"
-    if found.shape != expected.shape:
-        return f"its logits have the shape {list(found.shape)}"
-    return None if expected.is_meta or same_logits(found, expected) else "its logits would differ"
+    if actual.shape != expected.shape:
+        return f"its logits have the shape {list(actual.shape)}"
+    return None if expected.is_meta or same_logits(actual, expected) else "its logits would differ"

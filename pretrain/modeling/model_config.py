@@ -97,16 +97,16 @@ def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -
 def _default_config(model: ModelConfig) -> PreTrainedConfig:
     """Return the config without the fields of `model.config`: the model type's defaults, or the config of
     `model.init_from`."""
-    given = (model.config or {}).get("model_type")
+    model_type = (model.config or {}).get("model_type")
     if model.init_from is not None:
         config = _read_config(Path(model.init_from))
-        if given not in (None, config.model_type):
+        if model_type not in (None, config.model_type):
             raise UserError(
-                f"model.config.model_type is '{given}', but the model in {model.init_from} is of type "
+                f"model.config.model_type is '{model_type}', but the model in {model.init_from} is of type "
                 f"'{config.model_type}'; leave it out"
             )
         return config
-    model_type = str(given)
+    model_type = str(model_type)
     if model_type not in CONFIG_MAPPING:
         nearest = did_you_mean(model_type, MODEL_FOR_MASKED_LM_MAPPING_NAMES)
         raise UserError(f"model.config.model_type: unknown model type '{model_type}'{nearest}")
@@ -152,18 +152,18 @@ def _new_config(
 ) -> PreTrainedConfig:
     """Make a config. Raises UserError for values that make none."""
     text = default.get_text_config()
-    known = declared_fields(text)
-    ids = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKEN_IDS if name in known}
+    declared = declared_fields(text)
+    ids = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKEN_IDS if name in declared}
     if default.model_type == "big_bird":  # see `load_model_config`
         ids["attention_type"] = "original_full"
-    of_tokenizer = {"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id} | ids
-    given = of_tokenizer | dict(fields)
+    tokenizer_fields = {"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id} | ids
+    all_fields = tokenizer_fields | dict(fields)
     if text is not default:  # a part of it, as in ModernVBERT
         chosen = fields.get("text_config", {})
-        merged = {"model_type": text.model_type} | of_tokenizer | chosen if isinstance(chosen, dict) else chosen
-        given = dict(fields) | {"text_config": merged}
+        merged = {"model_type": text.model_type} | tokenizer_fields | chosen if isinstance(chosen, dict) else chosen
+        all_fields = dict(fields) | {"text_config": merged}
     try:
-        return AutoConfig.for_model(default.model_type, **given)
+        return AutoConfig.for_model(default.model_type, **all_fields)
     except Exception as error:  # transformers raises many types
         raise UserError(f"model.config: {first_line(error)}") from None
 

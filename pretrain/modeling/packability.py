@@ -104,14 +104,14 @@ def probe(model: PreTrainedModel) -> Tensor:
     return logits
 
 
-def same_logits(found: Tensor, expected: Tensor) -> bool:
+def same_logits(actual: Tensor, expected: Tensor) -> bool:
     """Return whether logits are equal except for rounding, which grows with their usual spread. Those of vocabulary
     rows without a token may be infinite."""
     finite = expected.isfinite()
     usual = expected[finite]
     deviation = 1.5 * (usual - usual.median()).abs().median()  # the standard deviation, if few are extreme
     deviation = deviation or usual.std()  # most are equal
-    return bool(torch.where(finite, (found - expected).abs() <= _TOLERANCE * deviation, found == expected).all())
+    return bool(torch.where(finite, (actual - expected).abs() <= _TOLERANCE * deviation, actual == expected).all())
 
 
 def packed_inputs(

@@ -76,9 +76,9 @@ def resize_model(
     larger = build_from_config(AutoModelForMaskedLM, config, "model.init_from", dtype=torch.float32)
     _copy_parameters(model, larger)
     with torch.no_grad():
-        known = sorted(set(range(_vocabulary_size(model))) - pieces.keys())
+        old_tokens = sorted(set(range(_vocabulary_size(model))) - pieces.keys())
         for table_VD in _vocabulary_tables(larger):
-            average = table_VD[known].mean(0)
+            average = table_VD[old_tokens].mean(0)
             for token, parts in pieces.items():
                 table_VD[token] = table_VD[list(parts)].mean(0) if parts else average
     larger.load_state_dict(_persistent_buffers(model, larger), strict=False)

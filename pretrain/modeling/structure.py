@@ -76,8 +76,8 @@ def hidden_matrices(model: PreTrainedModel) -> list[str]:
 
 
 def _linear_layers(module: nn.Module) -> list[nn.Linear]:
-    found = (each for each in module.modules() if type(each).__name__.endswith("Linear"))  # I-BERT has its own class
-    return cast(list[nn.Linear], list(found))
+    layers = [layer for layer in module.modules() if type(layer).__name__.endswith("Linear")]  # I-BERT has its own
+    return cast(list[nn.Linear], layers)
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Linear | None:
@@ -182,11 +182,11 @@ def flops_model(model: PreTrainedModel, unused: Collection[str] = ()) -> FlopsMo
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     window = 2 * getattr(config, "sliding_window", 0) + 1 if "sliding_attention" in kinds else 0
     windows = [window if kind == "sliding_attention" else None for kind in kinds]
-    of_longformer = getattr(config, "attention_window", None)  # half on either side
+    longformer_windows = getattr(config, "attention_window", None)  # half on either side
     return FlopsModel(
         encoder_parameters=encoder,
         hidden_size=config.hidden_size,
         vocabulary=config.vocab_size,
         decoder_width=sum(weight.numel() for weight in decoder) // config.vocab_size,
-        windows=tuple(windows if of_longformer is None else [width + 1 for width in of_longformer]),
+        windows=tuple(windows if longformer_windows is None else [width + 1 for width in longformer_windows]),
     )

@@ -242,12 +242,12 @@ def backward_query_kernel(  # type: ignore[no-untyped-def]
         values = _load(value, columns, end, value_slots, DIMENSIONS)
         scores = tl.dot(queries, tl.trans(keys)) * (scale * LOG2_E)
         weights = tl.where(_attends(rows, columns, end, REACH), tl.exp2(scores - logarithm[:, None]), 0.0)
-        of_weights = tl.dot(upstream, tl.trans(values))
+        grad_weights = tl.dot(upstream, tl.trans(values))
         kept = weights
         if DROPPED > 0:
             kept = _drop(weights, row_numbers[:, None], _random(start + columns, seeds + 1)[None, :], DROPPED)
-        of_scores = kept * of_weights - weights * delta[:, None]
-        result += tl.dot(of_scores.to(keys.dtype), keys)
+        grad_scores = kept * grad_weights - weights * delta[:, None]
+        result += tl.dot(grad_scores.to(keys.dtype), keys)
     result *= scale / (1.0 - DROPPED / NUMBERS)
     _store_gradient(gradients, 0, result, head, heads, start, rows, length, cosines, sines, DIMENSIONS, ROTATES)
 
@@ -296,8 +296,8 @@ def backward_key_kernel(  # type: ignore[no-untyped-def]
     values = _load(value, rows, length, value_slots, DIMENSIONS)
     if DROPPED > 0:
         row_numbers = _random(start + rows, seeds + 1)
-    of_keys = tl.zeros([KEYS, DIMENSIONS], tl.float32)
-    of_values = tl.zeros([KEYS, DIMENSIONS], tl.float32)
+    grad_keys = tl.zeros([KEYS, DIMENSIONS], tl.float32)
+    grad_values = tl.zeros([KEYS, DIMENSIONS], tl.float32)
     begin, end = _within(first, length, KEYS, REACH)
     for at in range(begin, end, QUERIES):
         columns = at + tl.arange(0, QUERIES)
@@ -310,15 +310,15 @@ def backward_key_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - logarithm[None, :])
         if REACH >= 0:
             weights = tl.where(_attends(rows, columns, end, REACH), weights, 0.0)
-        of_weights = tl.dot(values, tl.trans(upstream))
+        grad_weights = tl.dot(values, tl.trans(upstream))
         kept = weights
         if DROPPED > 0:
             column_numbers = _random((start + columns) * heads + head, seeds)
             kept = _drop(weights, row_numbers[:, None], column_numbers[None, :], DROPPED)
-        of_values += tl.dot(kept.to(upstream.dtype), upstream)
-        of_scores = kept * of_weights - weights * delta[None, :]
-        of_keys += tl.dot(of_scores.to(queries.dtype), queries)
-    of_keys *= scale / (1.0 - DROPPED / NUMBERS)
-    _store_gradient(gradients, 1, of_keys, head, heads, start, rows, length, cosines, sines, DIMENSIONS, ROTATES)
-    of_values *= 1.0 / (1.0 - DROPPED / NUMBERS)
-    _store_gradient(gradients, 2, of_values, head, heads, start, rows, length, cosines, sines, DIMENSIONS, False)
+        grad_values += tl.dot(kept.to(upstream.dtype), upstream)
+        grad_scores = kept * grad_weights - weights * delta[None, :]
+        grad_keys += tl.dot(grad_scores.to(queries.dtype), queries)
+    grad_keys *= scale / (1.0 - DROPPED / NUMBERS)
+    _store_gradient(gradients, 1, grad_keys, head, heads, start, rows, length, cosines, sines, DIMENSIONS, ROTATES)
+    grad_values *= 1.0 / (1.0 - DROPPED / NUMBERS)
+    _store_gradient(gradients, 2, grad_values, head, heads, start, rows, length, cosines, sines, DIMENSIONS, False)

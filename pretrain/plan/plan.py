@@ -222,4 +222,4 @@ def _tokens_by_stage(stages: tuple[StageWork, ...], budget_steps: int | None) ->
 def _mean_over_tokens(by_stage: list[float], stages: tuple[StageWork, ...], budget_steps: int | None) -> float:
     """Average over tokens. `budget_steps`: as for `_tokens_by_stage`."""
     tokens = _tokens_by_stage(stages, budget_steps)
-    return sum(each * count for each, count in zip(by_stage, tokens, strict=True)) / max(1, sum(tokens))
+    return sum(flops * count for flops, count in zip(by_stage, tokens, strict=True)) / max(1, sum(tokens))

@@ -53,16 +53,16 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
         "zero_stage": plan.zero_stage,
         "zero": {
             str(stage): {
-                "memory": asdict(each.memory.parts) | {"total": each.memory.parts.total},
-                "moment": each.memory.peak,
-                "host_memory": each.memory.host,
-                "checkpoint_memory": each.memory.checkpoint,
-                "disk": each.memory.disk,
-                "sent_per_step": each.sent_per_step,
+                "memory": asdict(zero.memory.parts) | {"total": zero.memory.parts.total},
+                "moment": zero.memory.peak,
+                "host_memory": zero.memory.host,
+                "checkpoint_memory": zero.memory.checkpoint,
+                "disk": zero.memory.disk,
+                "sent_per_step": zero.sent_per_step,
                 "with_reserve": plan.needed_at(stage),
                 "fits": plan.fits_at(stage),
             }
-            for stage, each in plan.zero.items()
+            for stage, zero in plan.zero.items()
         },
         "fits": plan.fits,
         "cost": None if plan.cost is None else asdict(plan.cost) | {"seconds": plan.cost.seconds},
@@ -158,10 +158,10 @@ def _memory_table(plan: RunPlan) -> Table:
     for stage in plan.zero:
         table.add_column(f"ZeRO {stage}{' *' if stage == plan.zero_stage else ''}", justify="right", no_wrap=True)
     for part in _PARTS:
-        table.add_row(f"  {part}", *(_gib(getattr(each.memory.parts, part)) for each in plan.zero.values()))
+        table.add_row(f"  {part}", *(_gib(getattr(zero.memory.parts, part)) for zero in plan.zero.values()))
     if plan.device.is_gpu:
         table.add_row("  with reserve", *("–".join(map(_gib, plan.needed_at(stage))) for stage in plan.zero))
-    table.add_row("  peak at", *(each.memory.peak for each in plan.zero.values()))
+    table.add_row("  peak at", *(zero.memory.peak for zero in plan.zero.values()))
     table.add_row("  fits", *({True: "yes", False: "no", None: "?"}[plan.fits_at(stage)] for stage in plan.zero))
     return table
 
@@ -260,16 +260,16 @@ def _batches_warnings(plan: RunPlan) -> Iterator[str]:
     planned = len(plan.run.config.stages)
     for number, stage in enumerate(plan.stages, 1 + planned - len(plan.stages)):  # a fork may begin after the first
         shape, where = stage.batch.largest, f" in stage {number}" if planned > 1 else ""
-        slots, more = shape.rows * shape.width, stage.batch.microbatches > 1
+        slots, accumulates = shape.rows * shape.width, stage.batch.microbatches > 1
         if plan.device.is_gpu and slots < _SMALL_MICROBATCH:
             yield (
                 f"microbatches of {slots:,} tokens{where} are too small for a GPU: "
-                + ("raise batch.microbatch_tokens" if more else "raise batch.sequences, or use fewer ranks")
+                + ("raise batch.microbatch_tokens" if accumulates else "raise batch.sequences, or use fewer ranks")
             )
         if stage.sequences < plan.ranks:
             yield f"a batch{where} has {stage.sequences:,} sequences, fewer than the {plan.ranks:,} ranks"
         elif stage.mean.filled < _WELL_FILLED:
-            advice = "" if more else "; lower batch.microbatch_tokens, or raise batch.sequences"
+            advice = "" if accumulates else "; lower batch.microbatch_tokens, or raise batch.sequences"
             yield f"only {stage.mean.filled:.0%} of the computed slots{where} hold tokens; the rest is padding{advice}"
 
 
