@@ -63,6 +63,7 @@ def fused_head(decoder: nn.Linear, labels: Tensor, count: bool, losses: Losses |
 
 
 def gpu_losses(decoder: nn.Linear, labels: Tensor, values: Tensor) -> Tensor:
+    """Return fp32 [1], the summed loss; without gradients [2], also the number of correct predictions."""
     rows = values.reshape(-1, decoder.in_features)
     loss_sum, correct = fused_cross_entropy.linear_cross_entropy(rows, decoder.weight, decoder.bias, labels)
     return loss_sum[None] if correct is None else torch.stack([loss_sum, correct.float()])

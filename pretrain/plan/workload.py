@@ -61,6 +61,7 @@ class StageWork:
 
 
 def stage_work(stream: TrainingStream, masking: MaskingConfig) -> tuple[StageWork, ...]:
+    """Return the work of each stage, without those that end before the run begins."""
     return tuple(
         _stage(maker, order, first, max(first, stream.begin), end, max(masking.rates))
         for maker, order, first, end in zip(stream.makers, stream.orders, stream.first_steps, stream.ends, strict=True)
