@@ -71,7 +71,7 @@ def hidden_matrices(model: PreTrainedModel) -> list[str]:
     """Return names of the weights that hidden states are multiplied by: of linear layers, except the decoder, also
     where it is tied to the embeddings."""
     weights = {id(module.weight) for module in _linear_layers(model) if min(module.weight.shape) > 1}
-    others = _tables(model) | {id(module.weight) for module in _decoder(model)}
+    others = _tables(model) | {id(module.weight) for module in _logit_layers(model)}
     return [name for name, parameter in model.named_parameters() if id(parameter) in weights - others]
 
 
@@ -87,23 +87,10 @@ def decoder_of(model: PreTrainedModel) -> nn.Linear | None:
     return decoder if decoder is not None and len(decoder.weight) == model.config.get_text_config().vocab_size else None
 
 
-def _decoder(model: PreTrainedModel) -> list[nn.Linear]:
+def _logit_layers(model: PreTrainedModel) -> list[nn.Linear]:
     """Return the layers whose weights give the logits. MobileBERT has two: one is tied to its narrow embeddings."""
     second = model.cls.predictions.dense if model.config.model_type == "mobilebert" else None
     return [layer for layer in _linear_layers(model) if layer in (decoder_of(model), second)]
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Shared parameters, such as a decoder tied to the embeddings, count once."""
-
-    total: int
-    embeddings: int  # lookup tables, and modules called `embeddings`
-    encoder: int  # the rest of the base model
-    head: int  # outside the base model
-    hidden_matrices: int  # see the function of this name
-    largest: int  # of one parameter
-    sizes: tuple[int, ...]  # of each parameter
 
 
 def _tables(model: nn.Module) -> set[int]:
@@ -111,7 +98,7 @@ def _tables(model: nn.Module) -> set[int]:
     return {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
 
 
-def _in_embeddings(model: PreTrainedModel) -> set[int]:
+def in_embeddings(model: PreTrainedModel) -> set[int]:
     """Return the ids of the parameters of lookup tables, and of others in modules called `embeddings`."""
     return _tables(model.base_model) | {
         id(parameter)
@@ -119,21 +106,6 @@ def _in_embeddings(model: PreTrainedModel) -> set[int]:
         if name.split(".")[-1] == "embeddings"
         for parameter in module.parameters()
     }
-
-
-def count_parameters(model: PreTrainedModel) -> ParameterCounts:
-    embeddings, matrices = _in_embeddings(model), hidden_matrices(model)
-    in_base = {id(parameter) for parameter in model.base_model.parameters()}
-    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    return ParameterCounts(
-        total=sum(sizes.values()),
-        embeddings=sum(size for key, size in sizes.items() if key in embeddings),
-        encoder=sum(size for key, size in sizes.items() if key in in_base and key not in embeddings),
-        head=sum(size for key, size in sizes.items() if key not in in_base),
-        hidden_matrices=sum(parameter.numel() for name, parameter in model.named_parameters() if name in matrices),
-        largest=max(sizes.values()),
-        sizes=tuple(sizes.values()),
-    )
 
 
 @dataclass(frozen=True)
@@ -170,7 +142,7 @@ def flops_model(model: PreTrainedModel, unused: Collection[str] = ()) -> FlopsMo
     config = model.config
     if config.is_heterogeneous or any(getattr(config, name, None) is None for name in _FLOPS_SIZES):
         return None
-    in_encoder = set(map(id, model.base_model.parameters())) - _in_embeddings(model)
+    in_encoder = set(map(id, model.base_model.parameters())) - in_embeddings(model)
     layers: int = config.num_hidden_layers
     layers_per_group = layers // (getattr(config, "num_hidden_groups", None) or layers)  # of ALBERT
     encoder = sum(
@@ -178,7 +150,7 @@ def flops_model(model: PreTrainedModel, unused: Collection[str] = ()) -> FlopsMo
         for name, p in model.named_parameters()
         if id(p) in in_encoder and name not in unused
     )
-    decoder = [layer.weight for layer in _decoder(model)] or [model.get_input_embeddings().weight]
+    decoder = [layer.weight for layer in _logit_layers(model)] or [model.get_input_embeddings().weight]
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     window = 2 * getattr(config, "sliding_window", 0) + 1 if "sliding_attention" in kinds else 0
     windows = [window if kind == "sliding_attention" else None for kind in kinds]

@@ -17,10 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from pretrain.engine.deepspeed_settings import OffloadDevice, Precision, uses_zero1_optimizer
 from pretrain.engine.muon import orthogonalization_dtype
 from pretrain.engine.shared_memory import BUFFER_BYTES
-from pretrain.modeling.structure import ParameterCounts
+from pretrain.modeling.structure import hidden_matrices, in_embeddings
 from pretrain.plan.activations import MicrobatchMemory
 from pretrain.resolve import ResolvedRun
 
@@ -36,6 +38,35 @@ _REDUCE_BUCKET = 500_000_000
 _PREFETCH_BUCKET = 50_000_000
 _PERSISTENCE_THRESHOLD = 100_000
 _MAX_REUSE_DISTANCE = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Shared parameters, such as a decoder tied to the embeddings, count once."""
+
+    total: int
+    embeddings: int  # lookup tables, and modules called `embeddings`
+    encoder: int  # the rest of the base model
+    head: int  # outside the base model
+    hidden_matrices: int  # elements of those that the function of this name returns
+    largest: int  # of one parameter
+    sizes: tuple[int, ...]  # of each parameter
+
+
+def count_parameters(model: PreTrainedModel) -> ParameterCounts:
+    """Count the parameters of a model that is not partitioned, such as one on the meta device."""
+    embeddings, matrices = in_embeddings(model), hidden_matrices(model)
+    in_base = {id(parameter) for parameter in model.base_model.parameters()}
+    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    return ParameterCounts(
+        total=sum(sizes.values()),
+        embeddings=sum(size for key, size in sizes.items() if key in embeddings),
+        encoder=sum(size for key, size in sizes.items() if key in in_base and key not in embeddings),
+        head=sum(size for key, size in sizes.items() if key not in in_base),
+        hidden_matrices=sum(parameter.numel() for name, parameter in model.named_parameters() if name in matrices),
+        largest=max(sizes.values()),
+        sizes=tuple(sizes.values()),
+    )
 
 
 @dataclass(frozen=True)

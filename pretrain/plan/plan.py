@@ -14,11 +14,11 @@ from pretrain.engine.deepspeed_settings import unsupported_precision
 from pretrain.modeling.build import row_kind_on
 from pretrain.modeling.packability import is_packed
 from pretrain.modeling.random_model import meta_model
-from pretrain.modeling.structure import FlopsModel, ParameterCounts, count_parameters, flops_model, hidden_matrices
+from pretrain.modeling.structure import FlopsModel, flops_model, hidden_matrices
 from pretrain.plan.activations import Computation, MicrobatchMemory, microbatch_memory
 from pretrain.plan.communication import sent_per_step
 from pretrain.plan.cost import Cost, Device, Rates, run_cost
-from pretrain.plan.memory import RankMemory, ShardedModel, shard_model
+from pretrain.plan.memory import ParameterCounts, RankMemory, ShardedModel, count_parameters, shard_model
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import ResolvedRun
 from pretrain.training_stream import TrainingStream, open_stream, run_layout

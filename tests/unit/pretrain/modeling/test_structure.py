@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from pretrain.config import ModelConfig
 from pretrain.modeling.build import build_model
 from pretrain.modeling.random_model import meta_model
-from pretrain.modeling.structure import FlopsModel, count_parameters, flops_model, hidden_matrices, layer_ids
+from pretrain.modeling.structure import FlopsModel, flops_model, hidden_matrices, layer_ids
+from pretrain.plan.memory import count_parameters
 from tiny_models import tiny_fields
 
 HIDDEN, INNER, VOCABULARY = 24, 40, 200

@@ -6,10 +6,9 @@ import pytest
 
 from pretrain.engine.deepspeed_settings import Precision
 from pretrain.engine.shared_memory import BUFFER_BYTES
-from pretrain.modeling.structure import ParameterCounts
 from pretrain.plan.activations import MicrobatchMemory
 from pretrain.plan.communication import sent_per_step
-from pretrain.plan.memory import Parts, ShardedModel
+from pretrain.plan.memory import ParameterCounts, Parts, ShardedModel
 from pretrain.plan.plan import _alternatives
 
 N = 1_000_000_000
