@@ -313,7 +313,7 @@ def _train(
         batch = batches[step % len(batches)]
         engine.begin_step(step, 1e-4)
         (microbatch,) = batch.microbatches
-        engine.accumulate(microbatch, batch.masked_tokens, 0)
+        engine.accumulate(microbatch, batch.masked_tokens, step, 0)
         if before is not None:
             before.wait()
         before = engine.step()

@@ -138,14 +138,14 @@ class Engine:
             group["lr"] = learning_rate * group["lr_scale"]
             group["frozen"] = step < group["frozen_until"]
 
-    def accumulate(self, microbatch: Microbatch, global_masked: int, number: int) -> Tensor:
-        """Forward and backward of this rank's microbatch `number` of the step. Returns its summed loss, detached.
+    def accumulate(self, microbatch: Microbatch, global_masked: int, step: int, number: int) -> Tensor:
+        """Forward and backward of this rank's microbatch `number` of `step`. Returns its summed loss, detached.
 
         Dropout is keyed by (seed, step, rank, microbatch), so a resumed run draws the same masks.
         """
         if not self._deepspeed.module.training:  # setting it visits every module
             self._deepspeed.train()
-        self._seed_dropout(make_key(("dropout", self._seed, self._step, self.world.rank, number)) >> 1)
+        self._seed_dropout(make_key(("dropout", self._seed, step, self.world.rank, number)) >> 1)
         with phase("forward"), self.forward_timer.measuring():
             predictions: Predictions = self._deepspeed(*self._on_device(microbatch))
         loss_sum = predictions.loss_sum.detach()

@@ -225,7 +225,7 @@ class Trainer:
 
     def _accumulate(self, batch: RankBatch, global_masked: int, number: int) -> Tensor:
         """Forward and backward of microbatch `number` of a batch. Returns its summed loss."""
-        loss = self._engine.accumulate(batch.microbatches[number], global_masked, number)
+        loss = self._engine.accumulate(batch.microbatches[number], global_masked, batch.step, number)
         self._times.make_progress()
         return loss
 

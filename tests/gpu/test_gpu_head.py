@@ -104,7 +104,7 @@ def head_case(world: World, tree: Tree) -> tuple[str, float, float]:
     """The kind of head that a model on this rank gets, and its loss in training and evaluation."""
     engine, _ = build_engine(world, tree)
     engine.begin_step(0, 0.0)
-    loss = engine.accumulate(microbatch(), 3, 0).item()
+    loss = engine.accumulate(microbatch(), 3, 0, 0).item()
     engine.step()
     evaluated = engine.predict(microbatch()).loss_sum.item()
     kind = getattr(engine._deepspeed.module._head, "func", logits_head).__name__

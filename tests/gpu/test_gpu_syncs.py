@@ -32,7 +32,7 @@ def syncs_case(
         measured = step >= WARMUP
         engine.begin_step(step, 1e-4)
         for number in range(3):
-            found = reported_syncs(lambda number=number: engine.accumulate(pinned, 9, number))
+            found = reported_syncs(lambda number=number, step=step: engine.accumulate(pinned, 9, step, number))
             in_microbatches += found if measured else []
         found = reported_syncs(lambda: engine.step(norm_limit).wait())
         if measured:

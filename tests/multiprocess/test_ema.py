@@ -78,8 +78,8 @@ def average_case(world: World, tree: Tree, folder: Path, source: Path | None, li
     save_engine(engine, folder, 1)
     applied = []
     for step, limit in enumerate(limits):
-        engine.begin_step(0, 0.01)
-        engine.accumulate(microbatch(), 6.0, 0)
+        engine.begin_step(step, 0.01)
+        engine.accumulate(microbatch(), 6.0, 0, 0)
         applied.append(engine.step(limit).wait().applied)
         save_engine(engine, folder, step + 2)
     engine.close()

@@ -65,7 +65,7 @@ def steps_case(world: World, tree: Tree, folder: Path) -> list[bool]:
     for step, (rate, masked) in enumerate([(0.0, 6.0), (0.01, 6.0), (0.01, float("nan"))], start=2):
         engine.begin_step(step, rate)
         micro = microbatch()._replace(masked_positions=torch.tensor([1, 4, 20]))
-        engine.accumulate(micro, masked, 0)
+        engine.accumulate(micro, masked, step, 0)
         applied.append(engine.step().wait().applied)
         save_engine(engine, folder, step)
     engine.close()
@@ -127,7 +127,7 @@ def entered_modules_case(world: World, tree: Tree) -> list[int]:
     counts = []
     for step in range(3):
         engine.begin_step(step, 0.01)
-        engine.accumulate(microbatch(), 6, 0)
+        engine.accumulate(microbatch(), 6, step, 0)
         engine.step()
         counts.append(len(FWD_MODULE_STACK))
     engine.close()
@@ -152,7 +152,7 @@ def veto_case(world: World, tree: Tree, folder: Path) -> list[tuple[bool, float]
 
     def step(limit: float = float("inf")) -> tuple[bool, float]:
         engine.begin_step(0, 0.01)
-        engine.accumulate(microbatch(), 6.0, 0)
+        engine.accumulate(microbatch(), 6.0, 0, 0)
         return tuple(engine.step(limit).wait())
 
     results = []
@@ -194,10 +194,7 @@ def dropout_case(world: World, tree: Tree) -> dict[str, float]:
     """The loss of the same microbatch with dropout, at several places of a run."""
     engine, _ = build_engine(world, tree)
     places = {"here": (3, 0), "here again": (3, 0), "another step": (4, 0), "another microbatch": (3, 1)}
-    losses = {}
-    for place, (step, number) in places.items():
-        engine.begin_step(step, 0.01)
-        losses[place] = float(engine.accumulate(microbatch(), 6, number))
+    losses = {place: float(engine.accumulate(microbatch(), 6, *at)) for place, at in places.items()}
     engine.close()
     return losses
 

@@ -166,7 +166,7 @@ def rewind_case(world: World, tree: Tree, folder: Path) -> None:
 
     def step(number: int) -> None:
         engine.begin_step(number, 0.01)
-        engine.accumulate(microbatch(), 6.0, 0)
+        engine.accumulate(microbatch(), 6.0, number, 0)
         engine.step()
 
     def save(name: int) -> None:

@@ -26,7 +26,7 @@ def steps_case(world: World, tree: Tree, fused: bool) -> tuple[list[float], list
     losses, norms = [], []
     for step in range(3):
         engine.begin_step(step, 0.01)
-        losses += [engine.accumulate(microbatch(), 12, number).item() for number in range(2)]
+        losses += [engine.accumulate(microbatch(), 12, step, number).item() for number in range(2)]
         norms.append(engine.step().wait().grad_norm)
     losses.append(engine.predict(microbatch()).loss_sum.item())
     engine.close()

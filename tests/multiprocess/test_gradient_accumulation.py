@@ -26,7 +26,7 @@ def accumulation_case(world: World, tree: Tree, folder: Path, microbatches: int)
         engine, _ = build_engine(world, tree)
     engine.begin_step(0, 0.0)
     for number in range(microbatches):
-        engine.accumulate(microbatch(), 6 * MANY, number)
+        engine.accumulate(microbatch(), 6 * MANY, 0, number)
     assert engine.step().wait().applied
     save_engine(engine, folder, 1)
     engine.close()

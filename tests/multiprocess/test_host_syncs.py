@@ -98,7 +98,7 @@ def _reads(world: World, tree: Tree) -> tuple[list[str], list[list[str]]]:
         engine.begin_step(step, 1e-4)
         with recorded_reads() as reads:
             for number in range(2):
-                engine.accumulate(microbatch(), 6, number)
+                engine.accumulate(microbatch(), 6, step, number)
         in_microbatches += reads if step >= WARMUP else []
         with recorded_reads() as reads:
             engine.step(1e6).wait()
@@ -164,7 +164,7 @@ def waits_case(world: World, tree: Tree) -> tuple[int, int]:
             _Stream.waits = _Stream.awaited = 0
             engine.begin_step(step, 1e-4)
             for number in range(2):
-                engine.accumulate(microbatch(), 6, number)
+                engine.accumulate(microbatch(), 6, step, number)
             engine.step(1e6)
         found = _Stream.waits, _Stream.awaited
         engine.close()

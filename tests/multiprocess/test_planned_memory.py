@@ -62,7 +62,7 @@ def _train(world: World, tree: Tree) -> None:
         assert len(batch.microbatches) == 2
         engine.begin_step(step, 1e-4)
         for number, microbatch in enumerate(batch.microbatches):
-            engine.accumulate(microbatch, batch.masked_tokens * world.size, number)
+            engine.accumulate(microbatch, batch.masked_tokens * world.size, step, number)
         engine.step()
     engine.close()
 

@@ -166,7 +166,7 @@ def step_or_load_case(world: World, tree: Tree, folder: Path, source: Path | Non
     engine, _ = build_engine(world, tree)
     if source is None:
         engine.begin_step(0, 0.01)
-        engine.accumulate(microbatch(), 6.0, 0)
+        engine.accumulate(microbatch(), 6.0, 0, 0)
         engine.step()
     else:
         load_checkpoint(engine, source)

@@ -39,7 +39,7 @@ def unused_case(world: World, tree: Tree) -> list[float]:
     for step in range(2):
         engine.begin_step(step, 0.0)
         model.base_model.embeddings.requires_grad_(step == 0)
-        engine.accumulate(microbatch(), 6, 0)
+        engine.accumulate(microbatch(), 6, step, 0)
         norms.append(engine.step().wait().grad_norm)
     engine.close()
     return norms
