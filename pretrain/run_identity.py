@@ -1,4 +1,5 @@
-"""The identity of a run: what determines its results. A run that resumes or forks a checkpoint compares both.
+"""The identity of a run: its config, with model, corpora and stages as they resolve. A resume or fork compares it with the
+checkpoint's.
 
 An identity is saved in each checkpoint, so the functions know those of earlier versions.
 """
