@@ -1,5 +1,5 @@
-"""The identity of a run: its config, with model, corpora and stages as they resolve. A resume or fork compares it with the
-checkpoint's.
+"""The identity of a run: its config, with model, corpora and stages as they resolve. A resume or a fork compares it
+with that of the checkpoint.
 
 An identity is saved in each checkpoint, so the functions know those of earlier versions.
 """
