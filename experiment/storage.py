@@ -102,7 +102,9 @@ def is_url(name: str) -> bool:
 
 
 def without_secrets(url: str) -> str:
-    """Return the URL of a web server without user, password and query."""
+    """Return a URL without user, password and query, or the name of a file as it is."""
+    if not is_url(url):
+        return url
     protocol, _, rest = url.partition("?")[0].partition("://")
     host, slash, path = rest.partition("/")
     return f"{protocol}://{host.rpartition('@')[2]}{slash}{path}"
@@ -399,14 +401,14 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
 
     if (protocol := url.partition("://")[0]) not in _PROTOCOLS:
         known = ", ".join(f"{name}://" for name in _PROTOCOLS)
-        raise StorageError(f"{url}: unknown protocol '{protocol}'; expected one of {known}")
+        raise StorageError(f"{without_secrets(url)}: unknown protocol '{protocol}'; expected one of {known}")
     if protocol.startswith("http") and "@" in url.split("/")[2]:  # the URL is written to manifests and reports
         raise StorageError(
             f"{without_secrets(url)}: a URL with a user and password is not read; set the header Authorization in the "
             f"client_kwargs of '{protocol}' in fsspec's configuration instead"
         )
     if "::" in url:  # fsspec would take it for a chain of URLs
-        raise StorageError(f"{url}: a name with '::' cannot be read; rename the file")
+        raise StorageError(f"{without_secrets(url)}: a name with '::' cannot be read; rename the file")
     try:
         fs, path = fsspec.core.url_to_fs(url, **_OPTIONS.get(protocol, {}))
     except ImportError as error:

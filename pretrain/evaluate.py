@@ -182,6 +182,10 @@ def _evaluate(
         terminal().print(f"model: {folder}")
     built = build_model(model_config, config, seed, new_head=False)
     length = min(max_length, max_positions(built.model) or max_length)
+    if masks_of is not None and length < max_length:
+        raise UserError(
+            f"--masks_of {masks_of}: its sequences have up to {max_length} tokens, but {folder} has {length} positions"
+        )
     masks = {"seed": seed, "unit": masking.unit, "rate": masking.rates[-1], "max_seq_length": length}
     if show_progress:
         terminal().print(f"masks: {', '.join(f'{name} {value}' for name, value in masks.items())}")

@@ -187,7 +187,9 @@ class _Finder:
         if not is_url(name) and not os.path.isfile(name):  # noqa: PTH113
             raise UserError(f"{self.key} {name}::{members}: no such archive")
         if not name.lower().endswith((".zip", *_TAR)):
-            raise UserError(f"{self.key} {name}::{members}: expected a .zip, {', '.join(_TAR)} before the '::'")
+            raise UserError(
+                f"{self.key} {without_secrets(name)}::{members}: expected a .zip, {', '.join(_TAR)} before the '::'"
+            )
         return Source("archive", name, members, *(info or stat_file(name)))
 
 

@@ -51,7 +51,8 @@ FINETUNE_LAYERS = (
     ("finetune.kinds",),
     ("finetune.task_kind",),
     ("finetune.encoding",),
-    ("finetune.data", "finetune.scores", "finetune.pooling", "finetune.device", "finetune.options"),
+    ("finetune.data", "finetune.scores", "finetune.pooling"),
+    ("finetune.device", "finetune.options", "finetune.masked_tokens"),
 )
 
 ONLY_IN = {

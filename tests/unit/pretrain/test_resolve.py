@@ -238,7 +238,9 @@ def test_a_resized_model_with_a_decoder_of_its_own_resumes(
     state = {"identity": run.identity, "config": run.config.model_dump(mode="json"), "provenance": {}}
     (checkpoint / "state.json").write_text(json.dumps(state | {"progress": progress_to_json(TrainingProgress(step=1))}))
     mark_complete(checkpoint)
-    assert resolve(config, 1).resume_plan.step == 1
+    resumed = resolve(config, 1)
+    assert (resumed.resume_plan.step, resumed.resume_plan.changes) == (1, ())
+    assert resumed.identity == run.identity
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -248,6 +248,7 @@ def identity_with_model(settings: dict[str, Any]) -> dict[str, Any]:
         ({"use_cache": False}, {"use_cache": True}),  # older versions changed it when they built the model
         ({"auto_map": {"AutoModelForMaskedLM": "modeling.Model"}}, {}),
         ({"output_hidden_states": True}, {"output_hidden_states": False}),
+        ({"output_attentions": True}, {"output_attentions": False}),
     ],
 )
 def test_settings_without_an_effect_do_not_matter(before: dict[str, Any], now: dict[str, Any]) -> None:

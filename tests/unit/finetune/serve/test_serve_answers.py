@@ -222,7 +222,7 @@ def test_choices(folders: dict[str, Path], clients: Callable[[str], TestClient])
 def test_a_finetuned_model_answers_as_predict(trained_run: Path, connect: Connect) -> None:
     """Catches a server that tokenizes, cuts or calibrates in its own way, and a run whose best seed is not found."""
     client = connect(trained_run)
-    folder = client.serving.served.loaded.folder  # type: ignore[attr-defined]
+    folder = client.state.served.loaded.folder  # type: ignore[attr-defined]
     assert folder.parent.parent == trained_run
     assert client.get("/v1/model").json()["model"] == "model", "without the folders above it"
     predictor, given = Predictor.load(folder, "fp32"), texts(30)
