@@ -124,13 +124,13 @@ def _map(_name: str, source: str, tokenizer: str, threads: int) -> float:
 def _read(_name: str, source: str, tokenizer: str, _threads: int) -> float:
     from pretrain.corpus.build import build_job
     from pretrain.corpus.build_plan import plan_build
-    from pretrain.corpus.engines import open_engine
     from pretrain.corpus.options import CorpusOptions
     from pretrain.corpus.passes import scan_source
+    from pretrain.corpus.task_runners import open_task_runner
 
     plan = plan_build(CorpusOptions(source=source, tokenizer=str(tokenizer), output=Path("unused")))
     start = time.monotonic()
-    with open_engine(1, build_job(plan)) as run:
+    with open_task_runner(1, build_job(plan)) as run:
         scan_source(plan, run)
     return time.monotonic() - start
 

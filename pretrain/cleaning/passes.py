@@ -24,7 +24,7 @@ from pretrain.cleaning.markup import HTTP_ERROR, TOO_LARGE, to_text
 from pretrain.cleaning.parts import PassFolder
 from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, Step, Verdict
 from pretrain.cleaning.tally import PartTally, StepTally
-from pretrain.corpus.engines import TaskRunner, check_shared
+from pretrain.corpus.task_runners import TaskRunner, check_shared
 
 _STEP_TALLIES = TypeAdapter(list[StepTally])
 _PART_CHARACTERS = 1 << 22
@@ -106,7 +106,7 @@ class _Part(NamedTuple):
 def run_passes(
     passes: Sequence[Pass], documents: Iterator[Document], folder: Path, run_tasks: TaskRunner
 ) -> tuple[Done, list[StepTally]]:
-    """Run all passes that are not finished. run_tasks: an engine whose job are the passes.
+    """Run all passes that are not finished. run_tasks: its job are the passes.
 
     Returns the last pass, and the tallies of all steps. Raises UserError.
     """

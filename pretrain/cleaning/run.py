@@ -26,9 +26,9 @@ from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
 from pretrain.cleaning.report import Summary, describe_kept, print_steps, summarize, write_report
 from pretrain.cleaning.step import ReadTask, Step, check_installed
 from pretrain.cleaning.tally import StepTally
-from pretrain.corpus.engines import TaskRunner, open_engine
 from pretrain.corpus.origins import read_cleanings
 from pretrain.corpus.sources import Source
+from pretrain.corpus.task_runners import TaskRunner, open_task_runner
 
 _FILE_BYTES = 1 << 28  # of a file of the result, compressed
 _RECIPE = "recipe.json"
@@ -42,7 +42,7 @@ def clean(
     engine: str = "local",
     ray_address: str | None = None,
 ) -> Summary:
-    """Write the folder `config.output`, and print the effect of each step. `engine` and so on: as `open_engine`.
+    """Write the folder `config.output`, and print the effect of each step. `engine` and so on: as `open_task_runner`.
 
     An existing result of the same config and sources is kept. Raises UserError for bad input, naming file and place,
     and for an output folder that holds something else; StoppedError if a worker is killed.
@@ -74,7 +74,7 @@ def clean(
             shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # killed after the rename
         else:
             passes = plan_passes(steps)
-            with open_engine(workers, passes, engine, ray_address) as run_tasks:
+            with open_task_runner(workers, passes, engine, ray_address) as run_tasks:
                 summary = _clean(config, sources, steps, passes, recipe, folder, run_tasks)
     print(describe_kept(summary))
     if summary["steps"]:

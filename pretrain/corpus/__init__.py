@@ -5,7 +5,7 @@
 - options: the flags; build: the build; job_array: a share of it; build_plan, announcement: its input and output
 - sources, splits: names of sources to parts that a task reads
 - passes, tasks, records: count and tokenize all splits, one split; records of finished ones
-- engines, workers: who runs the tasks
+- task_runners, workers: who runs the tasks
 - documents, formats, compression: a split to documents; source_digest: identifies them
 - tokenization: text to token ids; word_cache: each word once
 - words: where words begin

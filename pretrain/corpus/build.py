@@ -25,7 +25,6 @@ from pretrain.corpus import shards, tasks
 from pretrain.corpus.announcement import announce_sources
 from pretrain.corpus.build_plan import HELDOUT, MAIN, BuildPlan, Part, plan_build
 from pretrain.corpus.documents import check_read
-from pretrain.corpus.engines import TaskRunner, open_engine
 from pretrain.corpus.formats import Members
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, percentiles, read_manifest, write_manifest
 from pretrain.corpus.options import CorpusOptions
@@ -44,6 +43,7 @@ from pretrain.corpus.records import (
 )
 from pretrain.corpus.shards import compose_shards, write_datasets_metadata
 from pretrain.corpus.source_digest import SourceDigest
+from pretrain.corpus.task_runners import TaskRunner, open_task_runner
 from pretrain.corpus.tasks import BuildJob, write_shard_file
 from pretrain.corpus.tokenization import most_frequent
 
@@ -75,11 +75,11 @@ def complete_corpus(plan: BuildPlan) -> None:
 
 @contextmanager
 def _open_build(plan: BuildPlan) -> Iterator[TaskRunner]:
-    advice = "; the same command resumes from what is finished"
+    options, advice = plan.options, "; the same command resumes from what is finished"
     with (
         readable_disk_errors(f"--output {plan.folder}: ", advice),
         lock_output(plan.folder, "--output"),
-        open_engine(plan.options.workers, build_job(plan), plan.options.engine, plan.options.ray_address) as run_tasks,
+        open_task_runner(options.workers, build_job(plan), options.engine, options.ray_address) as run_tasks,
     ):
         yield run_tasks
 

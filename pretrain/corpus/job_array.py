@@ -19,10 +19,10 @@ from pretrain.corpus.build import (
     shard_tasks,
 )
 from pretrain.corpus.build_plan import BuildPlan, plan_build
-from pretrain.corpus.engines import TaskRunner, open_engine
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.passes import count_documents, split_tasks, tokenize
 from pretrain.corpus.records import SplitRecord, SplitTask, open_partial, read_counts, read_finished
+from pretrain.corpus.task_runners import TaskRunner, open_task_runner
 from pretrain.corpus.tasks import write_shard_file
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def build_share(options: CorpusOptions) -> None:
     advice = "; submit the same array again to resume from what is finished"
     with readable_disk_errors(f"--output {plan.folder}: ", advice), created_parents(plan.folder):
         open_partial(plan.partial, plan.arguments, plan.splits)
-        with open_engine(plan.options.workers, build_job(plan)) as run_tasks:
+        with open_task_runner(plan.options.workers, build_job(plan)) as run_tasks:
             is_last = _build_share(plan, run_tasks, slice(index, None, tasks))
     if is_last:
         try:

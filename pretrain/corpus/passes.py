@@ -5,11 +5,11 @@ from typing import TypeVar
 
 from pretrain.corpus.build_plan import BuildPlan
 from pretrain.corpus.documents import reading_progress
-from pretrain.corpus.engines import TaskRunner
 from pretrain.corpus.records import SplitCount, SplitRecord, SplitTask, read_counts, read_finished, write_count
 from pretrain.corpus.source_digest import SourceDigest
 from pretrain.corpus.sources import changed_source
 from pretrain.corpus.splits import Split
+from pretrain.corpus.task_runners import TaskRunner
 from pretrain.corpus.tasks import count_split, tokenize_split
 
 R = TypeVar("R", SplitCount, SplitRecord)

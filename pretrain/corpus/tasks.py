@@ -19,7 +19,6 @@ from experiment.process.own_process import variable_set
 from experiment.storage import StorageError
 from pretrain.corpus.build_plan import HELDOUT, MAIN, PART_CODES, Part
 from pretrain.corpus.documents import locate_lines, read_documents
-from pretrain.corpus.engines import check_shared
 from pretrain.corpus.formats import Document, ReadStats, UnreadableError
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.records import (
@@ -35,6 +34,7 @@ from pretrain.corpus.shards import Piece, PieceWriter, join_pieces
 from pretrain.corpus.source_digest import SourceDigest
 from pretrain.corpus.sources import changed_source, check_unchanged
 from pretrain.corpus.splits import Split
+from pretrain.corpus.task_runners import check_shared
 from pretrain.corpus.tokenization import DocumentEncoder, EncodedBatch, TokenizerSpec, most_frequent
 
 R = TypeVar("R")

@@ -37,10 +37,10 @@ class TaskRunner(Protocol):
     def __call__(self, function: Callable[[Any, T], R], tasks: Iterable[T]) -> Iterator[R]: ...
 
 
-def open_engine(
+def open_task_runner(
     workers: int | None, job: object, engine: str = "local", ray_address: str | None = None
 ) -> AbstractContextManager[TaskRunner]:
-    """Open the engine `ray`, or for any other name `workers` processes, by default one per core.
+    """Run tasks on Ray for the engine `ray`, otherwise in `workers` processes, by default one per core.
 
     Raises UserError if there is no cluster, StoppedError if a worker on this machine is killed, or a task on Ray dies
     again and again.

@@ -21,7 +21,7 @@ import yaml
 from experiment.errors import StoppedError, UserError
 from experiment.process import cpu_cores
 from launcher.cli import main
-from pretrain.corpus import build, engines, job_array, records, shards, splits, tasks
+from pretrain.corpus import build, job_array, records, shards, splits, task_runners, tasks
 from pretrain.corpus.build import build_corpus, complete_corpus
 from pretrain.corpus.build_plan import ARGUMENTS, plan_build
 from pretrain.corpus.job_array import array_share, build_share
@@ -69,7 +69,7 @@ def array_task(patch: pytest.MonkeyPatch, number: int, count: int) -> None:
 
 def test_ctrl_c_does_not_reach_workers() -> None:
     """Catches tracebacks of workers, which are in the process group of the terminal, and of their fork server."""
-    with engines.open_engine(2, signal.SIG_BLOCK) as run:
+    with task_runners.open_task_runner(2, signal.SIG_BLOCK) as run:
         for blocked in run(signal.pthread_sigmask, [(), ()]):
             assert signal.SIGINT in blocked
 
@@ -89,10 +89,10 @@ class Page(int):
 def test_a_killed_worker_names_its_part(pages: Sequence[int], named: str) -> None:
     """Catches a message that does not say which documents a killed worker had."""
     message = f"memory ran out, with {named}; use fewer --workers, and run the same"
-    with pytest.raises(StoppedError, match=message), engines.open_engine(2, os._exit) as run:
+    with pytest.raises(StoppedError, match=message), task_runners.open_task_runner(2, os._exit) as run:
         list(run(operator.call, map(Page, pages)))
-    assert ", with a, or b, or c, or one of 2 others; " in str(engines._killed([*"abcde"]))
-    assert "memory ran out; use fewer" in str(engines._killed([]))  # between two tasks
+    assert ", with a, or b, or c, or one of 2 others; " in str(task_runners._killed([*"abcde"]))
+    assert "memory ran out; use fewer" in str(task_runners._killed([]))  # between two tasks
 
 
 def test_a_container_quota_limits_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +100,8 @@ def test_a_container_quota_limits_the_workers(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "cpu.max").write_text("100000 100000\n")
     monkeypatch.setattr(cpu_cores, "_CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    monkeypatch.setattr(engines, "worker_pool", lambda *_: pytest.fail("starts workers"))
-    with engines.open_engine(None, 1) as run:
+    monkeypatch.setattr(task_runners, "worker_pool", lambda *_: pytest.fail("starts workers"))
+    with task_runners.open_task_runner(None, 1) as run:
         assert list(run(max, [2, 3])) == [2, 3]
 
 
@@ -269,14 +269,14 @@ def test_ray(
 @needs_ray
 def test_a_task_that_kills_its_process(ray_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a page that is too much for the memory, and that Ray's tasks read again and again without a message."""
-    monkeypatch.setattr(engines, "_RETRIES", 1)
+    monkeypatch.setattr(task_runners, "_RETRIES", 1)
 
     def die(job: None, task: object) -> None:
         os._exit(1)
 
     part = SimpleNamespace(place="documents from a.warc:7 on")
     with (
-        engines.open_engine(None, None, "ray", ray_head) as run,
+        task_runners.open_task_runner(None, None, "ray", ray_head) as run,
         pytest.raises(StoppedError, match=r"^documents from a\.warc:7 on: the task died 2 times, .*; run the same"),
     ):
         list(run(die, [part]))
@@ -373,7 +373,7 @@ class _Cluster:
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
         if self.error:
             return Mock(side_effect=getattr(self.exceptions, self.error))
-        engines._fetched.cache_clear()
+        task_runners._fetched.cache_clear()
         with chdir(self.folder):
             return self.put(function(*arguments))
 
@@ -398,7 +398,7 @@ def test_a_task_that_dies_again_and_again(
     cluster = _Cluster(monkeypatch, tmp_path, error)
     with (
         pytest.raises(StoppedError, match=r"died 6 times, .* run the same command again to resume"),
-        engines.open_engine(None, None, "ray") as run,
+        task_runners.open_task_runner(None, None, "ray") as run,
     ):
         list(run(max, [1]))
     options = CorpusOptions(source=source, tokenizer=str(vocabulary_folder), output=tmp_path / "c", engine="ray")
@@ -435,4 +435,4 @@ def test_no_cluster_answers(monkeypatch: pytest.MonkeyPatch, given: str | None, 
     monkeypatch.setitem(sys.modules, "ray", _NoCluster)
     message = rf"--ray_address {address}: no Ray cluster answers \(Could not find {address}\.\)"
     with pytest.raises(UserError, match=message):
-        engines.open_engine(1, None, "ray", given).__enter__()
+        task_runners.open_task_runner(1, None, "ray", given).__enter__()
