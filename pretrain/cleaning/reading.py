@@ -12,8 +12,7 @@ from pretrain.cleaning.markup import join_surrogates
 from pretrain.cleaning.readers import Reader, find_reader, reader_of
 from pretrain.cleaning.step import Document, check_installed
 from pretrain.corpus.documents import check_read, read_documents
-from pretrain.corpus.formats import Document as RawDocument
-from pretrain.corpus.formats import ReadStats, explain_read_errors
+from pretrain.corpus.formats import ReadStats, SourceDocument, explain_read_errors
 from pretrain.corpus.sources import Source, Span, check_unchanged, find_sources
 
 
@@ -68,7 +67,7 @@ def _reader(name: str, config: CleanConfig) -> Reader | None:
     return reader_of(name) if config.format == "auto" else find_reader(config.format)
 
 
-def _read(source: Source, config: CleanConfig, stats: ReadStats) -> Iterator[RawDocument]:
+def _read(source: Source, config: CleanConfig, stats: ReadStats) -> Iterator[SourceDocument]:
     reader = _reader(source.name, config) if source.kind == "file" else None
     if reader is None:
         yield from read_documents([Span(source)], config, stats)

@@ -16,10 +16,10 @@ from experiment.progress import progress
 from experiment.storage import open_file
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.formats import (
-    Document,
     Members,
     Range,
     ReadStats,
+    SourceDocument,
     check_supported_format,
     count_line_breaks,
     detect_format,
@@ -33,7 +33,7 @@ from pretrain.corpus.sources import PYTHON_DOCS, Source, Span, is_hidden_member,
 Archives = Mapping[str, Members]
 
 
-def read_documents(spans: Iterable[Span], options: TextOptions, stats: ReadStats) -> Iterator[Document]:
+def read_documents(spans: Iterable[Span], options: TextOptions, stats: ReadStats) -> Iterator[SourceDocument]:
     """Yield all documents that have text. Raises UserError for bad input, naming file and line."""
     for span in spans:
         for document in _read_span(span, options, stats):
@@ -88,13 +88,13 @@ def reading_progress(label: str, total: int | None) -> Iterator[Callable[[int, i
         yield advance
 
 
-def _read_span(span: Span, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
+def _read_span(span: Span, options: TextOptions, stats: ReadStats) -> Iterator[SourceDocument]:
     source, part = span
     if source.kind == PYTHON_DOCS:
         from pretrain.corpus.python_docs import read_python_docs
 
         for doc in read_python_docs():
-            yield Document(doc.text, f"{PYTHON_DOCS}:{doc.document}", 1)
+            yield SourceDocument(doc.text, f"{PYTHON_DOCS}:{doc.document}", 1)
     elif source.kind == "hub":
         yield from _read_hub(source, options, part)
     else:
@@ -120,7 +120,7 @@ def _archive_name(source: Source) -> str:
     return f"{source.name}::{source.selection}"
 
 
-def _read_archive(file: IO[bytes], span: Span, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
+def _read_archive(file: IO[bytes], span: Span, options: TextOptions, stats: ReadStats) -> Iterator[SourceDocument]:
     source = span.source
     members = _zip_members if source.name.lower().endswith(".zip") else _tar_members
     found = stats.archives.setdefault(_archive_name(source), Members())
@@ -205,7 +205,7 @@ def hub_data(source: Source) -> HubData:
     return data if data.is_folder else data._replace(revision=source.version or None)
 
 
-def _read_hub(source: Source, options: TextOptions, part: Range) -> Iterator[Document]:
+def _read_hub(source: Source, options: TextOptions, part: Range) -> Iterator[SourceDocument]:
     rows, columns = load_rows(hub_data(source)), list(options.columns)
     for column, option in options.columns.items():
         if column not in rows.column_names:

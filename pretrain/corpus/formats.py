@@ -68,7 +68,7 @@ class UnreadableError(UserError):
     """A file cannot be read, or has changed meanwhile; its content may be undamaged."""
 
 
-class Document(NamedTuple):
+class SourceDocument(NamedTuple):
     """A text and its place in the source."""
 
     text: str
@@ -167,7 +167,7 @@ def check_supported_format(name: str, origin: str) -> None:
 
 def parse_documents(
     stream: IO[bytes], name: str, origin: str, options: TextOptions, stats: ReadStats, part: Range = WHOLE
-) -> Iterator[Document]:
+) -> Iterator[SourceDocument]:
     """Yield the documents of a file, or of a range of it, in order. If its name tells no format, it is plain text."""
     file_format, compression = detect_format(name)
     with explain_read_errors(origin):
@@ -280,19 +280,19 @@ class Lines:
         return end is not None and self.position > end
 
 
-def row_document(cells: Sequence[object], origin: str, row: int, columns: Sequence[str]) -> Document:
+def row_document(cells: Sequence[object], origin: str, row: int, columns: Sequence[str]) -> SourceDocument:
     """Make a document of the cells in these columns, the text first; null gives an empty one. Raises UserError for
     anything else but text."""
     text = cells[0]
     if text is not None and not isinstance(text, str):
         raise unexpected_cell(f"{origin}:{row}", columns[0], text)
-    return Document(text or "", origin, row, dict(zip(columns[1:], cells[1:], strict=True)))
+    return SourceDocument(text or "", origin, row, dict(zip(columns[1:], cells[1:], strict=True)))
 
 
-def _parse_text(lines: Lines, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
+def _parse_text(lines: Lines, options: TextOptions, stats: ReadStats) -> Iterator[SourceDocument]:
     if options.document == "line" and options.document_start is None:
         for number, line in enumerate(lines.in_range(), lines.first):
-            yield Document(_strip_line_end(line), lines.origin, number)
+            yield SourceDocument(_strip_line_end(line), lines.origin, number)
         return
     pattern = None if options.document_start is None else regex.compile(options.document_start)
     pattern_key = options.name("document_start")
@@ -305,7 +305,7 @@ def _parse_text(lines: Lines, options: TextOptions, stats: ReadStats) -> Iterato
         is_start = pattern is not None and _matches(pattern, line, f"{lines.origin}:{number}: {pattern_key}")
         if is_separator or is_start:
             if collected:
-                yield Document("\n".join(collected), lines.origin, first)
+                yield SourceDocument("\n".join(collected), lines.origin, first)
                 collected, length = [], 0
             begun = True
         if lines.ended and (is_separator or is_start or not begun):
@@ -320,7 +320,7 @@ def _parse_text(lines: Lines, options: TextOptions, stats: ReadStats) -> Iterato
                 f"{lines.origin}:{first}: the document has more than {_MAX_DOCUMENT:,} characters; split it"
             )
     if collected:
-        yield Document("\n".join(collected), lines.origin, first)
+        yield SourceDocument("\n".join(collected), lines.origin, first)
 
 
 def _matches(pattern: regex.Pattern[str], line: str, place: str) -> bool:
@@ -337,7 +337,7 @@ def _strip_line_end(line: str) -> str:
     return line.removesuffix("\r\n").removesuffix("\n")  # of which a line has one at most
 
 
-def _parse_json_lines(lines: Lines, options: TextOptions) -> Iterator[Document]:
+def _parse_json_lines(lines: Lines, options: TextOptions) -> Iterator[SourceDocument]:
     options_of, columns = options.columns, list(options.columns)
     for number, row in read_json_lines(lines.in_range(), lines.origin, lines.first):
         names = columns
@@ -358,7 +358,7 @@ def _is_cleaned(row: Mapping[str, Any]) -> bool:
     return is_written and str(row["id"]).startswith(f"{row['source']}:")
 
 
-def _parse_csv(lines: Lines, csv_format: CsvFormat, options: TextOptions, part: Range) -> Iterator[Document]:
+def _parse_csv(lines: Lines, csv_format: CsvFormat, options: TextOptions, part: Range) -> Iterator[SourceDocument]:
     names, rows = read_csv(lines, lines.origin, csv_format)
     if not names:
         return
@@ -374,7 +374,7 @@ def _parse_csv(lines: Lines, csv_format: CsvFormat, options: TextOptions, part: 
         position = lines.position
 
 
-def _parse_parquet(stream: IO[bytes], origin: str, options: TextOptions, part: Range) -> Iterator[Document]:
+def _parse_parquet(stream: IO[bytes], origin: str, options: TextOptions, part: Range) -> Iterator[SourceDocument]:
     import pyarrow
 
     try:

@@ -19,7 +19,7 @@ from experiment.process.own_process import variable_set
 from experiment.storage import StorageError
 from pretrain.corpus.build_plan import HELDOUT, MAIN, PART_CODES, Part
 from pretrain.corpus.documents import locate_lines, read_documents
-from pretrain.corpus.formats import Document, ReadStats, UnreadableError
+from pretrain.corpus.formats import ReadStats, SourceDocument, UnreadableError
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.records import (
     ShardRecord,
@@ -112,7 +112,7 @@ def _encoder(spec: TokenizerSpec) -> DocumentEncoder:
     return DocumentEncoder(spec)
 
 
-def _read(job: BuildJob, split: Split, stats: ReadStats) -> Iterator[tuple[Document, bytes]]:
+def _read(job: BuildJob, split: Split, stats: ReadStats) -> Iterator[tuple[SourceDocument, bytes]]:
     """Yield all documents that have a token, and their UTF-8 text. Raises UserError for bad input."""
     plain = _encoder(replace(job.tokenizer, segmenter=None))
     for document in read_documents(split.spans, job.text_options, stats):
@@ -127,7 +127,7 @@ def _read(job: BuildJob, split: Split, stats: ReadStats) -> Iterator[tuple[Docum
         check_unchanged(source)
 
 
-def _encode(encoder: DocumentEncoder, documents: Sequence[Document]) -> EncodedBatch:
+def _encode(encoder: DocumentEncoder, documents: Sequence[SourceDocument]) -> EncodedBatch:
     """Encode documents. Raises UserError if the tokenizer fails."""
     try:
         return encoder.encode([document.text for document in documents])
@@ -167,11 +167,11 @@ class _Batch:
         self.writer = PieceWriter(job.folder, f"{split.key}-{part}", job.shard_tokens)
         self.unknown_texts = Counter[str]()
         self._job = job
-        self._documents: list[Document] = []
+        self._documents: list[SourceDocument] = []
         self._text_bytes: list[int] = []
         self._total = 0
 
-    def add(self, document: Document, text_bytes: int) -> None:
+    def add(self, document: SourceDocument, text_bytes: int) -> None:
         self._documents.append(document)
         self._text_bytes.append(text_bytes)
         self._total += text_bytes

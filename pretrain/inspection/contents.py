@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from pretrain.corpus.reader import Corpus
-from pretrain.inspection.sample import Document
+from pretrain.inspection.sample import SampledDocument
 
 SCRIPT_TOKENS = 256  # of a document whose letters are counted
 _OTHER, _RARE = "other", 0.001
@@ -35,7 +35,7 @@ def count_lengths(corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return lengths, times
 
 
-def script_shares(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, float]]:
+def script_shares(documents: Iterable[SampledDocument], tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, float]]:
     """Return the share of each script among the letters of documents, falling. Less than 0.1 % is left out."""
     beginnings = [document.ids[:SCRIPT_TOKENS].tolist() for document in documents]
     texts = tokenizer.batch_decode(beginnings, skip_special_tokens=True)  # [UNK] has letters too

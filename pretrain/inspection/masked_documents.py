@@ -12,7 +12,7 @@ from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.config import BatchConfig, MaskingConfig
 from pretrain.corpus.reader import Corpus
 from pretrain.corpus.shards import map_shard
-from pretrain.inspection.sample import Document, Sample
+from pretrain.inspection.sample import Sample, SampledDocument
 
 MAX_SEQ_LENGTH = BatchConfig().max_seq_length
 _DOCUMENTS = 8
@@ -47,7 +47,7 @@ def masked_documents(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list
     return texts
 
 
-def _start(document: Document, corpus: Corpus) -> int:
+def _start(document: SampledDocument, corpus: Corpus) -> int:
     """Return the offset of a document in the token stream of the whole corpus."""
     *before, shard = corpus.manifest.shards[: document.shard + 1]
     return sum(each.tokens for each in before) + int(map_shard(corpus.path / shard.file).offsets[document.row])

@@ -21,7 +21,7 @@ from pretrain.batching.masking import Ranges
 from pretrain.cleaning.minhash import NgramSets, choose_bands, jaccard, sketch, sorted_distinct
 from pretrain.corpus.shards import MappedShard, map_shard
 from pretrain.corpus.tokenization import TokenIds
-from pretrain.inspection.sample import Document, Sample
+from pretrain.inspection.sample import Sample, SampledDocument
 
 NGRAM = 5
 THRESHOLD = 0.8  # documents that are at least this similar are near-duplicates
@@ -34,8 +34,8 @@ _FACTORS = np.random.default_rng(5).integers(0, 2**64, NGRAM, dtype=np.uint64) |
 class Pair(NamedTuple):
     """A sampled document and its first near-duplicate."""
 
-    document: Document
-    duplicate: Document
+    document: SampledDocument
+    duplicate: SampledDocument
     similarity: float
 
 
@@ -72,7 +72,7 @@ def find_near_duplicates(sample: Sample, advance: Callable[[float], None]) -> Ne
                 ids = shard.ids[shard.offsets[row] : shard.offsets[row + 1]]
                 if (similarity := jaccard(ngrams(number), ngram_set(ids))) >= THRESHOLD:
                     in_corpus = int(ends[index]) - (len(shard.offsets) - 1) + row
-                    found[number] = Pair(document, Document(index, row, in_corpus, ids), similarity)
+                    found[number] = Pair(document, SampledDocument(index, row, in_corpus, ids), similarity)
                 compared[number] += 1
                 if number in found or compared[number] == _MAX_COMPARISONS:
                     wanted.remove(number)

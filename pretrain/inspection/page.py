@@ -36,7 +36,7 @@ from pretrain.inspection.contents import SCRIPT_TOKENS
 from pretrain.inspection.masked_documents import MAX_SEQ_LENGTH, token_text
 from pretrain.inspection.near_duplicates import NGRAM, THRESHOLD, NearDuplicates
 from pretrain.inspection.packing_efficiency import BATCH_TOKENS, BATCHES, PackingEfficiency
-from pretrain.inspection.sample import Document, Sample
+from pretrain.inspection.sample import Sample, SampledDocument
 
 _FREQUENT_TOKENS = 20
 _SUMMARY_TOKENS, _SUMMARY_SCRIPTS = 8, 5
@@ -216,7 +216,7 @@ def _duplicate_blocks(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> 
     ]
 
 
-def _beginning(document: Document, tokenizer: PreTrainedTokenizerFast) -> str:
+def _beginning(document: SampledDocument, tokenizer: PreTrainedTokenizerFast) -> str:
     text = str(tokenizer.decode(document.ids[:_PAIR_TOKENS].tolist()))
     return f"{text} …" if len(document.ids) > _PAIR_TOKENS else text
 

@@ -13,7 +13,7 @@ MAX_DOCUMENTS = 2000
 
 
 @dataclass(frozen=True)
-class Document:
+class SampledDocument:
     """One document of a corpus."""
 
     shard: int  # index in the manifest
@@ -29,7 +29,7 @@ class Sample:
     corpus: Corpus
     seed: int
     shards: tuple[int, ...]  # indices in the manifest, ascending
-    documents: tuple[Document, ...]  # in the order of the corpus
+    documents: tuple[SampledDocument, ...]  # in the order of the corpus
 
     @property
     def share(self) -> float:
@@ -49,14 +49,14 @@ def draw_sample(corpus: Corpus, seed: int) -> Sample:
     return Sample(corpus, seed, tuple(read.tolist()), read_documents(corpus, numbers.tolist()))
 
 
-def read_documents(corpus: Corpus, numbers: list[int]) -> tuple[Document, ...]:
+def read_documents(corpus: Corpus, numbers: list[int]) -> tuple[SampledDocument, ...]:
     """Return the documents with these ascending numbers, counted from 0."""
     ends = np.cumsum([shard.rows for shard in corpus.manifest.shards])
-    found: list[Document] = []
+    found: list[SampledDocument] = []
     for number in numbers:
         shard = int(np.searchsorted(ends, number, side="right"))
         if not found or found[-1].shard != shard:
             mapped = map_shard(corpus.path / corpus.manifest.shards[shard].file)
         row = number - int(ends[shard]) + corpus.manifest.shards[shard].rows
-        found.append(Document(shard, row, number, mapped.ids[mapped.offsets[row] : mapped.offsets[row + 1]]))
+        found.append(SampledDocument(shard, row, number, mapped.ids[mapped.offsets[row] : mapped.offsets[row + 1]]))
     return tuple(found)

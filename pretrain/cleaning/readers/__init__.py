@@ -12,14 +12,14 @@ from functools import cache, lru_cache
 from typing import IO, Protocol, cast
 
 from experiment.storage import open_file
-from pretrain.corpus.formats import Document
+from pretrain.corpus.formats import SourceDocument
 from pretrain.corpus.sources import is_hidden_member
 
 
 class Reader(Protocol):
     PACKAGES: tuple[str, ...]  # of the extra `clean`
     matches: Callable[[str], bool]
-    read: Callable[[str], Iterator[Document]]
+    read: Callable[[str], Iterator[SourceDocument]]
 
 
 @cache

@@ -10,7 +10,7 @@ from posixpath import basename, dirname
 from experiment.errors import UserError
 from experiment.storage import MissingError, join, open_file
 from pretrain.cleaning.readers import zip_members
-from pretrain.corpus.formats import Document
+from pretrain.corpus.formats import SourceDocument
 
 _CONVERSATIONS, _LINES = "movie_conversations.txt", "movie_lines.txt"
 _SEPARATOR = " +++$+++ "
@@ -23,7 +23,7 @@ def matches(name: str) -> bool:
     return basename(name) == _LINES or _CONVERSATIONS in map(basename, (name, *zip_members(name)))
 
 
-def read(name: str) -> Iterator[Document]:
+def read(name: str) -> Iterator[SourceDocument]:
     if basename(name) == _LINES:
         _content(name, _CONVERSATIONS)  # nothing would read the lines without them
         return
@@ -33,7 +33,7 @@ def read(name: str) -> Iterator[Document]:
             text = "\n".join(turns[line] for line in ast.literal_eval(cells[3]))
         except (ValueError, SyntaxError, KeyError, TypeError):
             raise UserError(f"{name}:{number}: expected a list of lines of {_LINES}, found {cells[3][:60]}") from None
-        yield Document(text, name, number)
+        yield SourceDocument(text, name, number)
 
 
 def _rows(path: str, name: str) -> Iterator[tuple[int, list[str]]]:

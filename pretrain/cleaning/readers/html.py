@@ -11,7 +11,7 @@ from pretrain.cleaning import markup
 from pretrain.cleaning.markup import join_surrogates
 from pretrain.cleaning.readers import has_suffix
 from pretrain.corpus.compression import decompress
-from pretrain.corpus.formats import Document, detect_format
+from pretrain.corpus.formats import SourceDocument, detect_format
 
 PACKAGES: tuple[str, ...] = ("trafilatura",)
 
@@ -36,18 +36,18 @@ def matches(name: str) -> bool:
     return has_suffix(name, ".html", ".htm", ".xhtml")
 
 
-def read(name: str) -> Iterator[Document]:
+def read(name: str) -> Iterator[SourceDocument]:
     with open_file(name) as file:
         content = decompress(file, detect_format(name)[1]).read(markup.MAX_PAGE_BYTES + 1)
     if len(content) > markup.MAX_PAGE_BYTES:
         yield too_large(name, 1, {})
     else:
-        yield Document(decode_page(content), name, 1, {}, "html")
+        yield SourceDocument(decode_page(content), name, 1, {}, "html")
 
 
-def too_large(name: str, number: int, metadata: dict[str, Any]) -> Document:
+def too_large(name: str, number: int, metadata: dict[str, Any]) -> SourceDocument:
     """Return the document in place of a page that is dropped. number: in the file."""
-    return Document(f"more than {markup.MAX_PAGE_BYTES:,} bytes", name, number, metadata, markup.TOO_LARGE)
+    return SourceDocument(f"more than {markup.MAX_PAGE_BYTES:,} bytes", name, number, metadata, markup.TOO_LARGE)
 
 
 def decode_page(content: bytes, charset: str = "") -> str:

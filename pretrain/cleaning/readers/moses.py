@@ -12,7 +12,7 @@ from experiment.errors import UserError
 from experiment.files import text_lines
 from experiment.storage import open_file
 from pretrain.cleaning.readers import zip_members
-from pretrain.corpus.formats import Document
+from pretrain.corpus.formats import SourceDocument
 
 _SIDE = re.compile(r"\.(\w+)-(\w+)\.(\w+)$")
 
@@ -23,7 +23,7 @@ def matches(name: str) -> bool:
     return any(map(_language, zip_members(name)))
 
 
-def read(name: str) -> Iterator[Document]:
+def read(name: str) -> Iterator[SourceDocument]:
     """Yield a document for each one in the ids, in each `language`; without ids, for each sentence."""
     members = zip_members(name)
     with open_file(name) as file, zipfile.ZipFile(file) as archive:
@@ -39,7 +39,7 @@ def read(name: str) -> Iterator[Document]:
                 for _, group in itertools.groupby(numbered, key=lambda entry: entry[1][0]):
                     first, *others = group
                     text = "\n".join(line for _, (_, line) in (first, *others))
-                    yield Document(text, origin, first[0], {"language": language})
+                    yield SourceDocument(text, origin, first[0], {"language": language})
 
 
 def _language(name: str) -> str:

@@ -10,7 +10,7 @@ from experiment.errors import UserError
 from experiment.unspaced_scripts import UNSPACED, WIDE
 from pretrain.cleaning.readers import has_suffix, open_members, wikipedia, zip_members
 from pretrain.corpus.compression import decompress
-from pretrain.corpus.formats import Document, detect_format
+from pretrain.corpus.formats import SourceDocument, detect_format
 
 # Between tokens.
 _NO_SPACE = regex.compile(
@@ -27,10 +27,10 @@ def matches(name: str) -> bool:
     return is_file or (has_films and not any(detect_format(member)[0] for member in members))
 
 
-def read(name: str) -> Iterator[Document]:
+def read(name: str) -> Iterator[SourceDocument]:
     """Yield a document for each film, with a line for each sentence."""
     for file, origin, content in open_members(name, _is_film):
-        yield Document(_film(content, file, origin), origin, 1)
+        yield SourceDocument(_film(content, file, origin), origin, 1)
 
 
 def _is_film(member: str) -> bool:

@@ -15,7 +15,7 @@ from pretrain.cleaning.readers import has_suffix
 from pretrain.cleaning.readers.html import decode_page, too_large
 from pretrain.cleaning.step import check_installed
 from pretrain.corpus.compression import MemberReader
-from pretrain.corpus.formats import Document, detect_format, explain_read_errors
+from pretrain.corpus.formats import SourceDocument, detect_format, explain_read_errors
 
 if TYPE_CHECKING:
     from warcio.recordloader import ArcWarcRecord
@@ -32,7 +32,7 @@ def matches(name: str) -> bool:
     return has_suffix(name, ".warc", ".wet")
 
 
-def read(name: str) -> Iterator[Document]:
+def read(name: str) -> Iterator[SourceDocument]:
     """Yield a document for each page, with its `url`, and the status line in place of an error page; records of other
     kinds are skipped."""
     from warcio.archiveiterator import WARCIterator
@@ -64,12 +64,12 @@ def read(name: str) -> Iterator[Document]:
                 if len(payload) > markup.MAX_PAGE_BYTES:
                     yield too_large(name, content.record, {"url": url})
                 elif record.rec_type == "conversion":
-                    yield Document(payload.decode("utf-8", "replace"), name, content.record, {"url": url})
+                    yield SourceDocument(payload.decode("utf-8", "replace"), name, content.record, {"url": url})
                 elif is_page:
                     charset = kind.partition("charset=")[2].partition(";")[0].strip(" \"'")
-                    yield Document(decode_page(payload, charset), name, content.record, {"url": url}, "html")
+                    yield SourceDocument(decode_page(payload, charset), name, content.record, {"url": url}, "html")
                 elif error is not None:
-                    yield Document(error[1].rstrip(), name, content.record, {"url": url}, HTTP_ERROR)
+                    yield SourceDocument(error[1].rstrip(), name, content.record, {"url": url}, HTTP_ERROR)
                 content.record += 1
         except UserError:
             raise

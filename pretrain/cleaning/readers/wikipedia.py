@@ -10,7 +10,7 @@ from experiment.errors import UserError
 from experiment.storage import open_file
 from pretrain.cleaning.readers import has_suffix
 from pretrain.corpus.compression import decompress
-from pretrain.corpus.formats import Document, detect_format
+from pretrain.corpus.formats import SourceDocument, detect_format
 
 _ARTICLES = "0"  # the namespace of articles; others are talk, users, templates, …
 _FILES, _CATEGORIES = "6", "14"
@@ -24,7 +24,7 @@ def matches(name: str) -> bool:
     return file.endswith(".xml.bz2") or (has_suffix(file, ".xml") and ("wiki" in file or "wiktionary" in file))
 
 
-def read(name: str) -> Iterator[Document]:
+def read(name: str) -> Iterator[SourceDocument]:
     """Yield a document for each article, with its `title`; redirects are skipped."""
     number, markup = 0, ""
     try:
@@ -39,7 +39,7 @@ def read(name: str) -> Iterator[Document]:
                 if page.findtext("{*}ns", _ARTICLES) == _ARTICLES and page.find("{*}redirect") is None:
                     title = page.findtext("{*}title", "")
                     text = page.findtext("{*}revision/{*}text") or ""
-                    yield Document(text, name, number, {"title": title}, markup)
+                    yield SourceDocument(text, name, number, {"title": title}, markup)
                 root.clear()  # it would keep an element for each page
     except ElementTree.ParseError as error:
         raise UserError(f"{name}: invalid XML after {number:,} pages: {error}") from None

@@ -20,13 +20,13 @@ from launcher.cli import main
 from pretrain.corpus import formats
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.documents import check_read, read_documents
-from pretrain.corpus.formats import Document, ReadStats
+from pretrain.corpus.formats import ReadStats, SourceDocument
 from pretrain.corpus.options import SourceName, TextOptions
 from pretrain.corpus.sources import Span, find_sources
 from small_disk import SmallDisk
 
 
-def read(source: SourceName, **flags: Any) -> list[Document]:
+def read(source: SourceName, **flags: Any) -> list[SourceDocument]:
     sources, options, stats = find_sources(source), TextOptions(**flags), ReadStats()
     found = list(read_documents(map(Span, sources), options, stats))
     check_read(sources, options, stats.start_matches, stats.archives)

@@ -24,7 +24,7 @@ from experiment.storage import StorageError
 from pretrain.corpus import splits
 from pretrain.corpus.compression import estimate_content_bytes
 from pretrain.corpus.documents import locate_lines, read_documents
-from pretrain.corpus.formats import Document, Range, ReadStats, parse_documents
+from pretrain.corpus.formats import Range, ReadStats, SourceDocument, parse_documents
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import Span, find_sources
 from pretrain.corpus.splits import plan_splits
@@ -134,7 +134,7 @@ def test_splits_give_the_documents_of_the_whole(
     planned = plan_splits(sources, options)
     assert len(planned) > 2
     assert len({split.key for split in planned}) == len(planned)
-    found, matches, archives = list[Document](), 0, 0
+    found, matches, archives = list[SourceDocument](), 0, 0
     for split in planned:
         part = ReadStats()
         found += read_documents(map(locate_lines, split.spans), options, part)
@@ -154,7 +154,7 @@ def test_any_borders_give_the_same_documents(text: str, borders: set[int], flags
     """Catches a border at a line break, a blank line or the end of the file that is taken for another one."""
     options, content = TextOptions(**flags), text.encode()
 
-    def read(part: Range) -> list[Document]:
+    def read(part: Range) -> list[SourceDocument]:
         return list(parse_documents(io.BytesIO(content), "a.txt", "a.txt", options, ReadStats(), part))
 
     ends = [0, *sorted(borders), None]
