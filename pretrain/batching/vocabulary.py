@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from experiment.errors import UserError
 from experiment.models.tokenizer import special_token_ids
 from pretrain.corpus.reader import Corpus
-from pretrain.corpus.words import WordBoundaries, word_boundaries
+from pretrain.corpus.word_boundaries import WordBoundaries, word_boundaries
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@
 - task_runners, workers: who runs the tasks
 - documents, formats, compression: a split to documents; source_digest: identifies them
 - tokenization: text to token ids; word_cache: each word once
-- words: where words begin
+- word_boundaries, segmenter: where words begin
 - shards, manifest: the files of a corpus; origins: shares of its sources, and how they were cleaned
 - reader: opens a finished corpus for training; verification: checks its files; cache: copies
   on local disks

@@ -19,10 +19,11 @@ from experiment.models.tokenizer import load_tokenizer, save_tokenizer, tokenize
 from pretrain.corpus.documents import hub_data
 from pretrain.corpus.manifest import Recipe
 from pretrain.corpus.options import CorpusOptions, TextOptions
+from pretrain.corpus.segmenter import SegmenterSpec, read_segmenter, segmenter_identity
 from pretrain.corpus.sources import Source, find_sources
 from pretrain.corpus.splits import Split, plan_splits
 from pretrain.corpus.tokenization import TokenizerSpec, tokenizer_spec
-from pretrain.corpus.words import SegmenterSpec, read_segmenter, segmenter_identity, word_boundaries
+from pretrain.corpus.word_boundaries import word_boundaries
 from pretrain.corpus.workers import worker_pool
 
 Part = Literal["main", "heldout"]

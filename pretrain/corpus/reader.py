@@ -16,7 +16,7 @@ from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.storage import is_url
 from pretrain.corpus.manifest import TOKENIZER, Manifest, Shard, read_manifest
 from pretrain.corpus.shards import MappedShard, map_shard
-from pretrain.corpus.words import BoolArray
+from pretrain.corpus.word_boundaries import BoolArray
 
 _BLOCK = 2**20  # tokens that are counted at once
 _ADVICE = "restore it from a copy, or build the corpus again"

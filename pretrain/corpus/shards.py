@@ -18,7 +18,7 @@ import pyarrow as pa
 from experiment.files import atomic_write, checksum, fsync, sha256, write_json
 from pretrain.corpus.manifest import Manifest, Shard
 from pretrain.corpus.tokenization import Counts, EncodedBatch, TokenIds
-from pretrain.corpus.words import BoolArray
+from pretrain.corpus.word_boundaries import BoolArray
 
 DATASETS_METADATA = ("dataset_info.json", "state.json")
 SHARD_TOKENS = 32 * 2**20  # close a piece or a shard at the first document that reaches this

@@ -20,16 +20,9 @@ from tokenizers import Encoding, Tokenizer
 
 from experiment.models.tokenizer import special_token_ids, vocabulary_size
 from experiment.unspaced_scripts import HAN
+from pretrain.corpus.segmenter import Segmenter, SegmenterSpec, load_segmenter
+from pretrain.corpus.word_boundaries import BoolArray, WordBoundaries, segmented_word_starts, word_boundaries
 from pretrain.corpus.word_cache import WordCache, encodes_words_independently
-from pretrain.corpus.words import (
-    BoolArray,
-    Segmenter,
-    SegmenterSpec,
-    WordBoundaries,
-    load_segmenter,
-    segmented_word_starts,
-    word_boundaries,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -14,7 +14,7 @@ from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.sequences import SequenceIndex, split_documents
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.config import MaskingConfig
-from pretrain.corpus.words import WordBoundaries
+from pretrain.corpus.word_boundaries import WordBoundaries
 
 PAD, CLS, SEP, UNK, MASK = range(5)
 

@@ -23,15 +23,8 @@ from pretrain.corpus import build_plan, shards, splits, tasks
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
-from pretrain.corpus.words import (
-    SegmenterSpec,
-    WordBoundaries,
-    _import_jieba,
-    load_segmenter,
-    read_segmenter,
-    segmented_word_starts,
-    word_boundaries,
-)
+from pretrain.corpus.segmenter import SegmenterSpec, _import_jieba, load_segmenter, read_segmenter
+from pretrain.corpus.word_boundaries import WordBoundaries, segmented_word_starts, word_boundaries
 
 needs_jieba = pytest.mark.skipif(find_spec("jieba") is None, reason="the package jieba is not installed")
 
@@ -450,7 +443,7 @@ def test_jieba_is_quiet_and_leaves_no_cache(tmp_path: Path) -> None:
     """Catches jieba's defaults: log lines, a cache in the temporary folder, and words from a cache that someone else
     left there."""
     (tmp_path / "jieba.cache").write_bytes(b"of another version")
-    code = "from pretrain.corpus.words import SegmenterSpec, load_segmenter"
+    code = "from pretrain.corpus.segmenter import SegmenterSpec, load_segmenter"
     code += "; print('|'.join(load_segmenter(SegmenterSpec())('他来到了网易杭研大厦')))"
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", code],
