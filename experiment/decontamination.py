@@ -18,6 +18,8 @@ CLEAN_SUMMARY = "clean.json"
 """The file beside cleaned documents that says how they were cleaned."""
 CLEAN_PAGE = "report.html"
 """The same as a page."""
+CleanSummary = Mapping[str, Any]
+"""The content of clean.json."""
 _LINE_BYTES = 1 << 26  # no line of clean.json is as long
 
 
@@ -44,7 +46,7 @@ def is_clean_summary(name: str) -> bool:
     return basename(name) == CLEAN_SUMMARY and read_clean_summary(dirname(name) or ".") is not None
 
 
-def read_clean_summary(folder: str) -> Mapping[str, Any] | None:
+def read_clean_summary(folder: str) -> CleanSummary | None:
     """Return the clean.json of a folder, a path or URL; None if the folder was not written by `deepcloze clean`: the
     file is missing, or of another kind, such as JSON Lines. Raises UserError if it is damaged: empty, or neither of
     them, and if it cannot be read: documents that were decontaminated would count as others."""
@@ -75,7 +77,7 @@ def _parse_summary(file: IO[bytes]) -> Any:
     return parse_json(line + file.read()) if len(line) < _LINE_BYTES else None
 
 
-def common_decontamination(summaries: Collection[Mapping[str, Any] | None]) -> dict[str, str] | None:
+def common_decontamination(summaries: Collection[CleanSummary | None]) -> dict[str, str] | None:
     """Split of a task -> digest of its texts, of the splits against which documents from several folders were all
     decontaminated: for the manifest of a corpus of them, under the key `decontaminated`. None if none of the folders
     was written by `deepcloze clean`.
@@ -89,7 +91,7 @@ def common_decontamination(summaries: Collection[Mapping[str, Any] | None]) -> d
     return {name: digest for tasks in found for name, digest in tasks.items() if digest in shared}
 
 
-def _tasks_of(summary: Mapping[str, Any]) -> dict[str, str]:
+def _tasks_of(summary: CleanSummary) -> dict[str, str]:
     """Return the splits of tasks of the steps, and of the cleaning of the sources."""
     each = (summary.get("decontaminated", {}), *(step.get("against", {}) for step in summary["steps"]))
     return {name: str(digest) for tasks in each for name, digest in tasks.items()}

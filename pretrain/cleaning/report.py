@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.decontamination import CLEAN_PAGE, CLEAN_SUMMARY
+from experiment.decontamination import CLEAN_PAGE, CLEAN_SUMMARY, CleanSummary
 from experiment.files import write_json
 from experiment.formatting import print_table
 from experiment.results.page import (
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 _LANGUAGES = 30  # the most frequent ones
 _LISTED = 200  # matches on the page
 
-Summary = Mapping[str, Any]
-"""The content of clean.json."""
-
 
 def summarize(
     config: "CleanConfig",
@@ -43,7 +40,7 @@ def summarize(
     languages: Counter[str],
     tallies: Sequence["StepTally"],
     steps: Sequence["Step[Any]"],
-) -> Summary:
+) -> CleanSummary:
     """Return the content of clean.json.
 
     identity: digest of the config; the tasks that the sources were decontaminated against. empty: documents whose
@@ -95,7 +92,7 @@ def _effect(tally: "StepTally") -> dict[str, Any]:
     }
 
 
-def write_report(folder: Path, summary: Summary) -> None:
+def write_report(folder: Path, summary: CleanSummary) -> None:
     """Write clean.json and report.html."""
     write_json(folder / CLEAN_SUMMARY, summary)
     kept, read = summary["kept"], summary["read"]
@@ -109,7 +106,7 @@ def write_report(folder: Path, summary: Summary) -> None:
     write_page(folder / CLEAN_PAGE, Page("Cleaning", [Heading("Steps"), *summary_blocks(summary)], headline))
 
 
-def summary_blocks(summary: Summary) -> list[Block]:
+def summary_blocks(summary: CleanSummary) -> list[Block]:
     """Return the effect of each step, with examples, and the languages of the rest."""
     blocks: list[Block] = [Table(_COLUMNS, list(_rows(summary)), labels=2)]
     if languages := summary.get("languages"):
@@ -118,13 +115,13 @@ def summary_blocks(summary: Summary) -> list[Block]:
     return [*blocks, *_examples(summary)]
 
 
-def describe(summary: Summary) -> str:
+def describe(summary: CleanSummary) -> str:
     """Describe the documents that were kept, and those that each step dropped, in a line."""
     dropped = ", ".join(f"{step['name']} {step['dropped']:,}" for step in summary["steps"] if step["dropped"])
     return f"{describe_kept(summary)}; dropped: {dropped}" if dropped else describe_kept(summary)
 
 
-def describe_kept(summary: Summary) -> str:
+def describe_kept(summary: CleanSummary) -> str:
     empty = f", {summary['empty']:,} pages without text" if "empty" in summary else ""
     return f"{summary['kept']:,} of {summary['read']:,} documents kept{empty}"
 
@@ -132,7 +129,7 @@ def describe_kept(summary: Summary) -> str:
 _COLUMNS = ("step", "rule", "read", "dropped", "share", "changed")
 
 
-def _rows(summary: Summary) -> Iterator[list[str]]:
+def _rows(summary: CleanSummary) -> Iterator[list[str]]:
     for number, step in enumerate(summary["steps"], 1):
         read = step["read"]
         share = f"{step['dropped'] / max(read, 1):.2%}"
@@ -150,7 +147,7 @@ def _example(example: Mapping[str, str]) -> list[str]:
     return [example["id"], example["detail"] and f"→ {example['detail']}", *text]
 
 
-def _examples(summary: Summary) -> Iterator[Block]:
+def _examples(summary: CleanSummary) -> Iterator[Block]:
     for number, step in enumerate(summary["steps"], 1):
         if not step["rules"]:
             continue
@@ -168,6 +165,6 @@ def _examples(summary: Summary) -> Iterator[Block]:
             yield Table(("document", "match"), rows, labels=2)
 
 
-def print_steps(summary: Summary) -> None:
+def print_steps(summary: CleanSummary) -> None:
     """Print the counts as a table."""
     print_table(_COLUMNS, _rows(summary), labels=2)

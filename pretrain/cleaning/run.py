@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from experiment.decontamination import CLEAN_SUMMARY, read_clean_summary
+from experiment.decontamination import CLEAN_SUMMARY, CleanSummary, read_clean_summary
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import fsync_tree, json_digest, read_json, write_json
 from experiment.output_folder import holds_result, lock_output
@@ -23,7 +23,7 @@ from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX, PassFolder
 from pretrain.cleaning.passes import Done, Pass, plan_passes, run_passes
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
-from pretrain.cleaning.report import Summary, describe_kept, print_steps, summarize, write_report
+from pretrain.cleaning.report import describe_kept, print_steps, summarize, write_report
 from pretrain.cleaning.step import ReadTask, Step, check_installed
 from pretrain.cleaning.tally import StepTally
 from pretrain.corpus.origins import read_cleanings
@@ -41,7 +41,7 @@ def clean(
     workers: int | None = None,
     engine: str = "local",
     ray_address: str | None = None,
-) -> Summary:
+) -> CleanSummary:
     """Write the folder `config.output`, and print the effect of each step. `engine` and so on: as `open_task_runner`.
 
     An existing result of the same config and sources is kept. Raises UserError for bad input, naming file and place,
@@ -113,7 +113,7 @@ def _clean(
     recipe: str,
     folder: Path,
     run_tasks: TaskRunner,
-) -> Summary:
+) -> CleanSummary:
     unfinished = folder.with_name(f"{folder.name}.partial")
     _check_unfinished(unfinished, {"recipe": recipe, "sources": identity_of(sources)})
     try:

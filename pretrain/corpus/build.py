@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
 
+from experiment.decontamination import CleanSummary
 from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import fsync, names_in
 from experiment.formatting import counted
@@ -28,7 +29,7 @@ from pretrain.corpus.documents import check_read
 from pretrain.corpus.formats import Members
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, percentiles, read_manifest, write_manifest
 from pretrain.corpus.options import CorpusOptions
-from pretrain.corpus.origins import Cleaning, read_cleanings, source_shares, write_cleanings
+from pretrain.corpus.origins import read_cleanings, source_shares, write_cleanings
 from pretrain.corpus.passes import count_documents, join_digests, scan_source, split_tasks, tokenize
 from pretrain.corpus.records import (
     ShardRecord,
@@ -217,7 +218,7 @@ def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finis
     )
 
 
-def _write_metadata(plan: BuildPlan, folder: Path, manifest: Manifest, cleanings: Sequence[Cleaning]) -> None:
+def _write_metadata(plan: BuildPlan, folder: Path, manifest: Manifest, cleanings: Sequence[CleanSummary]) -> None:
     """Write all files but the shards, and delete others: shards of an earlier version of the source, and temporary
     files of writers that were killed."""
     for name in {*names_in(folder)} - {TOKENIZER, *(shard.file for shard in manifest.shards)}:

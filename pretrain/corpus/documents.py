@@ -89,31 +89,31 @@ def reading_progress(label: str, total: int | None) -> Iterator[Callable[[int, i
 
 
 def _read_span(span: Span, options: TextOptions, stats: ReadStats) -> Iterator[SourceDocument]:
-    source, part = span
+    source = span.source
     if source.kind == PYTHON_DOCS:
         from pretrain.corpus.python_docs import read_python_docs
 
         for doc in read_python_docs():
             yield SourceDocument(doc.text, f"{PYTHON_DOCS}:{doc.document}", 1)
     elif source.kind == "hub":
-        yield from _read_hub(source, options, part)
+        yield from _read_hub(source, options, span.range)
     else:
         with explain_read_errors(source.name), open_file(source.name) as file:
             stats.file_position = file.tell
             if source.kind == "file":
-                yield from parse_documents(file, source.name, source.name, options, stats, part)
+                yield from parse_documents(file, source.name, source.name, options, stats, span.range)
             else:
                 yield from _read_archive(file, span, options, stats)
 
 
 def locate_lines(span: Span) -> Span:
-    """Count the lines before the part, so that reading it again tells the lines of errors. The rows of tables are known
-    without. Raises UserError."""
-    source, part = span
-    if source.kind != "file" or part.start == 0 or detect_format(source.name)[0] in ("csv", "tsv", "parquet"):
+    """Count the lines before the range, so that reading it again tells the lines of errors. The rows of tables are
+    known without. Raises UserError."""
+    source, bounds = span
+    if source.kind != "file" or bounds.start == 0 or detect_format(source.name)[0] in ("csv", "tsv", "parquet"):
         return span
     with explain_read_errors(source.name), open_file(source.name) as file:
-        return Span(source, replace(part, line_breaks=count_line_breaks(file, source.name, part)))
+        return Span(source, replace(bounds, line_breaks=count_line_breaks(file, source.name, bounds)))
 
 
 def _archive_name(source: Source) -> str:
@@ -140,7 +140,7 @@ def _read_archive(file: IO[bytes], span: Span, options: TextOptions, stats: Read
 
 def _zip_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
     with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist()[span.part.start : span.part.stop]:
+        for info in archive.infolist()[span.range.start : span.range.stop]:
             if not info.is_dir() and is_wanted(info.filename):
                 # The lines of a ZipExtFile take several times as long.
                 with io.BufferedReader(archive.open(info), 1 << 20) as member:  # type: ignore[type-var]
@@ -148,7 +148,7 @@ def _zip_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) 
 
 
 def _tar_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
-    source, part = span
+    source, bounds = span
     compression = tar_compression(source.name)
     # "r|" streams: each member is read when it is reached, without seeking.
     mode: Literal["r|", "r:"] = "r|" if compression else "r:"
@@ -159,9 +159,9 @@ def _tar_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) 
     ) as archive:
         for info in archive:
             archive.members.clear()  # type: ignore[attr-defined]  # it would grow with the archive
-            if part.stop is not None and info.offset >= part.stop:
+            if bounds.stop is not None and info.offset >= bounds.stop:
                 return
-            if info.offset >= part.start and info.isfile() and is_wanted(info.name):
+            if info.offset >= bounds.start and info.isfile() and is_wanted(info.name):
                 member = archive.extractfile(info)
                 assert member is not None
                 yield info.name, member
@@ -205,10 +205,10 @@ def hub_data(source: Source) -> HubData:
     return data if data.is_folder else data._replace(revision=source.version or None)
 
 
-def _read_hub(source: Source, options: TextOptions, part: Range) -> Iterator[SourceDocument]:
+def _read_hub(source: Source, options: TextOptions, bounds: Range) -> Iterator[SourceDocument]:
     rows, columns = load_rows(hub_data(source)), list(options.columns)
     for column, option in options.columns.items():
         if column not in rows.column_names:
             raise missing_column(f"hub:{source.name}", column, rows.column_names, option)
-    for row, cells in enumerate(read_cells(rows, columns, slice(part.start, part.stop)), start=part.start + 1):
+    for row, cells in enumerate(read_cells(rows, columns, slice(bounds.start, bounds.stop)), start=bounds.start + 1):
         yield row_document(cells, f"hub:{source.name}:{source.selection}", row, columns)

@@ -166,7 +166,7 @@ def check_supported_format(name: str, origin: str) -> None:
 
 
 def parse_documents(
-    stream: IO[bytes], name: str, origin: str, options: TextOptions, stats: ReadStats, part: Range = WHOLE
+    stream: IO[bytes], name: str, origin: str, options: TextOptions, stats: ReadStats, bounds: Range = WHOLE
 ) -> Iterator[SourceDocument]:
     """Yield the documents of a file, or of a range of it, in order. If its name tells no format, it is plain text."""
     file_format, compression = detect_format(name)
@@ -175,37 +175,37 @@ def parse_documents(
             # Parquet has its index at the end, and only plain files are seekable.
             seekable = not compression and origin == name
             stream = stream if seekable else _copy_to_disk(decompress(stream, compression), origin)
-            yield from _parse_parquet(stream, origin, options, part)
+            yield from _parse_parquet(stream, origin, options, bounds)
         elif file_format in ("csv", "tsv"):
             separator = options.sep or ("," if file_format == "csv" else "\t")
             csv_format = CsvFormat(separator, options.quoting, options.header != "none", options.are_flags, section="")
             lines = Lines(decompress(stream, compression), lambda: None, origin, WHOLE, stats)
-            yield from _parse_csv(lines, csv_format, options, part)
+            yield from _parse_csv(lines, csv_format, options, bounds)
         else:
-            lines = Lines(*_open_range(stream, compression, part), origin, part, stats)
+            lines = Lines(*_open_range(stream, compression, bounds), origin, bounds, stats)
             if file_format == "jsonl":
                 yield from _parse_json_lines(lines, options)
             else:
                 yield from _parse_text(lines, options, stats)
 
 
-def _open_range(stream: IO[bytes], compression: str, part: Range) -> tuple[IO[bytes], Callable[[], int | None]]:
+def _open_range(stream: IO[bytes], compression: str, bounds: Range) -> tuple[IO[bytes], Callable[[], int | None]]:
     """Open the content of a file at the start of a range. Returns it, and a function that gives the end of the range,
     as a position in the content that is counted from there."""
-    if part.unit == "compressed":
-        assert part.stop is not None
-        member = find_member(stream, compression, part.start, part.stop) if part.start else 0
+    if bounds.unit == "compressed":
+        assert bounds.stop is not None
+        member = find_member(stream, compression, bounds.start, bounds.stop) if bounds.start else 0
         if member is None:
             return io.BytesIO(), lambda: 0
         stream.seek(member)
-        members = MemberReader(stream, compression, part.stop)
+        members = MemberReader(stream, compression, bounds.stop)
         return io.BufferedReader(members, 1 << 20), lambda: members.end
-    length = None if part.stop is None else part.stop - part.start
+    length = None if bounds.stop is None else bounds.stop - bounds.start
     if compression:
         stream = decompress(stream, compression)
-        _skip(stream, part.start)
-    elif part.start:
-        stream.seek(part.start)
+        _skip(stream, bounds.start)
+    elif bounds.start:
+        stream.seek(bounds.start)
     return stream, lambda: length
 
 
@@ -218,12 +218,12 @@ def _skip(stream: IO[bytes], size: int) -> int:
     return line_breaks
 
 
-def count_line_breaks(file: IO[bytes], name: str, part: Range) -> int:
+def count_line_breaks(file: IO[bytes], name: str, bounds: Range) -> int:
     """Count the line breaks of a file before the start of a range, to tell the line of an error."""
     _, compression = detect_format(name)
-    if part.unit != "compressed":
-        return _skip(decompress(file, compression), part.start)
-    members, line_breaks = MemberReader(file, compression, part.start), 0
+    if bounds.unit != "compressed":
+        return _skip(decompress(file, compression), bounds.start)
+    members, line_breaks = MemberReader(file, compression, bounds.start), 0
     while (block := members.read(1 << 20)) and members.end is None:
         line_breaks += block.count(b"\n")
     return line_breaks
@@ -233,15 +233,15 @@ class Lines:
     """The lines of a range, decoded, and those after it for as long as they are read."""
 
     def __init__(
-        self, content: IO[bytes], end: Callable[[], int | None], origin: str, part: Range, stats: ReadStats
+        self, content: IO[bytes], end: Callable[[], int | None], origin: str, bounds: Range, stats: ReadStats
     ) -> None:
         """`content`: at the start of the range; `end`: returns the position in it where the range ends, None if it has
         not been reached or is the end of the file."""
         self.origin = origin
-        self.first = 1 if part.start == 0 else 2 + (part.line_breaks or 0)
+        self.first = 1 if bounds.start == 0 else 2 + (bounds.line_breaks or 0)
         self.position = 0  # in the content, after the line that was read last
         self.ended = False  # whether that line belongs to a later range
-        self._content, self._end, self._in_line = content, end, part.start > 0
+        self._content, self._end, self._in_line = content, end, bounds.start > 0
         self._stats = stats
 
     def __iter__(self) -> Iterator[str]:
@@ -358,7 +358,7 @@ def _is_cleaned(row: Mapping[str, Any]) -> bool:
     return is_written and str(row["id"]).startswith(f"{row['source']}:")
 
 
-def _parse_csv(lines: Lines, csv_format: CsvFormat, options: TextOptions, part: Range) -> Iterator[SourceDocument]:
+def _parse_csv(lines: Lines, csv_format: CsvFormat, options: TextOptions, bounds: Range) -> Iterator[SourceDocument]:
     names, rows = read_csv(lines, lines.origin, csv_format)
     if not names:
         return
@@ -367,21 +367,21 @@ def _parse_csv(lines: Lines, csv_format: CsvFormat, options: TextOptions, part: 
     # Quoted fields may have line breaks: where a row begins is known only to who has read the rows before it.
     position = lines.position
     for number, cells, _ in rows:
-        if part.stop is not None and position >= part.stop:
+        if bounds.stop is not None and position >= bounds.stop:
             return
-        if position >= part.start:
+        if position >= bounds.start:
             yield row_document([cells[place] for place in places], lines.origin, number, columns)
         position = lines.position
 
 
-def _parse_parquet(stream: IO[bytes], origin: str, options: TextOptions, part: Range) -> Iterator[SourceDocument]:
+def _parse_parquet(stream: IO[bytes], origin: str, options: TextOptions, bounds: Range) -> Iterator[SourceDocument]:
     import pyarrow
 
     try:
         file = open_parquet(stream, whole_columns=is_url(origin))
         for column, option in options.columns.items():
             column_index(file.schema_arrow.names, column, origin, option)  # rejects none and several
-        groups = range(file.num_row_groups)[part.start : part.stop]
+        groups = range(file.num_row_groups)[bounds.start : bounds.stop]
         columns = list(options.columns)
         for row, cells in parquet_rows(file, lambda row: f"{origin}:{row}", columns, groups):
             yield row_document(cells, origin, row, columns)

@@ -1,12 +1,18 @@
 """Origins of a corpus's documents: the shares of its sources, and the cleaning of cleaned ones."""
 
 import glob
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from posixpath import dirname
 from typing import Any
 
-from experiment.decontamination import CLEAN_SUMMARY, common_decontamination, is_summary, read_clean_summary
+from experiment.decontamination import (
+    CLEAN_SUMMARY,
+    CleanSummary,
+    common_decontamination,
+    is_summary,
+    read_clean_summary,
+)
 from experiment.errors import UserError
 from experiment.files import read_json, write_json
 from pretrain.corpus.manifest import SourceShare
@@ -14,10 +20,6 @@ from pretrain.corpus.shards import Piece
 from pretrain.corpus.sources import Source
 
 _EXAMPLES = 20  # of a rule, over all folders, but one of each at least
-
-Cleaning = Mapping[str, Any]
-"""clean.json of a folder that `deepcloze clean` has written, without the list of matches. `folder`: a short name of the
-folder, if there are several."""
 
 
 def source_shares(pieces: Iterable[tuple[Source, Sequence[Piece]]]) -> tuple[SourceShare, ...]:
@@ -33,27 +35,27 @@ def source_shares(pieces: Iterable[tuple[Source, Sequence[Piece]]]) -> tuple[Sou
     return tuple(map(SourceShare, short_names(list(counts)), *zip(*counts.values(), strict=True)))
 
 
-def read_cleanings(sources: Iterable[Source]) -> tuple[list[Cleaning], dict[str, str] | None]:
-    """Read the cleaning of each source folder, and the texts that all documents were decontaminated against; see
-    `common_decontamination`. Reads a file in each of these folders."""
+def read_cleanings(sources: Iterable[Source]) -> tuple[list[CleanSummary], dict[str, str] | None]:
+    """Read the cleaning of each source folder, without the list of matches and with a short name as `folder` if there
+    are several, and the texts that all documents were decontaminated against; see `common_decontamination`."""
     folders = dict.fromkeys((dirname(source.name) or ".") if source.kind == "file" else None for source in sources)
     summaries = {folder: None if folder is None else read_clean_summary(folder) for folder in folders}
     found = {folder: summary for folder, summary in summaries.items() if folder is not None and summary is not None}
     names = short_names(list(found)) if len(found) > 1 else [""]
     examples = max(1, _EXAMPLES // max(1, len(found)))
-    cleanings: list[Cleaning] = [
+    cleanings: list[CleanSummary] = [
         {"folder": name, **_shortened(summary, examples)} for name, summary in zip(names, found.values(), strict=False)
     ]
     return cleanings, common_decontamination(summaries.values())
 
 
-def write_cleanings(folder: Path, cleanings: Sequence[Cleaning]) -> None:
+def write_cleanings(folder: Path, cleanings: Sequence[CleanSummary]) -> None:
     """Write `clean.json` of a corpus, unless none of its sources was cleaned."""
     if cleanings:
         write_json(folder / CLEAN_SUMMARY, cleanings, indent=1)
 
 
-def cleanings_of(corpus: Path) -> list[Cleaning]:
+def cleanings_of(corpus: Path) -> list[CleanSummary]:
     """Read the output of `write_cleanings`; empty without any. Raises UserError if it is damaged."""
     path = corpus / CLEAN_SUMMARY
     try:
@@ -79,7 +81,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _shortened(summary: Mapping[str, Any], examples: int) -> dict[str, Any]:
+def _shortened(summary: CleanSummary, examples: int) -> dict[str, Any]:
     steps = [
         {
             **{key: value for key, value in step.items() if key != "matches"},

@@ -55,7 +55,7 @@ class Span(NamedTuple):
     """A part of a source."""
 
     source: Source
-    part: Range = WHOLE
+    range: Range = WHOLE
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def _group(sources: Iterable[Source], options: TextOptions, size: int, opened: i
     `size` bytes of all: if one of them grows, few of the others come into another split."""
     waiting, slot, begin = list[Span](), 0, 0
     for source in sources:
-        parts, is_small = _divide(source, options, size, opened), source.bytes is not None and source.bytes <= size
+        ranges, is_small = _divide(source, options, size, opened), source.bytes is not None and source.bytes <= size
         if waiting and (not is_small or begin // size != slot or source.item != waiting[0].source.item):
             yield _split(waiting)
             waiting = []
@@ -64,7 +64,7 @@ def _group(sources: Iterable[Source], options: TextOptions, size: int, opened: i
             waiting.append(Span(source))
             slot = begin // size
         else:
-            yield from (_split([Span(source, part)], len(parts)) for part in parts)
+            yield from (_split([Span(source, bounds)], len(ranges)) for bounds in ranges)
         begin += source.bytes or 0
     if waiting:
         yield _split(waiting)
@@ -73,8 +73,8 @@ def _group(sources: Iterable[Source], options: TextOptions, size: int, opened: i
 def _split(spans: Sequence[Span], parts: int = 1) -> Split:
     """Make a split. `parts`: into how many the source is divided."""
     digest, size = xxhash.xxh3_128(), 0
-    for source, part in spans:
-        identity = source.kind, source.name, source.selection, source.bytes, source.version, part
+    for source, bounds in spans:
+        identity = source.kind, source.name, source.selection, source.bytes, source.version, bounds
         digest.update(repr(identity).encode())
         size += (source.bytes or 0) // parts
     return Split(digest.hexdigest(), tuple(spans), size)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from experiment.decontamination import CLEAN_SUMMARY
+from experiment.decontamination import CLEAN_SUMMARY, CleanSummary
 from experiment.formatting import counted
 from experiment.results.page import (
     Bar,
@@ -31,7 +31,6 @@ from pretrain.cleaning.report import describe as describe_cleaning
 from pretrain.cleaning.report import summary_blocks
 from pretrain.corpus.build import summary
 from pretrain.corpus.manifest import Manifest
-from pretrain.corpus.origins import Cleaning
 from pretrain.inspection.contents import SCRIPT_TOKENS
 from pretrain.inspection.masked_documents import MAX_SEQ_LENGTH, token_text
 from pretrain.inspection.near_duplicates import NGRAM, THRESHOLD, NearDuplicates
@@ -57,7 +56,7 @@ class Inspection:
     packing: Sequence[PackingEfficiency]
     near_duplicates: NearDuplicates
     masked: Sequence[SeenText]
-    cleanings: Sequence[Cleaning]
+    cleanings: Sequence[CleanSummary]
 
     @property
     def manifest(self) -> Manifest:
@@ -221,7 +220,7 @@ def _beginning(document: SampledDocument, tokenizer: PreTrainedTokenizerFast) ->
     return f"{text} …" if len(document.ids) > _PAIR_TOKENS else text
 
 
-def _origin_blocks(manifest: Manifest, cleanings: Sequence[Cleaning]) -> list[Block]:
+def _origin_blocks(manifest: Manifest, cleanings: Sequence[CleanSummary]) -> list[Block]:
     """Return shares of sources, and the effects of `deepcloze clean`; none if nothing is recorded."""
     blocks = list[Block]()
     if manifest.sources:
@@ -240,7 +239,7 @@ def _origin_blocks(manifest: Manifest, cleanings: Sequence[Cleaning]) -> list[Bl
     return blocks
 
 
-def _cleaning_title(cleaning: Cleaning) -> str:
+def _cleaning_title(cleaning: CleanSummary) -> str:
     return f"Cleaning of {cleaning['folder']}" if cleaning["folder"] else "Cleaning"
 
 
