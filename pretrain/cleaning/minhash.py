@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.cleaning.step import is_first
+from pretrain.cleaning.arrays import is_first
 
 IntegerT = TypeVar("IntegerT", bound=np.integer[Any])
 

@@ -16,8 +16,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from experiment.progress import track
+from pretrain.cleaning.arrays import StoredArray, first_of_equal
 from pretrain.cleaning.minhash import NgramSets, jaccard, sorted_distinct
-from pretrain.cleaning.step import StoredArray, first_of_equal
 from pretrain.cleaning.words import normalized_words
 
 _MEMBERS = 32  # representatives of a band's bucket that a document is compared with

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from experiment.errors import UserError
 from experiment.files import parse_record, write_file, write_json
-from pretrain.cleaning.step import Arrays, Document, StoredArray
+from pretrain.cleaning.arrays import StoredArray
+from pretrain.cleaning.step import Arrays, Document
 from pretrain.cleaning.tally import PartTally
 
 SUFFIX = ".jsonl.zst"

@@ -5,21 +5,19 @@ From its declaration follow its config keys, their reference, and its place in t
 
 import importlib
 import importlib.util
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from experiment.config import Section
 from experiment.decontamination import EvaluationText
 from experiment.errors import UserError
 from pretrain.cleaning import steps
+from pretrain.cleaning.arrays import StoredArray
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -48,27 +46,6 @@ class Verdict(NamedTuple):
 
 ReadTask = Callable[[str], Sequence[EvaluationText]]
 """Name or path of a fine-tuning config -> the texts of its validation and test splits. Raises UserError."""
-
-
-class StoredArray:
-    """An array in a .npy file, which is open only while rows are read: there may be more parts than a process may have
-    open files or memory maps."""
-
-    def __init__(self, path: Path) -> None:
-        mapped = np.load(path, mmap_mode="r")
-        self._path, self._offset = path, mapped.offset
-        self._shape, self._dtype = mapped.shape, mapped.dtype
-
-    def __len__(self) -> int:
-        return int(self._shape[0])
-
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
-        start, stop, _ = rows.indices(len(self))
-        row_bytes = math.prod(self._shape[1:]) * self._dtype.itemsize
-        with self._path.open("rb") as file:  # in half the time of np.fromfile, for a few rows
-            file.seek(self._offset + start * row_bytes)
-            values = np.frombuffer(file.read((stop - start) * row_bytes), self._dtype)
-        return values.reshape(stop - start, *self._shape[1:])
 
 
 Observed = Callable[[str], Sequence[StoredArray]]
@@ -157,24 +134,6 @@ class DuplicateStep(CollectionStep[ConfigT]):
 
     def apply(self, documents: Sequence[Document], decisions: NDArray[Any]) -> list[Verdict | None]:
         return [None if kept < 0 else Verdict("duplicate", detail=f"#{kept}") for kept in decisions.tolist()]
-
-
-def split_by_part(values: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:
-    """Divide an array over all parts into one for each part."""
-    return np.split(values, np.cumsum(counts)[:-1])
-
-
-def is_first(ordered: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return whether each value is the first of those that equal it. ordered: equal values are neighbours; [N] or
-    [N, K]."""
-    differs = np.ones(len(ordered), bool)
-    differs[1:] = (ordered[1:] != ordered[:-1]).any(axis=tuple(range(1, ordered.ndim)))
-    return differs
-
-
-def first_of_equal(ordered: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the place of the first of the equal values that each value is one of. ordered: as of `is_first`."""
-    return np.maximum.accumulate(np.where(is_first(ordered), np.arange(len(ordered)), 0))
 
 
 def check_installed(place: str, packages: Sequence[str]) -> None:

@@ -8,7 +8,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from experiment.config import Section
-from pretrain.cleaning.step import Arrays, Document, DuplicateStep, Observed, first_of_equal, split_by_part
+from pretrain.cleaning.arrays import first_of_equal, split_by_part
+from pretrain.cleaning.step import Arrays, Document, DuplicateStep, Observed
 
 
 class Config(Section):

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt
 
 from experiment.config import Section
-from pretrain.cleaning.step import Arrays, CollectionStep, Document, Observed, Verdict, split_by_part
+from pretrain.cleaning.arrays import split_by_part
+from pretrain.cleaning.step import Arrays, CollectionStep, Document, Observed, Verdict
 
 _SEPARATORS = {"line": r"(\n)", "paragraph": r"(\n(?:[^\S\n]*\n)+)"}
 

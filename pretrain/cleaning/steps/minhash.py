@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from experiment.config import Section
+from pretrain.cleaning.arrays import split_by_part
 from pretrain.cleaning.minhash import Bands, NgramSets, choose_bands, sketch
 from pretrain.cleaning.near_duplicates import choose_duplicates, hash_ngrams
-from pretrain.cleaning.step import Arrays, Document, DuplicateStep, Observed, split_by_part
+from pretrain.cleaning.step import Arrays, Document, DuplicateStep, Observed
 
 
 class Config(Section):
