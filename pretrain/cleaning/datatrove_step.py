@@ -3,7 +3,7 @@
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from pretrain.cleaning.step import ConfigT, Document, DocumentStep, Verdict
+from pretrain.cleaning.step import ConfigT, Document, DocumentStep, Verdict, changed
 from pretrain.cleaning.words import sentences, tokens
 
 if TYPE_CHECKING:
@@ -37,12 +37,7 @@ class FilterStep(DocumentStep[ConfigT]):
         wrapped = DatatroveDocument(document.text, document.id, metadata=document.metadata)
         result = self.filter.filter(wrapped)
         kept, rule = result if isinstance(result, tuple) else (result, "")
-        if not kept:
-            return Verdict(rule or "dropped")
-        if wrapped.text != document.text:
-            document.text = wrapped.text
-            return Verdict("changed", dropped=False)
-        return None
+        return changed(document, wrapped.text, "changed") if kept else Verdict(rule or "dropped")
 
 
 def _word_tokenizer() -> "WordTokenizer":

@@ -211,7 +211,7 @@ def _without_markup(documents: list[Document], tally: StepTally) -> list[Documen
     left, sources = list[Document](), [document.text for document in documents]
     verdicts = _apply_to_each(_remove_markup, documents, "removing markup")
     for document, source, verdict in zip(documents, sources, verdicts, strict=True):
-        if verdict is not None or (document.text and not document.text.isspace()):
+        if verdict is not None or document.text.strip():
             tally.count(document, source, verdict, listed=False)
             if verdict is None:
                 left.append(document)
@@ -253,7 +253,7 @@ def _apply_to_each(
 
 
 def _dropped_if_empty(document: Document, verdict: Verdict | None) -> Verdict | None:
-    if verdict is None or verdict.dropped or (document.text and not document.text.isspace()):
+    if verdict is None or verdict.dropped or document.text.strip():
         return verdict
     return Verdict("nothing_left", detail=verdict.detail)
 

@@ -41,7 +41,7 @@ def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Docu
                 raise UserError(f"source: {raw.origin} is read twice; name it once, or rename one of two files")
             seen.add(raw.origin)
             last, number = raw.origin, raw.line
-            if raw.text and not raw.text.isspace():
+            if raw.text.strip():
                 text = raw.text.replace("\r\n", "\n")  # the steps divide lines and paragraphs at "\n"
                 if not is_unicode(text):
                     text = join_surrogates(text)

@@ -108,6 +108,14 @@ class DocumentStep(Step[ConfigT]):
         """Keep the document (None), change it in place, or drop it."""
 
 
+def changed(document: Document, text: str, rule: str) -> Verdict | None:
+    """Give a document this text. Returns the verdict of `DocumentStep.apply`: None if the text is the same."""
+    if text == document.text:
+        return None
+    document.text = text
+    return Verdict(rule, dropped=False)
+
+
 class CollectionStep(Step[ConfigT]):
     """A step that compares all documents.
 

@@ -38,7 +38,7 @@ def tokens(text: str) -> list[str]:
 
 def sentences(text: str) -> list[str]:
     """Sentences, by their punctuation."""
-    return [part for part in _SENTENCE_END.split(text) if part and not part.isspace()]
+    return [part for part in _SENTENCE_END.split(text) if part.strip()]
 
 
 def normalized_words(text: str) -> list[str]:

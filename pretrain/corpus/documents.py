@@ -37,7 +37,7 @@ def read_documents(spans: Iterable[Span], options: TextOptions, stats: ReadStats
     """Yield all documents that have text. Raises UserError for bad input, naming file and line."""
     for span in spans:
         for document in _read_span(span, options, stats):
-            if document.text and not document.text.isspace():
+            if document.text.strip():
                 yield document
             else:
                 stats.empty_documents += 1

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from experiment.config import Section
-from pretrain.cleaning.step import Document, DocumentStep, Verdict
+from pretrain.cleaning.step import Document, DocumentStep, Verdict, changed
 
 
 class Config(Section):
@@ -33,7 +33,4 @@ class Step(DocumentStep[Config]):
             fix_character_width=False,
             fix_line_breaks=False,
         )
-        if repaired == document.text:
-            return None
-        document.text = repaired
-        return Verdict("repaired", dropped=False)
+        return changed(document, repaired, "repaired")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from experiment.config import Section
-from pretrain.cleaning.step import Document, DocumentStep, Verdict
+from pretrain.cleaning.step import Document, DocumentStep, Verdict, changed
 
 if TYPE_CHECKING:
     from datatrove.pipeline.formatters import PIIFormatter
@@ -52,8 +52,4 @@ class Step(DocumentStep[Config]):
         return formatter
 
     def apply(self, document: Document) -> Verdict | None:
-        masked = self.formatter.format(document.text)
-        if masked == document.text:
-            return None
-        document.text = masked
-        return Verdict("masked", dropped=False)
+        return changed(document, self.formatter.format(document.text), "masked")
