@@ -85,12 +85,12 @@ class _Finder:
             return [self._archive(archive, members or "*")]
         if is_url(item):
             return self._below_url(item)
-        if os.path.isdir(item):  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
+        if os.path.isdir(item):
             return self._folder(Path(item))
-        if os.path.isfile(item):  # noqa: PTH113
+        if os.path.isfile(item):
             return [self._file(str(Path(item)))]
         if glob.has_magic(item):
-            names = glob.glob(item, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute patterns)
+            names = glob.glob(item, recursive=True)
             files = sorted(filter(_is_file, names))
             found = self._outside_output(files)
             if not found:
@@ -107,9 +107,9 @@ class _Finder:
             return list(names)
         output = self.output.resolve()
         written = [output.with_name(f"{output.name}{suffix}") for suffix in ("", ".partial", "-heldout")]
-        folders = {os.path.dirname(name) for name in names}  # noqa: PTH120
+        folders = {os.path.dirname(name) for name in names}
         left_out = {folder for folder in folders if any(map(Path(folder).resolve().is_relative_to, written))}
-        return [name for name in names if os.path.dirname(name) not in left_out]  # noqa: PTH120
+        return [name for name in names if os.path.dirname(name) not in left_out]
 
     def _below_url(self, url: str) -> list[Source]:
         if "?" in url and url.startswith("http"):
@@ -151,8 +151,8 @@ class _Finder:
             if self.output is not None and self.output.resolve().is_relative_to(Path(directory).resolve()):
                 raise UserError(f"{self.key} {folder}: the output {self.output} is in this folder; name one outside it")
             visible = sorted(name for name in inside if not name.startswith("."))
-            inside[:] = [name for name in visible if _is_new(os.path.join(directory, name), seen)]  # noqa: PTH118
-            paths = (os.path.join(directory, name).removeprefix("./") for name in names if name[0] != ".")  # noqa: PTH118
+            inside[:] = [name for name in visible if _is_new(os.path.join(directory, name), seen)]
+            paths = (os.path.join(directory, name).removeprefix("./") for name in names if name[0] != ".")
             found += filter(_is_file, paths)
         return found
 
@@ -160,7 +160,7 @@ class _Finder:
         known, others = list[str](), list[str]()
         found = set(names)
         for summary in filter(is_clean_summary, tuple(found)):
-            found -= {summary, join(os.path.dirname(summary), CLEAN_PAGE)}  # noqa: PTH120
+            found -= {summary, join(os.path.dirname(summary), CLEAN_PAGE)}
         for name in found:
             is_read = detect_format(name)[0] is not None or self.is_read_by_caller(name)
             (known if is_read else others).append(name)
@@ -175,16 +175,16 @@ class _Finder:
     def _file(self, name: str, info: FileInfo | None = None) -> Source:
         if not is_unicode(name):
             raise UserError(f"{self.key} {os.fsencode(name)!r}: the name of the file is not UTF-8; rename it")
-        if not is_url(name) and not os.path.exists(name):  # noqa: PTH110
-            raise UserError(f"{self.key} {name}: a link to {os.readlink(name)}, which does not exist")  # noqa: PTH115
+        if not is_url(name) and not os.path.exists(name):
+            raise UserError(f"{self.key} {name}: a link to {os.readlink(name)}, which does not exist")
         if not self.is_read_by_caller(name):
             if name.lower().endswith((".zip", *_TAR)):
                 return self._archive(name, "*", info)
-            check_supported_format(os.path.basename(name), f"{self.key} {name}")  # noqa: PTH119
+            check_supported_format(os.path.basename(name), f"{self.key} {name}")
         return Source("file", name, "", *(info or stat_file(name)))
 
     def _archive(self, name: str, members: str, info: FileInfo | None = None) -> Source:
-        if not is_url(name) and not os.path.isfile(name):  # noqa: PTH113
+        if not is_url(name) and not os.path.isfile(name):
             raise UserError(f"{self.key} {name}::{members}: no such archive")
         if not name.lower().endswith((".zip", *_TAR)):
             raise UserError(
@@ -222,7 +222,7 @@ def find_sources(
     for source in sources:
         identity: object = source.name
         if source.kind in ("file", "archive") and not is_url(source.name):
-            found = os.stat(source.name)  # noqa: PTH116
+            found = os.stat(source.name)
             identity = found.st_dev, found.st_ino
         other = seen.get((identity, source.selection))
         if other is not None and os.path.realpath(other) == os.path.realpath(source.name):  # not a hard link
@@ -234,7 +234,7 @@ def find_sources(
 def _split_names(named: SourceName, key: str) -> list[str]:
     if isinstance(named, str | Path):
         text = str(named)
-        items = [text] if os.path.exists(text) else text.split(",")  # noqa: PTH110  (Path raises if it is too long)
+        items = [text] if os.path.exists(text) else text.split(",")
     else:
         items = [str(item) for item in named]
     items = [expand_home(item.strip()).removeprefix("file://") for item in items if item.strip()]
@@ -245,12 +245,12 @@ def _split_names(named: SourceName, key: str) -> list[str]:
 
 def _is_file(path: str) -> bool:
     """Return whether the path is a file, or a link to one that is missing: it may not be left out silently."""
-    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))  # noqa: PTH110, PTH113, PTH114
+    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
 def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
     """Return whether the folder is not in `seen`, to which this adds it."""
-    found = os.stat(folder)  # noqa: PTH116
+    found = os.stat(folder)
     before = len(seen)
     seen.add((found.st_dev, found.st_ino))
     return len(seen) > before
