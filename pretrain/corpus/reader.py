@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
@@ -57,12 +57,12 @@ class Corpus:
     def tokens(self) -> int:
         return self.manifest.tokens
 
-    def document_lengths(self) -> Iterator[npt.NDArray[np.int32]]:
+    def document_lengths(self) -> Iterator[NDArray[np.int32]]:
         """Yield the length in tokens of each document, one array per shard, in order. No document is empty."""
         for shard in self.manifest.shards:
             yield np.diff(map_shard(self.path / shard.file).offsets)
 
-    def read(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int32]:
         """Return the token ids of S spans, concatenated: [sum(lengths)].
 
         Raises ValueError if a span crosses the end of a shard.
@@ -75,7 +75,7 @@ class Corpus:
         # One copy per span is faster than fancy indexing, which needs an index per token.
         return np.concatenate([np.empty(0, np.int32), *spans], dtype=np.int32, casting="same_kind")
 
-    def read_word_starts(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> BoolArray | None:
+    def read_word_starts(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> BoolArray | None:
         """Mark the tokens of S spans (see `read`) that begin a word. None: the corpus was built without a segmenter."""
         if self.manifest.recipe.segmenter is None:
             return None
@@ -84,7 +84,7 @@ class Corpus:
 
     def count_tokens(
         self, shards: Iterable[int], advance: Callable[[float], None] = lambda _: None
-    ) -> npt.NDArray[np.int64]:
+    ) -> NDArray[np.int64]:
         """Count how often each token of the vocabulary occurs in some shards: [V].
 
         Args:
@@ -108,9 +108,7 @@ class Corpus:
                 advance(len(block))
         return counts
 
-    def _locate(
-        self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[MappedShard, int, int]]:
+    def _locate(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Iterator[tuple[MappedShard, int, int]]:
         """Return (shard, begin, end) of each span; begin and end count from the start of the shard."""
         shards = np.searchsorted(self._shard_starts[:-1], starts, side="right") - 1
         begins = starts - self._shard_starts[shards]
@@ -146,7 +144,7 @@ class Corpus:
         return None if found == expected else f"{path} has the fingerprint {found}, expected {expected}; {_ADVICE}"
 
     @cached_property
-    def _shard_starts(self) -> npt.NDArray[np.int64]:
+    def _shard_starts(self) -> NDArray[np.int64]:
         """Offset of each shard in the token stream, and the end of the last one: [shards + 1]."""
         return np.array(list(itertools.accumulate((shard.tokens for shard in self.manifest.shards), initial=0)))
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from experiment.files import atomic_write, checksum, fsync, sha256, write_json
 from pretrain.corpus.manifest import Manifest, Shard
@@ -174,8 +174,8 @@ class MappedShard(NamedTuple):
     """A memory-mapped shard."""
 
     ids: TokenIds  # [tokens]
-    offsets: npt.NDArray[np.int32]  # [rows + 1] where each document begins, and where the last one ends
-    word_starts: npt.NDArray[np.uint8] | None  # [at least tokens / 8] one bit per token, lowest bit first
+    offsets: NDArray[np.int32]  # [rows + 1] where each document begins, and where the last one ends
+    word_starts: NDArray[np.uint8] | None  # [at least tokens / 8] one bit per token, lowest bit first
 
     def word_flags(self, begin: int, end: int) -> BoolArray:
         """Return whether each of the tokens [begin, end) begins a word."""

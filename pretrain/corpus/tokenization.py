@@ -15,7 +15,7 @@ from string import ascii_letters, ascii_uppercase
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from experiment.models.tokenizer import special_token_ids, vocabulary_size
@@ -27,8 +27,8 @@ from pretrain.corpus.word_cache import WordCache, encodes_words_independently
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TokenIds = npt.NDArray[np.unsignedinteger]
-Counts = npt.NDArray[np.int64]
+TokenIds = NDArray[np.unsignedinteger]
+Counts = NDArray[np.int64]
 
 _SAMPLED_CHARACTERS, _LONGEST_UNKNOWN = 10_000, 40  # of a batch, to count unknown texts, and of such a text
 _UNKNOWN_TEXTS = 10  # kept
