@@ -88,19 +88,19 @@ class CleanConfig(TextOptions):
 
     @model_validator(mode="after")
     def _steps_are_in_a_possible_order(self) -> Self:
-        known = {*self.metadata, "source"}
+        available = {*self.metadata, "source"}
         compared = None
         for number, item in enumerate(self.steps):
             step = item.make()
             for key in step.needs:
-                if key not in known:
+                if key not in available:
                     raise ValueError(f"steps.{number}.{item.name}: {_provider_of(key)}")
             if step.repairs and compared is not None:
                 raise ValueError(
                     f"steps.{number}.{item.name}: it changes how words are written after steps.{compared} compared; "
                     f"put it before steps.{compared}"
                 )
-            known |= {*step.provides}
+            available |= {*step.provides}
             compared = f"{number}.{item.name}" if step.needs_repaired else compared
         return self
 

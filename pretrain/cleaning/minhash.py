@@ -48,7 +48,7 @@ class NgramSets:
 
     @classmethod
     def of(cls, sets: Sequence[NDArray[np.uint32]]) -> Self:
-        ends = np.cumsum([len(found) for found in sets], dtype=np.int64)
+        ends = np.cumsum([len(ngrams) for ngrams in sets], dtype=np.int64)
         return cls(np.concatenate(sets) if sets else np.empty(0, np.uint32), ends)
 
     def __getitem__(self, index: int) -> NDArray[np.uint32]:

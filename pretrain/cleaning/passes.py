@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -272,11 +271,12 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 def _digest(documents: Iterable[Document]) -> str:
     """Hash documents with their metadata, if they have any."""
-    parts = (
-        (each.id, each.text, *([json.dumps(each.metadata, sort_keys=True, default=str)] if each.metadata else []))
-        for each in documents
-    )
-    return xxhash.xxh3_128_hexdigest("\0".join(chain(*parts)).encode())
+    texts = list[str]()
+    for document in documents:
+        texts += [document.id, document.text]
+        if document.metadata:
+            texts.append(json.dumps(document.metadata, sort_keys=True, default=str))
+    return xxhash.xxh3_128_hexdigest("\0".join(texts).encode())
 
 
 def _decide(planned: Pass, before: Done, current: PassFolder) -> None:

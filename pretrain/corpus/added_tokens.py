@@ -77,14 +77,14 @@ def check_extends(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast"
 def old_pieces(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast") -> dict[int, list[int]]:
     """Map the id of each token that only `new` has to the ids of its text in `old`, without unknown tokens. A mark of a
     space alone, which SentencePiece puts before an unknown emoji, counts as none."""
-    known, prefix = old.get_vocab(), _continuation_prefix(json.loads(old.backend_tokenizer.to_str()))
+    vocabulary, prefix = old.get_vocab(), _continuation_prefix(json.loads(old.backend_tokenizer.to_str()))
     added = new.added_tokens_decoder  # whose texts a byte-level decoder would take for bytes
     pieces: dict[int, list[int]] = {}
     for token, identifier in new.get_vocab().items():
-        if token in known:
+        if token in vocabulary:
             continue
         if prefix and token.startswith(prefix):
-            pieces[identifier] = _split_continuation(token, prefix, known)
+            pieces[identifier] = _split_continuation(token, prefix, vocabulary)
         else:
             word = added[identifier].content if identifier in added else new.backend_tokenizer.decode([identifier])
             found = old(_in_text(word.strip()), add_special_tokens=False)["input_ids"]
@@ -207,13 +207,13 @@ def _continuation_prefix(state: dict[str, Any]) -> str | None:
     return str(model["continuing_subword_prefix"]) if model["type"] == "WordPiece" else None
 
 
-def _split_continuation(token: str, prefix: str, known: dict[str, int]) -> list[int]:
+def _split_continuation(token: str, prefix: str, vocabulary: dict[str, int]) -> list[int]:
     """Split a continuation as WordPiece does, longest match first; empty if it cannot be split."""
     rest, pieces = token.removeprefix(prefix), []
     while rest:
-        end = next((end for end in range(len(rest), 0, -1) if prefix + rest[:end] in known), None)
+        end = next((end for end in range(len(rest), 0, -1) if prefix + rest[:end] in vocabulary), None)
         if end is None:
             return []
-        pieces.append(known[prefix + rest[:end]])
+        pieces.append(vocabulary[prefix + rest[:end]])
         rest = rest[end:]
     return pieces

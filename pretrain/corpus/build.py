@@ -131,9 +131,9 @@ def _published_heldout(plan: BuildPlan) -> dict[Part, Manifest]:
     folder = plan.folder_of(HELDOUT)
     if HELDOUT not in plan.sampling.parts or not holds_corpus(folder):
         return {}
-    found = {HELDOUT: read_manifest(folder)}
-    _check_same_recipe(plan, found, None)
-    return found
+    manifests: dict[Part, Manifest] = {HELDOUT: read_manifest(folder)}
+    _check_same_recipe(plan, manifests, None)
+    return manifests
 
 
 def _write_parts(
@@ -144,7 +144,7 @@ def _write_parts(
     records, written = _write_shards(plan, run_tasks, parts, counts)
     manifests = {}
     for part in parts:
-        finished = [found for found in written if found.part == part]
+        finished = [record for record in written if record.part == part]
         manifests[part] = replace(_manifest(plan, part, records, finished), decontaminated=decontaminated)
         _write_metadata(plan, plan.partial / part, manifests[part], cleanings)
     return manifests
@@ -167,8 +167,8 @@ def _write_shards(
         written = list(run_tasks(write_shard_file, [task for task in joins if task.part in parts]))
         damaged = [result for result in written if isinstance(result, str)]
         if not damaged:
-            finished = [found for found in written if isinstance(found, ShardRecord)]
-            return records, sorted(finished, key=lambda found: found.shard.file)
+            finished = [result for result in written if isinstance(result, ShardRecord)]
+            return records, sorted(finished, key=lambda record: record.shard.file)
         for file in damaged:
             notify(f"{plan.partial / file} is missing or damaged; tokenizing its text again")
             forget_split_of(plan.partial, file)
@@ -188,12 +188,12 @@ def check_records(plan: BuildPlan, records: Sequence[SplitRecord]) -> None:
 
 def shard_tasks(plan: BuildPlan, records: Sequence[SplitRecord]) -> list[ShardTask]:
     """Return how to join the pieces of all splits, in order, to shards."""
-    found = []
+    joins = []
     for part in plan.sampling.parts:
         groups = compose_shards((piece for record in records for piece in record.pieces[part]), shards.SHARD_TOKENS)
         names = (f"data-{index:05d}-of-{len(groups):05d}.arrow" for index in range(len(groups)))
-        found += [ShardTask(part, name, group) for name, group in zip(names, groups, strict=True)]
-    return found
+        joins += [ShardTask(part, name, group) for name, group in zip(names, groups, strict=True)]
+    return joins
 
 
 def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finished: Sequence[ShardRecord]) -> Manifest:
@@ -209,7 +209,7 @@ def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finis
         token_type=plan.tokenizer.spec.token_type,
         empty_documents=sum(record.empty_documents for record in records) if part == MAIN else 0,
         length_percentiles=percentiles(lengths.items()),
-        shards=tuple(found.shard for found in finished),
+        shards=tuple(record.shard for record in finished),
         sources=source_shares(
             (split.spans[0].source, record.pieces[part]) for split, record in zip(plan.splits, records, strict=True)
         ),

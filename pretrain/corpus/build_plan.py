@@ -152,7 +152,7 @@ class BuildPlan:
         """The arguments that an unfinished build must have in common to be resumed."""
         text = {name: getattr(self.options, name) for name in TextOptions.model_fields}
         names = [(source.kind, source.name, source.selection) for source in self.sources]
-        data = [hub_data(source) for source in self.sources if source.kind == "hub"]
+        data_sets = [hub_data(source) for source in self.sources if source.kind == "hub"]
         return {
             "tokenizer": self.tokenizer.fingerprint,
             "segmenter": self.segmenter,
@@ -161,7 +161,7 @@ class BuildPlan:
             "seed": self.seed,
             **text,
             "source": json_digest(names),
-            "hub": [str(found) for found in data if found.revision],
+            "hub": [str(data) for data in data_sets if data.revision],
         }
 
     @property

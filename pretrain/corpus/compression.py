@@ -142,7 +142,7 @@ def estimate_content_bytes(file: IO[bytes], compression: str, size: int) -> int:
         return estimate if estimate >= size else _USUAL_RATIO * size  # else it is of padding, or of a last small member
     if compression == "zst":
         file.seek(0)
-        known = zstandard.get_frame_parameters(file.read(18)).content_size
-        if size <= known < 2**63:
-            return int(known)
+        content_size = zstandard.get_frame_parameters(file.read(18)).content_size
+        if size <= content_size < 2**63:
+            return int(content_size)
     return size if compression == "" else _USUAL_RATIO * size

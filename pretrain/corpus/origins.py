@@ -75,9 +75,9 @@ def short_names(names: Sequence[str]) -> list[str]:
     paths = [name.partition("::") for name in names]
     parts = [path.rstrip("/").split("/") for path, *_ in paths]
     for count in range(1, max(map(len, parts), default=0)):
-        short = [each[-count:] for each in parts]
-        if len(set(map(tuple, short))) == len(names) and not any(glob.has_magic(each[0]) for each in short):
-            return ["/".join(each) + "".join(member) for each, (_, *member) in zip(short, paths, strict=True)]
+        short = [path_parts[-count:] for path_parts in parts]
+        if len(set(map(tuple, short))) == len(names) and not any(glob.has_magic(first) for first, *_ in short):
+            return ["/".join(last) + "".join(member) for last, (_, *member) in zip(short, paths, strict=True)]
     return list(names)
 
 

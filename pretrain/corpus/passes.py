@@ -58,10 +58,10 @@ def tokenize(
 
 def join_digests(digests: Iterable[SourceDigest]) -> SourceDigest:
     """Return the digest of all documents, from the digests of all splits in order."""
-    found = SourceDigest()
+    joined = SourceDigest()
     for digest in digests:
-        found.extend(digest)
-    return found
+        joined.extend(digest)
+    return joined
 
 
 def _with_progress(label: str, results: Iterator[R], splits: Sequence[Split]) -> Iterator[R]:

@@ -147,7 +147,7 @@ def read_finished(folder: Path, tasks: Iterable[SplitTask]) -> dict[str, SplitRe
     pieces = names | {piece for _, shard in _shards(folder, names) for piece in shard.pieces}
     for split, parts in tasks:
         if f"{split.key}.json" in names and (record := read_record(folder / f"{split.key}.json", SplitRecord)):
-            written = (piece.file for found in record.pieces.values() for piece in found)
+            written = (piece.file for of_part in record.pieces.values() for piece in of_part)
             if record.parts == parts_digest(parts) and all(file in pieces for file in written):
                 finished[split.key] = record
     return finished

@@ -34,7 +34,7 @@ def read_segmenter(user_dictionary: str | Path | None) -> SegmenterSpec:
     if not found:
         raise UserError(f"--user_dictionary: {user_dictionary} has no words that jieba finds; expected one per line")
     if len(found) < len(words):
-        number, _, word = next(each for each in words if not jieba.re_han_default.fullmatch(each[2]))
+        number, _, word = next(entry for entry in words if not jieba.re_han_default.fullmatch(entry[2]))
         notify(
             f"warning: --user_dictionary: left out {counted(len(words) - len(found), 'word')} of {user_dictionary} "
             f"that jieba never finds, such as '{word}' in line {number}: it splits text at all characters but U+4E00 "

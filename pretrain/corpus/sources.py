@@ -70,8 +70,8 @@ class _Finder:
     def expand(self, item: str) -> list[Source]:
         if item == PYTHON_DOCS:
             # An interrupted uninstallation leaves a folder without a name.
-            named = (found for found in importlib.metadata.distributions() if found.name)
-            installed = sorted((found.name, found.version) for found in named)
+            named = (package for package in importlib.metadata.distributions() if package.name)
+            installed = sorted((package.name, package.version) for package in named)
             return [Source(PYTHON_DOCS, PYTHON_DOCS, version=json_digest([sys.version, installed]))]
         if item.startswith(PREFIX):
             try:
@@ -122,9 +122,9 @@ class _Finder:
             return [self._file(url, files[url])]
         start = len(_MAGIC.split(url)[0].rstrip("/"))
         names = [name for name in files if "/." not in name[start:]]  # no hidden ones, as below a local folder
-        return (
-            [self._file(name, files[name]) for name in names] if glob.has_magic(url) else self._known(url, names, files)
-        )
+        if glob.has_magic(url):
+            return [self._file(name, files[name]) for name in names]
+        return self._of_known_formats(url, names, files)
 
     def _folder_version(self, folder: Path) -> str:
         """Return a digest that changes with the files below a local data set."""
@@ -135,7 +135,7 @@ class _Finder:
         """Return all files of a known format below `folder`, except hidden ones."""
         if (folder / MANIFEST).is_file() and (folder / TOKENIZER).is_dir():
             raise UserError(f"{self.key} {folder}: this is a corpus that is already built; expected its source")
-        return self._known(str(folder), self._files_below(folder), {})
+        return self._of_known_formats(str(folder), self._files_below(folder), {})
 
     def _files_below(self, folder: Path) -> list[str]:
         """Return all files below `folder`, except hidden ones. Raises UserError if the output is there too, and for a
@@ -156,21 +156,21 @@ class _Finder:
             found += filter(_is_file, paths)
         return found
 
-    def _known(self, folder: str, names: Iterable[str], files: Mapping[str, FileInfo]) -> list[Source]:
-        known, others = list[str](), list[str]()
+    def _of_known_formats(self, folder: str, names: Iterable[str], files: Mapping[str, FileInfo]) -> list[Source]:
+        readable, others = list[str](), list[str]()
         found = set(names)
         for summary in filter(is_clean_summary, tuple(found)):
             found -= {summary, join(os.path.dirname(summary), CLEAN_PAGE)}
         for name in found:
             is_read = detect_format(name)[0] is not None or self.is_read_by_caller(name)
-            (known if is_read else others).append(name)
-        if not known:
+            (readable if is_read else others).append(name)
+        if not readable:
             raise UserError(
                 f"{self.key} {folder}: the folder has no files of a known format, such as .txt, .jsonl, .csv, .tsv and "
                 ".parquet; name other text files one by one or with a glob"
             )
         report_skipped(folder, len(others), min(others, default=""))
-        return [self._file(name, files.get(name)) for name in sorted(known)]
+        return [self._file(name, files.get(name)) for name in sorted(readable)]
 
     def _file(self, name: str, info: FileInfo | None = None) -> Source:
         if not is_unicode(name):
@@ -222,8 +222,8 @@ def find_sources(
     for source in sources:
         identity: object = source.name
         if source.kind in ("file", "archive") and not is_url(source.name):
-            found = os.stat(source.name)
-            identity = found.st_dev, found.st_ino
+            status = os.stat(source.name)
+            identity = status.st_dev, status.st_ino
         other = seen.get((identity, source.selection))
         if other is not None and os.path.realpath(other) == os.path.realpath(source.name):  # not a hard link
             raise UserError(f"{key} names {source.name} twice")
@@ -250,9 +250,9 @@ def _is_file(path: str) -> bool:
 
 def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
     """Return whether the folder is not in `seen`, to which this adds it."""
-    found = os.stat(folder)
+    status = os.stat(folder)
     before = len(seen)
-    seen.add((found.st_dev, found.st_ino))
+    seen.add((status.st_dev, status.st_ino))
     return len(seen) > before
 
 

@@ -128,7 +128,7 @@ class DocumentEncoder:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
             places = zip(encoding.ids, encoding.offsets, strict=True)
             unknown = (text[first:last].strip() for token, (first, last) in places if token == self._spec.unknown_id)
-            found.update(each[:_LONGEST_UNKNOWN] for each in unknown if each)
+            found.update(piece[:_LONGEST_UNKNOWN] for piece in unknown if piece)
             left -= len(text)
             if left == 0:
                 break

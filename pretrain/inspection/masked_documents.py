@@ -50,7 +50,7 @@ def masked_documents(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list
 def _start(document: SampledDocument, corpus: Corpus) -> int:
     """Return the offset of a document in the token stream of the whole corpus."""
     *before, shard = corpus.manifest.shards[: document.shard + 1]
-    return sum(each.tokens for each in before) + int(map_shard(corpus.path / shard.file).offsets[document.row])
+    return sum(earlier.tokens for earlier in before) + int(map_shard(corpus.path / shard.file).offsets[document.row])
 
 
 def token_text(tokenizer: PreTrainedTokenizerFast, token: int) -> str:

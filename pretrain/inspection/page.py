@@ -85,7 +85,7 @@ def write_inspection(path: Path, found: Inspection, tokenizer: PreTrainedTokeniz
 def describe(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the summary, several lines."""
     manifest, duplicates = found.manifest, found.near_duplicates
-    filled = ", ".join(f"{each.filled['packed']:.1%} at {each.max_seq_length:,}" for each in found.packing)
+    filled = ", ".join(f"{packing.filled['packed']:.1%} at {packing.max_seq_length:,}" for packing in found.packing)
     frequent = _frequent_tokens(found, tokenizer)[:_SUMMARY_TOKENS]
     scripts = ", ".join(f"{name} {share:.1%}" for name, share in found.scripts[:_SUMMARY_SCRIPTS])
     return "\n".join(
@@ -98,7 +98,10 @@ def describe(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> str:
             f"  near-duplicates: {duplicates.share:.1%} of {duplicates.documents:,} documents"
             f"{_where(found.sample)} ({_interval(duplicates)})",
             f"  slots filled by packing: {filled} tokens per sequence",
-            *(f"  {_cleaning_title(each).lower()}: {describe_cleaning(each)}" for each in found.cleanings[:_CLEANINGS]),
+            *(
+                f"  {_cleaning_title(cleaning).lower()}: {describe_cleaning(cleaning)}"
+                for cleaning in found.cleanings[:_CLEANINGS]
+            ),
         ]
     )
 
@@ -130,7 +133,7 @@ def _length_blocks(found: Inspection) -> list[Block]:
         Text("In tokens, special tokens not counted. All documents."),
         BarCharts(
             [
-                BarChart(title, [Bar(*each) for each in zip(labels, shares.tolist(), strict=True)])
+                BarChart(title, list(map(Bar, labels, shares.tolist())))
                 for title, shares in (("Share of the documents", documents), ("Share of the tokens", tokens))
             ]
         ),
@@ -153,13 +156,13 @@ def _length_bins(lengths: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int6
 def _packing_blocks(found: Inspection) -> list[Block]:
     rows = [
         [
-            f"{each.max_seq_length:,}",
-            f"{each.sequences:,}",
-            f"{each.split_documents:.1%}",
-            f"{each.special_tokens:.1%}",
-            *(f"{each.filled[kind]:.1%}" for kind in ("padded", "packed", "flat")),
+            f"{packing.max_seq_length:,}",
+            f"{packing.sequences:,}",
+            f"{packing.split_documents:.1%}",
+            f"{packing.special_tokens:.1%}",
+            *(f"{packing.filled[kind]:.1%}" for kind in ("padded", "packed", "flat")),
         ]
-        for each in found.packing
+        for packing in found.packing
     ]
     return [
         Heading("Packing"),
@@ -226,7 +229,9 @@ def _origin_blocks(manifest: Manifest, cleanings: Sequence[CleanSummary]) -> lis
     if manifest.sources:
         totals = {"documents": manifest.documents, "tokens": manifest.tokens}
         charts = [
-            BarChart(f"Share of the {unit}", [Bar(each.name, getattr(each, unit) / total) for each in manifest.sources])
+            BarChart(
+                f"Share of the {unit}", [Bar(share.name, getattr(share, unit) / total) for share in manifest.sources]
+            )
             for unit, total in totals.items()
         ]
         rows = [[source.name, f"{source.documents:,}", f"{source.tokens:,}"] for source in manifest.sources]

@@ -57,8 +57,8 @@ class Step(DocumentStep[Config]):
 
 def _decoded(entity: re.Match[str]) -> str:
     """Return the character of an entity. One that HTML does not know stays, such as `&regs;` in code."""
-    known = entity[1] is None or f"{entity[1]};" in html5
-    return html.unescape(entity[0]) if known else entity[0]
+    is_known = entity[1] is None or f"{entity[1]};" in html5
+    return html.unescape(entity[0]) if is_known else entity[0]
 
 
 def _without_hidden(text: str) -> str:

@@ -40,9 +40,9 @@ class Step(DocumentStep[Config]):
             raise UserError(f"steps: language.model: no such file: {self.config.model}")
         labels = {label.removeprefix(_LABEL) for label in self._load().labels}
         if unknown := [name for name in self.config.keep or () if name not in labels]:
-            known = ", ".join(sorted(labels)[:10])
+            examples = ", ".join(sorted(labels)[:10])
             raise UserError(
-                f"steps: language.keep: {self.config.model} knows no language '{unknown[0]}'; it knows {known}, …"
+                f"steps: language.keep: {self.config.model} knows no language '{unknown[0]}'; it knows {examples}, …"
             )
         self._digest = checksum(Path(self.config.model))
 

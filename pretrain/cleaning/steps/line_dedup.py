@@ -46,7 +46,7 @@ class Step(CollectionStep[Config]):
     def decide(self, observed: Observed) -> list[NDArray[Any]]:
         parts = observed("hashes")
         removed = np.concatenate([part[:] != 0 for part in parts])  # first: those that are compared
-        hashes = np.concatenate([found[found != 0] for part in parts for found in [part[:]]])
+        hashes = np.concatenate([values[values != 0] for part in parts for values in [part[:]]])
         order = np.argsort(hashes, kind="stable")
         hashes = hashes[order]
         kept = self.config.max_count

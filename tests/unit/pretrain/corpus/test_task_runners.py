@@ -412,7 +412,7 @@ def test_a_process_that_uses_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     """Catches a build that connects a caller's process again, which Ray refuses, or disconnects it."""
     cluster = _Cluster(monkeypatch, tmp_path)
     cluster.initialized = initialized
-    with engines.open_engine(None, None, "ray") as run:
+    with task_runners.open_task_runner(None, None, "ray") as run:
         assert list(run(max, [])) == []
     assert cluster.initialized == initialized
 
