@@ -190,8 +190,7 @@ def _process(passes: Sequence[Pass], part: _Part) -> int:
     tallies = list[StepTally]()
     for step in planned.counted:
         texts = [document.text for document in documents]
-        verdicts = _apply(step, documents, part)
-        verdicts = [_dropped_if_empty(*pair) for pair in zip(documents, verdicts, strict=True)]
+        verdicts = list(map(_dropped_if_empty, documents, _apply(step, documents, part)))
         tallies.append(StepTally())
         for document, text, verdict in zip(documents, texts, verdicts, strict=True):
             tallies[-1].count(document, text, verdict, step.lists_matches, step.masks)

@@ -21,7 +21,7 @@ def find_inputs(config: CleanConfig) -> tuple[Source, ...]:
     sources = find_sources(config.source, "source", lambda name: _reader(name, config) is not None, Path(config.output))
     for source in sources:
         if source.kind == "file" and (reader := _reader(source.name, config)) is not None:
-            check_installed(source.name, reader.PACKAGES)
+            check_installed(source.name, getattr(reader, "PACKAGES", ()))
     return sources
 
 

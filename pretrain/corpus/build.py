@@ -106,7 +106,10 @@ def build_job(plan: BuildPlan) -> BuildJob:
 def _build(plan: BuildPlan, run_tasks: TaskRunner) -> dict[Part, Manifest]:
     """Build all parts and publish them. However this ends, finished splits are kept."""
     announce_sources(plan.sources, plan.options)
-    manifests = _published_heldout(plan)
+    manifests = dict[Part, Manifest]()
+    if HELDOUT in plan.sampling.parts and holds_corpus(plan.folder_of(HELDOUT)):  # an earlier build published only it
+        manifests[HELDOUT] = read_manifest(plan.folder_of(HELDOUT))
+        _check_same_recipe(plan, manifests, None)
     try:
         open_partial(plan.partial, plan.arguments, plan.splits)
         forget_other_splits(plan.partial, plan.splits)
@@ -123,16 +126,6 @@ def _build(plan: BuildPlan, run_tasks: TaskRunner) -> dict[Part, Manifest]:
         (plan.partial / part).replace(plan.folder_of(part))
         fsync(plan.folder.parent)
     shutil.rmtree(plan.partial)
-    return manifests
-
-
-def _published_heldout(plan: BuildPlan) -> dict[Part, Manifest]:
-    """Return the manifest of the held-out corpus if an earlier build died after publishing it."""
-    folder = plan.folder_of(HELDOUT)
-    if HELDOUT not in plan.sampling.parts or not holds_corpus(folder):
-        return {}
-    manifests: dict[Part, Manifest] = {HELDOUT: read_manifest(folder)}
-    _check_same_recipe(plan, manifests, None)
     return manifests
 
 

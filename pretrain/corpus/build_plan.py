@@ -79,7 +79,7 @@ class Sampling:
         """Yield the parts of each of some groups of documents, of these sizes: a byte per document. Empty if all
         documents are in the main corpus."""
         if self.enabled:
-            codes = map({part: code for code, part in enumerate(PART_CODES)}.__getitem__, self.assign(sum(documents)))
+            codes = map(PART_CODES.index, self.assign(sum(documents)))
             yield from (bytes(islice(codes, count)) for count in documents)
         else:
             yield from (b"" for _ in documents)

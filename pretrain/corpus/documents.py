@@ -30,8 +30,6 @@ from pretrain.corpus.formats import (
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import PYTHON_DOCS, Source, Span, is_hidden_member, is_selected, report_skipped
 
-Archives = Mapping[str, Members]
-
 
 def read_documents(spans: Iterable[Span], options: TextOptions, stats: ReadStats) -> Iterator[SourceDocument]:
     """Yield all documents that have text. Raises UserError for bad input, naming file and line."""
@@ -45,25 +43,24 @@ def read_documents(spans: Iterable[Span], options: TextOptions, stats: ReadStats
         stats.finished_bytes += span.source.bytes or 0
 
 
-def check_read(sources: Sequence[Source], options: TextOptions, start_matches: int, archives: Archives) -> None:
+def check_read(
+    sources: Sequence[Source], options: TextOptions, start_matches: int, archives: Mapping[str, Members]
+) -> None:
     """Report members that were skipped when all sources have been read, and archives without members to read.
 
     Raises UserError if an item of `--source` has only such archives, and for a pattern that matched no line.
     """
-    matched = {
-        source.item
-        for source in sources
-        if source.kind != "archive" or archives.get(_archive_name(source), Members()).read
+    members_of = {
+        source: archives.get(_archive_name(source), Members()) for source in sources if source.kind == "archive"
     }
-    for source in sources:
-        if source.kind == "archive":
-            members = archives.get(_archive_name(source), Members())
-            report_skipped(source.name, members.skipped, members.example)
-            if members.read == 0:
-                problem = f"{source.name}: no member matches '{source.selection}'"
-                if source.item not in matched:
-                    raise UserError(problem)
-                warn_once(problem)
+    matched = {source.item for source in sources if source not in members_of or members_of[source].read}
+    for source, members in members_of.items():
+        report_skipped(source.name, members.skipped, members.example)
+        if members.read == 0:
+            problem = f"{source.name}: no member matches '{source.selection}'"
+            if source.item not in matched:
+                raise UserError(problem)
+            warn_once(problem)
     if options.document_start is not None and start_matches == 0:
         raise UserError(f"{options.name('document_start')} '{options.document_start}' matches no line of the text")
 

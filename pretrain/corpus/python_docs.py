@@ -128,9 +128,8 @@ def _normalized(name: str) -> str:
 
 
 def _spread(files: list[_DocFile], most: int | None) -> list[_DocFile]:
-    if most is None or len(files) <= most:
-        return files
-    return [files[number * len(files) // most] for number in range(most)]
+    count = len(files) if most is None else min(most, len(files))
+    return [files[number * len(files) // count] for number in range(count)]
 
 
 def _standard_library() -> Iterator[tuple[Path, str]]:

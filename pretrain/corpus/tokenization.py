@@ -110,9 +110,7 @@ class DocumentEncoder:
         return EncodedBatch(
             ids=flat,
             lengths=lengths,
-            unknown=_count_per_document(flat == self._spec.unknown_id, ends)
-            if self._spec.unknown_id is not None
-            else np.zeros_like(lengths),
+            unknown=_count_per_document(flat == self._spec.unknown_id, ends),  # no id equals None
             words=words if word_starts is None else _count_per_document(word_starts, ends),
             unspaced=np.array(unspaced, dtype=np.int64),
             special=int(np.searchsorted(ends, special[0], side="right")) if len(special) else None,

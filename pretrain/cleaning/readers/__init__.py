@@ -2,6 +2,7 @@
 
 A reader has `matches(name)`, whether a file, a path or URL, has the format, by its name or its members' names, and
 `read(name)`, which yields its documents. `read` raises UserError with file and place for a file that is damaged.
+`PACKAGES` are those of the extra `clean` that it imports, if there are any.
 """
 
 import importlib
@@ -17,7 +18,6 @@ from pretrain.corpus.sources import is_hidden_member
 
 
 class Reader(Protocol):
-    PACKAGES: tuple[str, ...]  # of the extra `clean`
     matches: Callable[[str], bool]
     read: Callable[[str], Iterator[SourceDocument]]
 

@@ -15,8 +15,6 @@ from pretrain.corpus.formats import SourceDocument
 _CONVERSATIONS, _LINES = "movie_conversations.txt", "movie_lines.txt"
 _SEPARATOR = " +++$+++ "
 
-PACKAGES: tuple[str, ...] = ()
-
 
 def matches(name: str) -> bool:
     # movie_lines.txt is read with the conversations, not as text of its own.

@@ -12,8 +12,6 @@ from pretrain.corpus.formats import SourceDocument
 _NAME = re.compile(r"(?:^|/)dialogues_(?:text|train|validation|test)\.txt$")
 _END = "__eou__"
 
-PACKAGES: tuple[str, ...] = ()
-
 
 def matches(name: str) -> bool:
     return any(map(_NAME.search, (name, *zip_members(name))))

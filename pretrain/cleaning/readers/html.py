@@ -13,7 +13,7 @@ from pretrain.cleaning.readers import has_suffix
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.formats import SourceDocument, detect_format
 
-PACKAGES: tuple[str, ...] = ("trafilatura",)
+PACKAGES = ("trafilatura",)
 
 _CHARSET = re.compile(rb"(?i)<meta[^>]{1,200}?charset\s*=\s*[\"']?\s*([\w:.-]+)")
 _HEAD_BYTES = 1 << 12

@@ -16,8 +16,6 @@ from pretrain.corpus.formats import SourceDocument
 
 _SIDE = re.compile(r"\.(\w+)-(\w+)\.(\w+)$")
 
-PACKAGES: tuple[str, ...] = ()
-
 
 def matches(name: str) -> bool:
     return any(map(_language, zip_members(name)))

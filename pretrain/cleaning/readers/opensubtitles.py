@@ -17,8 +17,6 @@ _NO_SPACE = regex.compile(
     rf"(?<=[{UNSPACED}]) (?=[{UNSPACED}\p{{P}}])|(?<=\p{{P}}) (?=[{UNSPACED}])|(?<=[{WIDE}]) | (?=[{WIDE}])"
 )
 
-PACKAGES: tuple[str, ...] = ()
-
 
 def matches(name: str) -> bool:
     is_file = _is_film(name) and not wikipedia.matches(name)

@@ -25,7 +25,7 @@ _ERROR = re.compile(r"\S+[ \t]+([013-9]\d\d\b.*)")  # the status line of some se
 _BLOCK = 1 << 16  # bytes
 _QUOTED = 100  # characters of a message of warcio, which quotes the file
 
-PACKAGES: tuple[str, ...] = ("warcio", "trafilatura")
+PACKAGES = ("warcio", "trafilatura")
 
 
 def matches(name: str) -> bool:

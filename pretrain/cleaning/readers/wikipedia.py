@@ -16,7 +16,7 @@ _ARTICLES = "0"  # the namespace of articles; others are talk, users, templates,
 _FILES, _CATEGORIES = "6", "14"
 _LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 
-PACKAGES: tuple[str, ...] = ("mwparserfromhell",)
+PACKAGES = ("mwparserfromhell",)
 
 
 def matches(name: str) -> bool:
