@@ -76,13 +76,10 @@ class Sampling:
                 yield None
 
     def parts_of(self, documents: Sequence[int]) -> Iterator[bytes]:
-        """Yield the parts of each of some groups of documents, of these sizes: a byte per document. Empty if all
+        """Return the parts of each of some groups of documents, of these sizes: a byte per document. Empty if all
         documents are in the main corpus."""
-        if self.enabled:
-            codes = map(PART_CODES.index, self.assign(sum(documents)))
-            yield from (bytes(islice(codes, count)) for count in documents)
-        else:
-            yield from (b"" for _ in documents)
+        codes = map(PART_CODES.index, self.assign(sum(documents)) if self.enabled else ())
+        return (bytes(islice(codes, count)) for count in documents)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class CorpusCache:
         present = _bytes_below(folder)
         missing = max(0, sum(sizes.values()) - present)
         if self.limit is not None:
-            expected, free = _bytes_below(self.folder) + missing, self._free()
+            expected, free = _bytes_below(self.folder) + missing, shutil.disk_usage(self.folder).free
             others = sorted(self.folder.glob(f"*/{_LOCK}"), key=lambda lock: lock.stat().st_mtime)
             for delete in (False, True):  # nothing is deleted if that would not be enough
                 freed = 0
@@ -164,12 +164,8 @@ class CorpusCache:
                     )
                 if free + freed < missing:
                     break
-        if (free := self._free()) < missing:
+        if (free := shutil.disk_usage(self.folder).free) < missing:
             raise CacheFullError(f"{self.folder} has {_readable(free)} free, expected {_readable(missing)}")
-
-    def _free(self) -> int:
-        """Return the bytes that are free on the disk, which may have other data."""
-        return shutil.disk_usage(self.folder).free
 
 
 def _user_cache() -> CorpusCache:

@@ -37,12 +37,10 @@ from pretrain.corpus.compression import MemberReader, decompress, find_member
 from pretrain.corpus.options import TextOptions
 
 # .raw and .tokens are WikiText's names for plain text.
-_SUFFIXES = {
-    "text": "txt text raw tokens",
-    "jsonl": "jsonl ndjson json",
-    "csv": "csv",
-    "tsv": "tsv",
-    "parquet": "parquet",
+_FORMAT_OF = {
+    **dict.fromkeys(("txt", "text", "raw", "tokens"), "text"),
+    **dict.fromkeys(("jsonl", "ndjson", "json"), "jsonl"),
+    **{name: name for name in ("csv", "tsv", "parquet")},
 }
 _MAX_DOCUMENT = 1 << 30  # characters; a text without the expected blank lines may be larger than memory
 _FEW_INVALID, _SHARE_INVALID = 10, 0.05  # lines that are not UTF-8; text with more has another encoding
@@ -61,7 +59,6 @@ _DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, UnicodeDecodeError),
 )
 _CONVERSION_OF = {suffix: advice for advice, suffixes in _CONVERSIONS.items() for suffix in suffixes.split()}
-_FORMAT_OF = {suffix: name for name, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 
 
 class UnreadableError(UserError):

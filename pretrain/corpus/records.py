@@ -155,8 +155,7 @@ def read_finished(folder: Path, tasks: Iterable[SplitTask]) -> dict[str, SplitRe
 
 def forget_split_of(folder: Path, file: str) -> None:
     """Delete the record of the split that a damaged piece belongs to."""
-    key = file.partition("-")[0]
-    (folder / f"{key}.json").unlink(missing_ok=True)
+    (folder / f"{file.partition('-')[0]}.json").unlink(missing_ok=True)
 
 
 def forget_other_splits(folder: Path, splits: Iterable[Split]) -> None:

@@ -5,12 +5,12 @@ Order: sources as given; within a folder or glob, files by name; within an archi
 
 import fnmatch
 import glob
-import importlib.metadata
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,8 +70,7 @@ class _Finder:
     def expand(self, item: str) -> list[Source]:
         if item == PYTHON_DOCS:
             # An interrupted uninstallation leaves a folder without a name.
-            named = (package for package in importlib.metadata.distributions() if package.name)
-            installed = sorted((package.name, package.version) for package in named)
+            installed = sorted((package.name, package.version) for package in distributions() if package.name)
             return [Source(PYTHON_DOCS, PYTHON_DOCS, version=json_digest([sys.version, installed]))]
         if item.startswith(PREFIX):
             try:

@@ -174,13 +174,11 @@ def _wrap(tokenizer: Tokenizer, kind: str) -> "PreTrainedTokenizerFast":
 
     roles = dict(BERT_TOKENS if kind == "wordpiece" else ROBERTA_TOKENS)
     cls, sep = roles["cls_token"], roles["sep_token"]
-    # RoBERTa has one token type and two separators between the sentences of a pair.
-    pair = f"{cls} $A {sep} $B:1 {sep}:1" if kind == "wordpiece" else f"{cls} $A {sep} {sep} $B {sep}"
+    if kind == "wordpiece":
+        pair, inputs = f"{cls} $A {sep} $B:1 {sep}:1", ["input_ids", "token_type_ids", "attention_mask"]
+    else:  # RoBERTa has one token type and two separators between the sentences of a pair
+        pair, inputs = f"{cls} $A {sep} {sep} $B {sep}", ["input_ids", "attention_mask"]
+        roles |= {"bos_token": cls, "eos_token": sep}
     ids = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{cls} $A {sep}", pair=pair, special_tokens=ids)
-    if kind == "wordpiece":
-        inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    else:
-        inputs = ["input_ids", "attention_mask"]
-        roles |= {"bos_token": cls, "eos_token": sep}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **roles)

@@ -35,12 +35,8 @@ class Config(Section):
     """(n, largest share of characters in the most frequent n-gram)."""
 
     dup_n_grams: tuple[tuple[PositiveInt, Fraction], ...] = (
-        (5, 0.15),
-        (6, 0.14),
-        (7, 0.13),
-        (8, 0.12),
-        (9, 0.11),
-        (10, 0.10),
+        *((5, 0.15), (6, 0.14), (7, 0.13)),
+        *((8, 0.12), (9, 0.11), (10, 0.10)),
     )
     """(n, largest share of characters in all repeated n-grams)."""
 
