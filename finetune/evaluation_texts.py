@@ -9,6 +9,7 @@ from experiment.errors import UserError
 from finetune.config import FinetuneConfig
 from finetune.data.dialogue import TurnJoiner
 from finetune.data.records import Table, read_table
+from finetune.data.splits import split_off
 from finetune.data.task_config import TaskConfig
 from finetune.task_kind import find_kind
 
@@ -48,8 +49,6 @@ def texts_of(config: TaskConfig) -> list[EvaluationText]:
         if split != "train" or (config.validation is None and config.is_trained)
     }
     if "train" in tables:
-        from finetune.data.splits import split_off  # imports torch
-
         _, tables["validation"] = split_off(tables.pop("train"), config)
     kind = find_kind(config.kind)(config, ())
     return [
