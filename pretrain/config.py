@@ -140,7 +140,6 @@ class CorpusConfig(Section):
 
     @property
     def cache_bytes(self) -> float | None:
-        """`cache_gib` in bytes."""
         return None if self.cache_gib is None else self.cache_gib * 2**30
 
     @property

@@ -64,8 +64,6 @@ Predict = Callable[[Microbatch], Predictions]
 
 @dataclass(frozen=True)
 class HeldOutCorpus:
-    """An evaluation corpus as batches."""
-
     maker: BatchMaker
     batches: int
     fingerprint: str  # of the corpus
@@ -73,8 +71,6 @@ class HeldOutCorpus:
 
 @dataclass(frozen=True)
 class HeldOutEvaluator:
-    """Scores a model on corpora."""
-
     corpora: Mapping[str, HeldOutCorpus]  # by name
 
     def evaluate(self, predict: Predict, device: torch.device, show_progress: bool = False) -> dict[str, Scores]:

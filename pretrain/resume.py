@@ -39,16 +39,12 @@ _ADVICE = "Delete damaged checkpoints to resume from checkpoint.mirror, or choos
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint that a run continues from."""
-
     checkpoint: Path  # verified
     fork: bool  # it is another run's
 
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """The state that a run starts from."""
-
     checkpoint: Path | None = None  # None: new weights, or weights of model.init_from
     step: int = 0  # finished steps
     fork: bool = False  # the checkpoint is another run's

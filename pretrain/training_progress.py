@@ -12,8 +12,6 @@ _SAVED_AS = {"masked_tokens": "masked", "grad_norms": "norms", "bad_steps": "ski
 
 
 class SummedLoss(NamedTuple):
-    """The training loss of some steps."""
-
     loss: float = 0.0  # sum over their masked tokens
     masked_tokens: int = 0
 
@@ -61,7 +59,6 @@ class TrainingProgress:
 
     @property
     def is_best_step(self) -> bool:
-        """Whether the evaluation of this step is the best one."""
         return self.evaluations.best_step == self.step
 
     def is_multiple_of(self, steps: int | None) -> bool:

@@ -374,5 +374,4 @@ def named_best(checkpoints: Path) -> Path | None:
 
 
 def checkpoint_step(checkpoint: Path | str) -> int:
-    """Return the step in the name of a checkpoint."""
     return int(Path(checkpoint).name.removeprefix("step-"))

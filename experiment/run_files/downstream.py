@@ -27,8 +27,6 @@ _SETTLED = 2_000_000_000  # nanoseconds after which another change of a folder h
 
 @dataclass(frozen=True)
 class DownstreamResult:
-    """The scores of one checkpoint on one task."""
-
     step: int
     task: str  # as in the name of the folder and of the metrics
     metric: str  # the primary one
@@ -41,7 +39,6 @@ class DownstreamResult:
 
     @property
     def value(self) -> float:
-        """The score by the primary metric."""
         return self.metrics[self.metric]
 
     def __str__(self) -> str:
@@ -54,7 +51,6 @@ def write_result(folder: RunFolder, result: DownstreamResult) -> None:
 
 
 def result_file(folder: RunFolder, task: str, step: int) -> Path:
-    """Return the path of the result of a checkpoint."""
     return folder.downstream / task / f"step-{step:08d}.json"
 
 

@@ -62,8 +62,6 @@ class AttemptTime:
 
 @dataclass(frozen=True)
 class Goodput:
-    """Time of a run by activity."""
-
     seconds: Mapping[str, float]  # by activity, all of `ACTIVITIES`
     attempts: int
 

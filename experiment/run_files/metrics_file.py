@@ -66,7 +66,6 @@ def is_kept(step: int, names: Iterable[str], resumed_step: int, evaluates_again:
 
 
 def is_evaluation(names: Iterable[str]) -> bool:
-    """Return whether these are the metrics of an evaluation."""
     return any(name.startswith("eval/") for name in names)
 
 

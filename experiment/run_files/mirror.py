@@ -53,8 +53,6 @@ _RUN = "run"
 
 
 class Mirror:
-    """The checkpoints of a run in object storage."""
-
     def __init__(self, url: str) -> None:
         self.url = url
 
@@ -107,7 +105,6 @@ class Mirror:
         return None
 
     def write_best(self, name: str) -> None:
-        """Name the best checkpoint."""
         write_bytes(join(self.url, BEST), f"{name}\n".encode())
 
     def provenance(self) -> dict[str, Any] | None:

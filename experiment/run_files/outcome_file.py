@@ -53,8 +53,6 @@ class Cause(StrEnum):
 
 
 class ReportedOutcome(NamedTuple):
-    """The outcome that the ranks reported."""
-
     outcome: Outcome
     message: str
     cause: Cause | None = None  # None: done
@@ -128,8 +126,6 @@ def read_outcome(folder: RunFolder) -> ReportedOutcome | None:
 
 @dataclass(frozen=True)
 class RankRecord:
-    """The process of a rank."""
-
     rank: int
     host: str
     pid: int

@@ -13,8 +13,6 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints to keep."""
-
     keep_last: int
     keep_every: int | None = None  # also keep every step that is a multiple of this
     best: int | None = None  # also keep the best one, of this step

@@ -16,8 +16,6 @@ State = Literal["running", "done", "stopped", "failed", "refused", "killed", "un
 
 @dataclass(frozen=True)
 class Life:
-    """Whether a run is alive, or how it ended."""
-
     state: State
     host: str | None = None  # where it runs, or ran when it was killed or was last heard of
     message: str = ""

@@ -226,7 +226,6 @@ def _receive(pipe: Connection, device: int | None) -> _Received:
 
 
 def _describe_exit(worker: BaseProcess) -> str:
-    """Describe the exit of a worker whose pipe is closed."""
     worker.join(_EXIT_SECONDS)
     code = worker.exitcode
     if code == -signal.SIGKILL:

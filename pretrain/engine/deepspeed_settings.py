@@ -76,8 +76,6 @@ _UNSUPPORTED = {  # unless false, 0 or null
 
 @dataclass(frozen=True)
 class DeepSpeedSettings:
-    """The settings of a DeepSpeed JSON, checked."""
-
     path: Path
     precision: Precision  # of weights and activations
     requested_zero_stage: int  # in the JSON

@@ -52,7 +52,6 @@ def parameter_groups(
 
 
 def build_optimizer(config: OptimizerConfig, groups: list[Group], precision: Precision) -> GatedOptimizer:
-    """Build the optimizer. `precision`: of the run."""
     if config.name == "muon":
         return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, options=config.muon, precision=precision)
     rule = {"adamw": AdamW, "lamb": Lamb, "stableadamw": StableAdamW}[config.name]

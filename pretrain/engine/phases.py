@@ -37,7 +37,6 @@ class ForwardTimer:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Time the computation of the block."""
         if not self.enabled:
             yield
         elif self._on_gpu:

@@ -41,8 +41,6 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """The near-duplicates of the sampled documents."""
-
     documents: int  # sampled
     pairs: tuple[Pair, ...]  # one for each that has one
     is_complete: bool  # all documents of the corpus were sampled

@@ -46,8 +46,6 @@ _CLEANINGS = 10  # folders whose cleaning is described
 
 @dataclass(frozen=True)
 class Inspection:
-    """The findings of an inspection."""
-
     sample: Sample
     lengths: NDArray[np.int64]  # [L] of documents, in tokens
     documents: NDArray[np.int64]  # [L] how many have each length
@@ -83,7 +81,6 @@ def write_inspection(path: Path, found: Inspection, tokenizer: PreTrainedTokeniz
 
 
 def describe(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the summary, several lines."""
     manifest, duplicates = found.manifest, found.near_duplicates
     filled = ", ".join(f"{packing.filled['packed']:.1%} at {packing.max_seq_length:,}" for packing in found.packing)
     frequent = _frequent_tokens(found, tokenizer)[:_SUMMARY_TOKENS]

@@ -63,7 +63,6 @@ class Predicted(NamedTuple):
 
     @property
     def by_row(self) -> bool:
-        """Whether there are columns."""
         return self.columns.shape[1] > 0
 
     def select(self, output_BWHD: Tensor) -> Tensor:
@@ -169,7 +168,6 @@ def interruptible(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., t
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switch the model to `packed_attention`."""
     AttentionInterface.register(_PACKED, packed_attention)
     model.set_attn_implementation(_PACKED)
 

@@ -57,8 +57,6 @@ class MicrobatchMemory:
 
 @dataclass(frozen=True)
 class Computation:
-    """The computation of a microbatch."""
-
     dtype: torch.dtype  # of weights and activations
     kind: RowKind  # of rows
     on_gpu: bool

@@ -92,8 +92,6 @@ class Rates:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a whole run."""
-
     computing: float  # seconds
     communicating: float  # seconds, counted as not overlapping with computation
     device_hours: float
@@ -106,7 +104,6 @@ class Cost:
 
 
 def run_cost(computing: float, communicating: float, ranks: int, rates: Rates) -> Cost:
-    """Return the cost of a run that takes these seconds."""
     hours = (computing + communicating) / 3600 * ranks
     return Cost(
         computing,

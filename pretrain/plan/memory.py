@@ -90,8 +90,6 @@ class Parts:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The memory of one rank."""
-
     moments: Mapping[str, Parts]  # of the run -> bytes on the device
     host: int  # host memory of a rank on a GPU during training: offloaded parts
     checkpoint: int  # host memory of the first machine with GPUs for checkpoints, see docs/checkpoints.md

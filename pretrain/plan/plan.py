@@ -28,8 +28,6 @@ _LAYER = re.compile(r"\.\d+\.")
 
 
 class ZeroPlan(NamedTuple):
-    """One ZeRO stage."""
-
     memory: RankMemory
     sent_per_step: float  # bytes per rank, in the longest stage of the schedule
 

@@ -22,7 +22,6 @@ _LARGE_BUFFERS = 1 << 30  # bytes
 
 
 def print_plan(plan: RunPlan) -> None:
-    """Print the plan and its warnings to stdout."""
     console = table_console()
     for heading, lines in _sections(plan):
         console.print(heading, style="bold")

@@ -24,8 +24,6 @@ _SAMPLED_SEQUENCES = 200_000  # in all of them: a second of packing
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The shape of one global batch."""
-
     tokens: int  # without padding
     squared_lengths: int  # sum over its sequences
     text_tokens: int  # without special tokens
@@ -46,8 +44,6 @@ class MeanBatch:
 
 @dataclass(frozen=True)
 class StageWork:
-    """One stage of the schedule."""
-
     first_step: int
     steps: int | None  # None: a time budget ends it
     sequences: int  # of a full batch

@@ -55,8 +55,6 @@ class Share:
 
 @dataclass(frozen=True)
 class WrittenShare:
-    """A share that is on disk."""
-
     index: dict[str, Any]
     checksums: dict[str, str]  # by path in the checkpoint
 

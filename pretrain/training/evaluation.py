@@ -100,7 +100,6 @@ def stop_votes(group: CpuGroup, stop: StopRequest) -> Iterator[bool]:
 
 
 def log_early_stop(history: EvaluationHistory) -> None:
-    """Log why a run ends early."""
     found = "it was never finite"
     if history.best is not None:
         found = f"the best was {history.best:.4g} at step {history.best_step}"

@@ -110,8 +110,6 @@ class StepAgreement:
 
 
 class PendingTotals:
-    """An agreement that is in flight."""
-
     def __init__(self, wait_for_sums: Callable[[], list[int]]) -> None:
         """`wait_for_sums`: returns the fields of `StepTotals` in order, the tokens of each corpus last."""
         self._wait_for_sums = wait_for_sums

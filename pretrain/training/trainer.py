@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 
 
 class TrainedStep(NamedTuple):
-    """The result of training on one global batch."""
-
     result: StepResult
     losses: Tensor | None  # summed, of each microbatch of this rank; None: the batch was not trained on
     overflowed: bool = False  # the gradients, in fp16, as happens while the loss scale settles: nothing was updated
