@@ -20,51 +20,6 @@ from experiment.config.field_types import (
 )
 from experiment.config.yaml_dialect import KeyPath, explain_yaml, full_width_hint, read_yaml
 
-# Names of transformers' Trainer, run_mlm and run_glue -> our keys, in the configs that have them.
-_TRAINER_NAMES = {
-    "adam_beta1 adam_beta2": "optimizer.betas",
-    "adam_epsilon": "optimizer.eps training.adam_eps",
-    "batch_size per_device_train_batch_size": "batch.sequences training.batch_size",
-    "bf16 fp16": "engine.ds_config training.precision",
-    "config_overrides model_type": "model.config",
-    "dataset_name": "task.train",
-    "deepspeed": "engine.ds_config",
-    "early_stopping_patience": "evaluation.patience training.patience",
-    "eval_steps eval_strategy evaluation_strategy": "evaluation.every_steps training.evaluate_every",
-    "gradient_accumulation_steps": "batch.microbatch_tokens training.microbatch_size",
-    "gradient_checkpointing": "model.activation_checkpointing",
-    "id2label label2id num_labels": "task.labels",
-    "label_smoothing_factor": "training.label_smoothing",
-    "learning_rate": "optimizer.lr training.lr",
-    "load_best_model_at_end": "evaluation.best_metric run.keep",
-    "logging_steps": "run.log_every",
-    "lr_scheduler_type": "schedule.name",
-    "max_grad_norm": "optimizer.grad_clip training.grad_clip",
-    "max_length": "batch.max_seq_length model.max_seq_length",
-    "max_steps": "schedule.steps training.steps",
-    "metric_for_best_model": "evaluation.best_metric task.metric",
-    "mlm_probability": "masking.rate",
-    "model.name model_name model_name_or_path": "model.init_from",
-    "num_train_epochs": "schedule.epochs training.epochs",
-    "optim": "optimizer.name",
-    "output_dir": "run.dir",
-    "per_device_eval_batch_size": "training.eval_batch_size",
-    "report_to": "tracking.wandb tracking.tensorboard",
-    "resume_from_checkpoint": "run.resume",
-    "run_name": "tracking.name",
-    "save_steps": "checkpoint.every_steps",
-    "save_strategy": "checkpoint.every_steps run.keep",
-    "save_total_limit": "checkpoint.keep_last run.keep",
-    "seed": "run.seed training.seeds",
-    "task_name": "task.name",
-    "test_file": "task.test",
-    "torch_compile": "engine.compile",
-    "train_file": "corpus.train task.train",
-    "validation_file": "corpus.eval task.validation",
-    "validation_split validation_split_percentage": "task.validation_share",
-    "warmup_ratio": "schedule.warmup_steps",
-}
-
 
 def explain_errors(config_type: type[BaseModel], error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
     """Yield (key, message) for each problem that the user has to solve."""
@@ -92,12 +47,9 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; known: {', '.join(f'{prefix}{name}' for name in known)}"
 
 
-def keys_by_name(name: str, known: Sequence[str]) -> list[str]:
-    """Return the known keys that a key without its section, or in another one, may mean: by its name in transformers'
-    Trainer, or of the same name."""
-    last = name.rpartition(".")[2]
-    ours = [key for names, keys in _TRAINER_NAMES.items() if {name, last} & {*names.split()} for key in keys.split()]
-    return [key for key in ours if key in known] or [key for key in known if key.rpartition(".")[2] == last]
+def keys_by_name(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known keys that a key without its section, or in another one, may mean: of the same name."""
+    return [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
 
 
 def explain_unknown_key(config_type: type[BaseModel], dotted: str, in_lists: Iterable[str] = ()) -> str:
@@ -114,7 +66,7 @@ def explain_unknown_key(config_type: type[BaseModel], dotted: str, in_lists: Ite
     peers = [name for name in known if name.count(".") == dotted.count(".")]
     close = (
         difflib.get_close_matches(dotted, keys_by_name(dotted, known), n=1, cutoff=0.0)
-        or difflib.get_close_matches(dotted, peers, n=1, cutoff=0.8)
+        or difflib.get_close_matches(dotted, peers, n=1, cutoff=0.9)
         or [f"{above}{dot}{name}" for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.7)]
     )
     if close:
