@@ -51,14 +51,8 @@ _FILES_AT_ONCE = 8
 _POLL_SECONDS = 0.5
 # Names of error types, of botocore, aiohttp, httpx and http.client, which need not be installed.
 _TRANSIENT = {
-    "ClientConnectionError",
-    "ClientPayloadError",
-    "ConnectionError",
-    "HTTPClientError",
-    "IncompleteRead",
-    "ResponseParserError",
-    "TimeoutError",
-    "TransportError",
+    *("ClientConnectionError", "ClientPayloadError", "ConnectionError", "HTTPClientError", "IncompleteRead"),
+    *("ResponseParserError", "TimeoutError", "TransportError"),
 }
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound"}
 _EXPIRED = {"FileExpired"}  # of s3fs: another version is there

@@ -26,20 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # The special tokens of a masked language model, under the names that BERT and RoBERTa gave them.
-BERT_TOKENS = {
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "mask_token": "[MASK]",
-}
-ROBERTA_TOKENS = {
-    "cls_token": "<s>",
-    "sep_token": "</s>",
-    "pad_token": "<pad>",
-    "unk_token": "<unk>",
-    "mask_token": "<mask>",
-}
+_ROLES = ("cls_token", "sep_token", "pad_token", "unk_token", "mask_token")
+BERT_TOKENS = dict(zip(_ROLES, ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"), strict=True))
+ROBERTA_TOKENS = dict(zip(_ROLES, ("<s>", "</s>", "<pad>", "<unk>", "<mask>"), strict=True))
 # Classes of older releases of transformers that are copies of BERT's, by the beginning of their names.
 _COPIES_OF_BERT = (
     *("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "Realm", "RetriBert"),
