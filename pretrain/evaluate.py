@@ -26,6 +26,7 @@ from experiment.process.hardware import available_device
 from experiment.process.shared_cores import share_cores
 from experiment.progress import terminal, track
 from experiment.run_files.checkpoints import find_model_folder, mention_best, state_around
+from experiment.run_files.metrics_file import finite_or_none
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.masking import Masker
@@ -56,7 +57,7 @@ class Scores(NamedTuple):
 
     def finite(self) -> dict[str, float | int | None]:
         """Return values by name; None for values that are not finite, which JSON cannot express."""
-        return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
+        return {name: finite_or_none(value) for name, value in self._asdict().items()}
 
 
 Predict = Callable[[Microbatch], Predictions]

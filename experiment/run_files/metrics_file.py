@@ -10,12 +10,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic_core import from_json
 
 from experiment.files import write_text
 from experiment.run_files.outcome_file import Outcome
+
+T = TypeVar("T")
 
 _TAIL_BYTES = 1 << 18
 _BLOCK_BYTES = 1 << 20  # read at a time: no other thread runs while they are parsed
@@ -157,10 +159,12 @@ def _value(line: bytes) -> Any:
 
 def _line(metrics: Metrics) -> str:
     """Format a line of standard JSON, which has no NaN or infinity: they become null."""
-    plain = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()
-    }
+    plain = {key: finite_or_none(value) for key, value in metrics.items()}
     return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite_or_none(value: T) -> T | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class AppendFile:

@@ -17,12 +17,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from experiment.errors import AgreedFailureError
 from experiment.files import write_json, write_text
+from experiment.run_files.metrics_file import finite_or_none
 from experiment.run_files.run_folder import RunFolder
 from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.config import HealthConfig
@@ -39,8 +40,6 @@ ADVICE = (
     "  to try: fork an earlier checkpoint (run.resume), or restart, with a lower optimizer.lr, a longer "
     "schedule.warmup_steps (it counts from step 0 in a fork, too) or a smaller optimizer.grad_clip"
 )
-
-T = TypeVar("T")
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -152,7 +151,7 @@ class BadBatchWriter:
         target = self.folder.bad_batch(fault.step)
         try:
             if self.world.rank == 0:
-                figures = {key: _finite_or_none(value) for key, value in asdict(fault).items()}
+                figures = {key: finite_or_none(value) for key, value in asdict(fault).items()}
                 write_json(target / "fault.json", figures | {"what": str(fault)})
             rows = describe_sequences(batch, losses, self.corpora, self.decode)
             lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
@@ -192,7 +191,7 @@ def describe_sequences(
                     "epoch": int(batch.origins.epochs[segment - 1]),
                     "sequence": int(batch.origins.ids[segment - 1]),
                     "microbatch": number,
-                    "microbatch_loss": _finite_or_none(loss),  # summed over its masked tokens
+                    "microbatch_loss": finite_or_none(loss),  # summed over its masked tokens
                     "text": decode(ids),
                     "shown": decode(shown_ids),
                     "input_ids": ids,
@@ -200,8 +199,3 @@ def describe_sequences(
                 }
             )
     return rows
-
-
-def _finite_or_none(value: T) -> T | None:
-    """Replace NaN and infinity, which JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
