@@ -71,11 +71,7 @@ log = logging.getLogger(__name__)
 
 
 def pretrain(
-    config: PretrainConfig,
-    world: World,
-    stop: StopRequest,
-    recorder: RankRecorder,
-    times: ActivityTimer,
+    config: PretrainConfig, world: World, stop: StopRequest, recorder: RankRecorder, times: ActivityTimer
 ) -> ReportedOutcome:
     """Pretrain, or resume pretraining, on this rank. The process group is connected. Raises UserError."""
     with deadline(_timeout(config), partial(give_up, recorder, "the ranks did not connect to each other's hosts")):

@@ -17,16 +17,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from experiment.errors import DENIED, UserError, inform, is_damage, notify, reason, require_damage
-from experiment.files import (
-    checksum,
-    fsync_tree,
-    json_digest,
-    names_in,
-    paths_below,
-    read_json,
-    write_json,
-    write_text,
-)
+from experiment.files import checksum, fsync_tree, json_digest, names_in, paths_below, read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 

@@ -23,13 +23,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from experiment.process.hardware import HOPPER
-from pretrain.modeling.varlen_kernels import (
-    LOG2_E,
-    NUMBERS,
-    backward_key_kernel,
-    backward_query_kernel,
-    forward_kernel,
-)
+from pretrain.modeling.varlen_kernels import LOG2_E, NUMBERS, backward_key_kernel, backward_query_kernel, forward_kernel
 
 # The fastest of a dozen on an H200, for sequences of up to 512 and 1,024 tokens and for local windows
 _FORWARD = {"QUERIES": 64, "KEYS": 64, "num_warps": 4, "num_stages": 3}
