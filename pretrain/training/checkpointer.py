@@ -36,10 +36,10 @@ from pretrain.training.checkpoint_tensors import (
     persistent_buffers,
     write_hugging_face_folder,
 )
-from pretrain.training.clock import TrainingClock
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.mirror_uploads import MirrorUploads
+from pretrain.training.step_agreement import TrainingClock
 from pretrain.training_progress import (
     TrainingProgress,
     fork_progress,

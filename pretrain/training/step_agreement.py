@@ -6,6 +6,7 @@ One all-reduce of whole numbers per step, in flight while the step is computed: 
 clock: the learning rate of a step under a time budget depends on when the step before it began.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,9 +17,29 @@ import torch.distributed as dist
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.host_copy import HostCopy
-from pretrain.training.clock import TrainingClock
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.world import World
+
+
+class TrainingClock:
+    """Times a run over all its attempts, and since the last checkpoint."""
+
+    def __init__(self, seconds_before: float) -> None:
+        """`seconds_before`: of training in earlier attempts."""
+        self._start = time.monotonic() - seconds_before
+        self._saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, over all attempts."""
+        return time.monotonic() - self._start
+
+    @property
+    def minutes_since_save(self) -> float:
+        return (time.monotonic() - self._saved) / 60
+
+    def restart_save_timer(self) -> None:
+        self._saved = time.monotonic()
 
 
 class StepTotals(NamedTuple):

@@ -24,7 +24,6 @@ from pretrain.training.attempt_start import open_run_tracker, record_start
 from pretrain.training.background_save import UnwritableError
 from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.checkpointer import Checkpointer, load_resumed
-from pretrain.training.clock import TrainingClock
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.evaluation import RunEvaluator, log_early_stop, open_evaluator, should_stop_early
 from pretrain.training.health import ADVICE, BadBatchWriter, Fault, Recovery, append_norm, diagnose, norm_limit
@@ -33,7 +32,7 @@ from pretrain.training.log_interval import LogInterval
 from pretrain.training.profiler import StepProfiler
 from pretrain.training.replicas import compare_replicas
 from pretrain.training.reporter import Reporter
-from pretrain.training.step_agreement import DeviceSums, StepAgreement, StepTotals
+from pretrain.training.step_agreement import DeviceSums, StepAgreement, StepTotals, TrainingClock
 from pretrain.training.stop_request import StopRequest
 from pretrain.training_progress import TrainingProgress
 from pretrain.training_stream import TrainingStream

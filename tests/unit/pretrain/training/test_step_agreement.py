@@ -7,9 +7,8 @@ import pytest
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
 from pretrain.batching.order import BatchSequences
-from pretrain.training.clock import TrainingClock
 from pretrain.training.cpu_group import CpuGroup
-from pretrain.training.step_agreement import StepAgreement, StepTotals
+from pretrain.training.step_agreement import StepAgreement, StepTotals, TrainingClock
 from pretrain.world import World
 
 MASKED, TOKENS, SQUARED = (5, 30, 200), (9, 70, 800), (0, 2, 4)  # of three ranks
@@ -35,7 +34,7 @@ def rank_batch(masked: int, tokens: int, squared_lengths: int) -> RankBatch:
 def agree(monkeypatch: pytest.MonkeyPatch, save_minutes: float | None, asked: tuple[str | None, ...]) -> StepTotals:
     """The totals of three ranks whose clocks disagree: 100, 170 and 240 seconds of training, as long since a save."""
     now = 0.0
-    monkeypatch.setattr("pretrain.training.clock.time.monotonic", lambda: now)
+    monkeypatch.setattr("pretrain.training.step_agreement.time.monotonic", lambda: now)
     group: Any = RecordedGroup()
     for rank, reason in enumerate(asked):
         now = 0.0
@@ -87,3 +86,16 @@ def test_a_rank_without_a_batch_contributes_nothing(monkeypatch: pytest.MonkeyPa
     totals = agreement.begin(DataWorkerError("killed"), stop_requested=False, part_done=False).wait()
     assert (totals.masked_tokens, totals.tokens, totals.corpus_tokens) == (5, 9, (8, 1))
     assert (totals.stop_requests, totals.failed_batches) == (1, 1)
+
+
+def test_training_time_covers_all_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a resumed run that starts its time budget over, and a save that resets the training time."""
+    now = 1000.0
+    monkeypatch.setattr("pretrain.training.step_agreement.time.monotonic", lambda: now)
+    clock = TrainingClock(seconds_before=50.0)
+    assert (clock.seconds, clock.minutes_since_save) == (50.0, 0.0)
+    now += 90.0
+    assert (clock.seconds, clock.minutes_since_save) == (140.0, 1.5)
+    clock.restart_save_timer()
+    now += 30.0
+    assert (clock.seconds, clock.minutes_since_save) == (170.0, 0.5)
