@@ -35,10 +35,7 @@ class Vocabulary:
 
 
 def build_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
-    """Build a vocabulary. Raises UserError for a tokenizer that is unsuitable for masked language modelling."""
-    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-        missing = [name for name in ("mask_token", "pad_token") if getattr(tokenizer, f"{name}_id") is None]
-        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no {' and no '.join(missing)}: it cannot mask")
+    """Build the vocabulary. Raises UserError for a tokenizer that changes texts. tokenizer: from `load_tokenizer`."""
     special = special_token_ids(tokenizer)
     real = sorted(set(tokenizer.get_vocab().values()))
     unmaskable = np.zeros(real[-1] + 1, dtype=np.bool_)
