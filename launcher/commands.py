@@ -135,7 +135,7 @@ def preflight(options: PreflightOptions) -> None:
     Example:
         deepcloze preflight --hostfile hosts --config my-run.yaml
     """
-    from launcher.preflight_command import preflight_command
+    from launcher.launch import preflight_command
 
     preflight_command(options)
 

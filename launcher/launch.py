@@ -1,4 +1,7 @@
-"""`deepcloze pretrain`: plan a launch, check its hosts, carry it out and report how it ended."""
+"""`deepcloze pretrain`: plan a launch, check its hosts, carry it out and report how it ended.
+
+`deepcloze preflight`: only check its hosts.
+"""
 
 import contextlib
 import logging
@@ -25,9 +28,10 @@ from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine, launch_machine
 from launcher.launch_messages import announce_checks, announce_done, announce_failure, announce_stop
 from launcher.launch_plan import LaunchPlan, chosen_slots, local_command, plan_launch
-from launcher.options import PretrainOptions
+from launcher.options import PreflightOptions, PretrainOptions
 from launcher.preflight.checks import lack_of_space
 from launcher.preflight.run import check_hosts, require_hosts
+from launcher.preflight.target import Target, target_of_hosts
 from launcher.ranks.placement import is_local, name_localhost
 from launcher.supervision.attempt import LaunchSettings, Layout
 from launcher.supervision.rank_processes import HeldRanks, held_ranks
@@ -83,6 +87,32 @@ def launch_pretraining(options: PretrainOptions, start_time: float | None = None
                 plan.settings(), start_time=start_time, checked_at=checked_at, dead_owner=dead_owner, held=held
             )
             run_launch(launch, plan.summary)
+
+
+def preflight_command(options: PreflightOptions) -> None:
+    """Check the hosts of a launch and print a row for each.
+
+    Raises UserError if one fails, unless `options.allow_missing`, and for anything else that would keep a run from
+    starting.
+    """
+    raise_limit_of_open_files()
+    with handle_stop_signals(interrupt):  # not to leave processes on other hosts
+        machine = launch_machine()
+        target = _preflight_target(options, machine)
+        report = check_hosts(target, machine)
+    print(report.text)
+    require_hosts(report, target, options.allow_missing)
+
+
+def _preflight_target(options: PreflightOptions, machine: Machine) -> Target:
+    if options.config is None:
+        if options.overrides:
+            raise UserError(f"--{next(iter(options.overrides))} applies to a config: give --config too")
+        return target_of_hosts(chosen_slots(options, machine), machine, options)
+    launch = PretrainOptions(**options.model_dump())
+    config = load_config(PretrainConfig, launch.config, launch.overrides)
+    with warnings_left_to_rank0():
+        return plan_launch(launch, config, machine).target
 
 
 def _warn_of_full_disk(plan: LaunchPlan) -> None:

@@ -3,6 +3,8 @@
 `attempt` runs the ranks once, `restarts` decides whether to run them again.
 """
 
+import os
+import shutil
 import signal
 import time
 from collections.abc import Collection, Iterator
@@ -10,12 +12,15 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from experiment.errors import UserError, describe_disk_error, notify
+from experiment.files import remove_unfinished
 from experiment.run_files.checkpoints import completed_saves
 from experiment.run_files.goodput import record_end
 from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
-from experiment.run_files.run_lock import lock_run
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_lock import CLOCK_SKEW, lock_run
 from experiment.tracking.alerts import REPEAT_SECONDS
 from launcher.hosts.guarded_hosts import name_reasons
 from launcher.hosts.hostfile import Slots
@@ -23,7 +28,6 @@ from launcher.supervision.attempt import LaunchSettings, Layout, run_attempt
 from launcher.supervision.doubted_hosts import DoubtedHosts
 from launcher.supervision.launch_alerts import LaunchAlerts
 from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt
-from launcher.supervision.leftovers import remove_launch_leftovers
 from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.returning_hosts import poll_intervals, unusable_hosts, watch_for_hosts
 from launcher.supervision.stop_signals import StopSignals
@@ -54,6 +58,25 @@ def supervise(launch: LaunchSettings) -> LaunchResult:
             with suppress(OSError):  # the ranks may have reported less than the launcher knows
                 write_outcome(folder, result.outcome, result.message, result.cause)
         return result
+
+
+def remove_launch_leftovers(folder: RunFolder, checked_at: float) -> None:
+    """Remove trials, unfinished files of killed processes of this machine, the output of a background launch, and
+    a STOP file that is older than `checked_at`, when deepcloze began to check this launch, or dated in the future.
+    Raises OSError for the STOP file."""
+    if folder.stop.exists():
+        with NamedTemporaryFile(dir=folder.logs) as file:
+            now = Path(file.name).stat().st_mtime  # by the clock of the disk
+        age = now - folder.stop.stat().st_mtime
+        if not -CLOCK_SKEW < age <= time.time() - checked_at:
+            folder.stop.unlink()
+            notify(f"removed {folder.stop}, which is not from this launch by its date")
+    shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
+    for written in (folder.path, folder.logs):
+        remove_unfinished(written)
+    with suppress(OSError):
+        if not os.path.samestat(folder.launch_output.stat(), os.fstat(2)):  # this process does not print there
+            folder.launch_output.unlink()
 
 
 @contextmanager

@@ -7,12 +7,11 @@ from experiment.errors import UserError, notify
 from experiment.formatting import counted
 from experiment.results.history import NO_AXIS
 from experiment.results.page import PAGE, Block, Code, Heading, Page, write_page
-from experiment.results.report.fillings import filling_blocks
 from experiment.results.report.run import OpenRuns, Run, open_run, open_runs
 from experiment.results.report.run_facts import goodput_blocks, provenance_blocks, task_headline, training_headline
 from experiment.results.report.several_runs import compare_blocks, name_runs, overlay_blocks, sweep_blocks
 from experiment.results.report.tasks import downstream_blocks, result_blocks
-from experiment.results.report.training import read_marks, training_blocks
+from experiment.results.report.training import filling_blocks, read_marks, training_blocks
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder, open_folder
 from experiment.run_files.run_life import Life

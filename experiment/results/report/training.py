@@ -1,4 +1,5 @@
-"""The sections of a report about one training run: tables and charts of its metrics, and the marks in them."""
+"""The sections of a report about one training run: tables and charts of its metrics, the marks in them, and words that
+checkpoints fill into held-out sentences."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,9 +13,10 @@ from experiment.files import read_json
 from experiment.formatting import UNKNOWN, format_perplexity, show
 from experiment.results.charts import COLORS, INK, Line, Mark, Panel, Plot, charts_block
 from experiment.results.history import History, SeedHistory
-from experiment.results.page import Block, Heading, Table
+from experiment.results.page import Block, Filling, Fillings, Heading, Table, Text
 from experiment.results.report.run import Run
 from experiment.run_files.checkpoints import checkpoint_step, named_best
+from experiment.run_files.fillings import MaskedSentence, read_fillings, spread
 from experiment.run_files.provenance import read_provenance
 from experiment.run_files.run_folder import RunFolder
 
@@ -23,6 +25,7 @@ NORM, RATE = "Gradient norm before clipping", "Learning rate"
 
 _TRAINING = "training"  # the line of a run with one seed
 _BAD_BATCHES = 500  # marked
+_FILLED = 6  # checkpoints whose words are shown
 
 
 def training_blocks(history: History, marks: Sequence[Mark] = (), metric: str | None = None) -> list[Block]:
@@ -170,3 +173,19 @@ def _best(folder: RunFolder) -> Iterator[Mark]:
         if (best := named_best(folder.checkpoints)) is not None:
             step = checkpoint_step(best)
             yield Mark("best", step, f"best checkpoint: step {step:,}")
+
+
+def filling_blocks(folder: RunFolder) -> list[Block]:
+    """Return a section of a report; empty without fillings."""
+    if not (checkpoints := spread(read_fillings(folder), _FILLED)):
+        return []
+    by_sentence: dict[MaskedSentence, list[tuple[str, list[tuple[str, str]]]]] = {}
+    for checkpoint in checkpoints:
+        for filled in checkpoint.sentences:
+            guesses = [(token, f"{probability:.1%}") for token, probability in filled.top]
+            by_sentence.setdefault(filled.sentence, []).append((f"step {checkpoint.step:,}", guesses))
+    fillings = [
+        Filling(sentence.before, sentence.answer, sentence.after, guesses) for sentence, guesses in by_sentence.items()
+    ]
+    about = "The marked word is masked. Below: the most probable words of each checkpoint, with their probabilities."
+    return [Heading("Held-out sentences"), Text(about), Fillings(fillings)]

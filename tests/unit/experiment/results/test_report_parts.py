@@ -17,7 +17,6 @@ from experiment.results.charts import LOOKS, Charts
 from experiment.results.history import History
 from experiment.results.page import Fillings, Heading, Table, Text
 from experiment.results.report import training
-from experiment.results.report.fillings import filling_blocks
 from experiment.results.report.pages import write_overlay, write_report
 from experiment.results.report.run import open_run, open_runs
 from experiment.results.report.run_facts import scaled, task_headline, training_headline
@@ -31,7 +30,7 @@ from experiment.results.report.several_runs import (
     sweep_blocks,
 )
 from experiment.results.report.tasks import worst_rows
-from experiment.results.report.training import read_marks, training_blocks
+from experiment.results.report.training import filling_blocks, read_marks, training_blocks
 from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.provenance import write_provenance
 from experiment.run_files.run_folder import RunFolder, open_run_folder

@@ -7,7 +7,7 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.run_files.run_folder import RunFolder
-from launcher import preflight_command
+from launcher import launch
 from launcher.cli import main
 from launcher.hosts.machine import Devices, Machine
 from launcher.preflight import run
@@ -194,7 +194,7 @@ def test_the_exit_code_of_the_command(
     allow_missing: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a failed host that a script does not notice."""
-    monkeypatch.setattr(preflight_command, "check_hosts", lambda *_: Report({"192.0.2.1": (0,)}, "the table"))
+    monkeypatch.setattr(launch, "check_hosts", lambda *_: Report({"192.0.2.1": (0,)}, "the table"))
     (tmp_path / "hosts").write_text("192.0.2.1 slots=1\n192.0.2.2 slots=1\n")
     flags = ["--allow_missing"] if allow_missing else []
     assert main(["preflight", "--hostfile", str(tmp_path / "hosts"), *flags]) == code
