@@ -2,9 +2,12 @@
 
 import json
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from experiment.config import load_config
-from experiment.errors import UserError, inform
+from experiment.config.recipes import find_config
+from experiment.errors import UserError, inform, user_errors_in
 from experiment.files import PACKAGES
 from experiment.process.fast_imports import command_imports, fast_imports
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
@@ -28,6 +31,9 @@ from launcher.options import (
     WatchOptions,
 )
 from pretrain.corpus.options import CorpusOptions, PythonDocsOptions, TokenizerOptions
+
+if TYPE_CHECKING:
+    from experiment.decontamination import EvaluationText
 
 
 def python_docs(options: PythonDocsOptions) -> None:
@@ -54,9 +60,12 @@ def clean(options: CleanOptions) -> None:
     Example:
         deepcloze clean --config clean.yaml
     """
-    from launcher.clean import clean_command
+    from pretrain.cleaning.config import CleanConfig
 
-    clean_command(options)
+    config = load_config(CleanConfig, options.config, options.overrides)  # before the imports, which take seconds
+    from pretrain.cleaning.run import clean as run_cleaning
+
+    run_cleaning(config, _evaluation_texts, options.workers, options.engine, options.ray_address)
 
 
 def tokenizer(options: TokenizerOptions) -> None:
@@ -407,9 +416,10 @@ def validate(options: ValidateOptions) -> None:
     file, overrides = options.config, options.overrides
     command = command_of(file)
     if command == "clean":
-        from launcher.clean import check_cleaning
+        from pretrain.cleaning.config import CleanConfig
+        from pretrain.cleaning.run import check as check_cleaning
 
-        check_cleaning(file, overrides)
+        check_cleaning(load_config(CleanConfig, file, overrides), _evaluation_texts)
     elif command == "compare":
         with command_imports():
             from launcher.run_sets.compare_plan import plan_comparison
@@ -441,6 +451,16 @@ def completion(options: CompletionOptions) -> None:
     from launcher.completion import completion_script
 
     print(completion_script(options.shell, COMMANDS), end="")
+
+
+def _evaluation_texts(task: str) -> "Sequence[EvaluationText]":
+    """Return the texts that a cleaning decontaminates against: of the validation and test splits of a fine-tuning
+    config, named by its path or as a recipe."""
+    with fast_imports():
+        from finetune.evaluation_texts import evaluation_texts
+
+    with user_errors_in(f"decontaminate.against: {task}"):
+        return evaluation_texts(find_config(task, "finetune"))
 
 
 COMMANDS: dict[str, Command] = {
