@@ -177,13 +177,7 @@ def _cells(findings: Findings, size: int) -> tuple[str, str, str]:
 
 def trial_config(config: PretrainConfig, sizes: Sequence[int], folder: RunFolder) -> PretrainConfig:
     """Return the config of a trial: the run with every part trained and its largest batches, but without evaluation,
-    checkpoints, trackers and profile.
-
-    Args:
-        config: of the run, resolved.
-        sizes: as doublings of its microbatch.
-        folder: of the trial.
-    """
+    checkpoints, trackers and profile. config: of the run, resolved. sizes: as doublings of its microbatch."""
     stages = [
         StageConfig(
             steps=_STEPS,

@@ -108,13 +108,8 @@ def plan_launch(
 ) -> LaunchPlan:
     """Resolve the config and decide which ranks run where. Reads files; writes and starts nothing.
 
-    Args:
-        options: `dry_run` is ignored.
-        config: as `options.config` and `options.overrides` say.
-        machine: the machine to launch from.
-        slots: default: those that the options select.
-
-    Raises UserError for anything that would keep the run from starting.
+    config: as the options say. slots: default: those that the options select. Raises UserError for anything that would
+    keep the run from starting.
     """
     if slots is None:
         slots = chosen_slots(options, machine)

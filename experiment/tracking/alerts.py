@@ -104,13 +104,8 @@ class Messenger:
         warn: Callable[[str], None],
         others: Mapping[str, Callable[[Alert], None]] = MappingProxyType({}),
     ) -> None:
-        """Raises UserError if an environment variable is missing.
-
-        Args:
-            folder: of the run.
-            warn: shows why an alert could not be sent.
-            others: name -> another way to send an alert; it is tried again after an OSError.
-        """
+        """Raises UserError if an environment variable is missing. warn: shows why an alert could not be sent. others:
+        name -> another way to send an alert; it is tried again after an OSError."""
         self._run = folder.path
         self._channels = [_Channel(name, send, warn) for name, send in others.items()]
         for service in alert_services(config):

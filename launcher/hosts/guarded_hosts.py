@@ -63,18 +63,10 @@ class GuardedHosts:
     """
 
     def __init__(
-        self,
-        hosts: Sequence[str],
-        launch: str,
-        environment: Mapping[str, str],
-        on_lost: Callable[[], object],
+        self, hosts: Sequence[str], launch: str, environment: Mapping[str, str], on_lost: Callable[[], object]
     ) -> None:
-        """Args:
-        hosts: the first one is the one of rank 0.
-        launch: name of the launch.
-        environment: variables for its ranks. They travel over ssh, not in a command line.
-        on_lost: called in a thread when a host is lost.
-        """
+        """hosts: the first one is the one of rank 0. environment: variables for the ranks; they travel over ssh, not in
+        a command line. on_lost: called in a thread when a host is lost."""
         self.replies: dict[str, Reply] = {}
         self.lost: dict[str, str] = {}
         self.processes: dict[str, frozenset[int]] = {}

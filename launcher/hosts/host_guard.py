@@ -53,14 +53,8 @@ def read_environment(launch: str) -> Mapping[str, str]:
 
 
 def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.SimpleQueue[str]") -> None:
-    """Guard this host until the launch ends.
-
-    Args:
-        launch: its name.
-        environment: variables for its ranks.
-        head: name of the host of rank 0.
-        lines: from the launcher; `_LEAVE` if this process is asked to end.
-    """
+    """Guard this host until the launch ends. environment: variables for its ranks. head: the host of rank 0. lines:
+    from the launcher; `_LEAVE` if this process is asked to end."""
     run, _, _ = launch.partition("-")
     # Leftovers of an earlier launch of the run. Another name of this host may have a guard of this launch.
     _end_launches(f"{run}-", keep=launch)

@@ -59,15 +59,8 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
             launch = f"{os.urandom(8).hex()}-0"
             with GuardedHosts(list(slots), launch, target.host_environment, processes.kill) as guards:
                 _check_lost(guards)
-                command = command_on_hosts(
-                    slots,
-                    (MEASURE,),
-                    machine,
-                    folder,
-                    target.launcher,
-                    target.host_environment,
-                    guards.rendezvous(),
-                )
+                launcher, environment, rendezvous = target.launcher, target.host_environment, guards.rendezvous()
+                command = command_on_hosts(slots, (MEASURE,), machine, folder, launcher, environment, rendezvous)
                 exits = ExitWatch(RunFolder(folder), processes, guards)
                 with polled(exits.check, _POLL_SECONDS, "exit watch"):
                     output = _run(command, folder, processes)

@@ -43,13 +43,8 @@ Problems = Mapping[str, Sequence[Problem]]
 def find_problems(
     answers: Mapping[str, Answer], own: HostFacts, target: Target, tokens: Set[str]
 ) -> dict[str, list[Problem]]:
-    """Return the problems of each host, in the order of the hosts.
-
-    Args:
-        answers: by host, the first one of the run first.
-        own: the facts of the launching machine, with which the hosts are compared.
-        tokens: the hosts whose tokens the launching machine sees in the run folder.
-    """
+    """Return the problems of each host, in the order of the hosts. answers: the one of the run's first host first. own:
+    the facts of the launching machine. tokens: the hosts whose tokens this machine sees in the run folder."""
     problems = {}
     names: dict[str, str] = {}  # of machines
     for host, answer in answers.items():

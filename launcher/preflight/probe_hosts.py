@@ -107,10 +107,6 @@ def probe_hosts(requests: Mapping[str, ProbeRequest], show_progress: bool = Fals
 
     In the main thread, a stop signal ends the questions, then its handler is called; if that does not raise, no host
     has given any.
-
-    Args:
-        requests: by the name of the host.
-        show_progress: on stderr, see `progress`.
     """
     questions = _Questions()
     in_main_thread = threading.current_thread() is threading.main_thread()

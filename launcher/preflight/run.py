@@ -172,20 +172,10 @@ def _seen_tokens(folder: Path, expected: Mapping[str, str]) -> set[str]:
 
 
 def preflight_table(
-    answers: Mapping[str, Answer],
-    problems: Problems,
-    slots: Slots,
-    measured: Measurement | None,
-    only_failed: bool,
+    answers: Mapping[str, Answer], problems: Problems, slots: Slots, measured: Measurement | None, only_failed: bool
 ) -> str:
     """Return a table with a row for each host and a column for each check, then the problems with their fixes, then the
-    measurements.
-
-    Args:
-        slots: the measured ones.
-        measured: None if nothing was.
-        only_failed: leave out the hosts without problems.
-    """
+    measurements. slots: the measured ones. only_failed: leave out the hosts without problems."""
     failed = [host for host in answers if problems[host]]
     shown = failed if only_failed else list(answers)
     timed = {} if measured is None else slots

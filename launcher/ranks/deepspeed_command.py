@@ -60,15 +60,8 @@ def command_on_hosts(
     forwarded: Mapping[str, str],
     rendezvous: Rendezvous | None,
 ) -> DeepSpeedCommand:
-    """Return the command for ranks on other hosts, with its hostfile and the variables to export.
-
-    Args:
-        machine: the machine that it is started on.
-        folder: for its files; absolute.
-        launcher: starts the ranks.
-        forwarded: variables that guards bring to the hosts.
-        rendezvous: where the ranks meet; None: unknown.
-    """
+    """Return the command for ranks on other hosts, with its hostfile and the variables to export. folder: for its
+    files; absolute. forwarded: variables that guards bring to the hosts. rendezvous: None: unknown."""
     hostfile, exports = folder / "hostfile", folder / "worker.env"
     address, port = (rendezvous.address, rendezvous.port) if rendezvous else (None, machine.find_port())
     include = "@".join(f"{host}:{','.join(map(str, numbers))}" for host, numbers in slots.items())

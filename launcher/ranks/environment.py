@@ -34,25 +34,14 @@ GLIBC_TUNABLES = (
 def launch_environment(environ: Mapping[str, str], device: DeviceKind | None) -> dict[str, str]:
     """Return the variables that a launch adds for its ranks on all hosts. Ranks import the repository's modules, and
     nothing from the working directory, whatever files the user has there. Other variables set by the user are not
-    changed.
-
-    Args:
-        environ: the launcher's own environment.
-        device: of the ranks if all run on this machine; None: DeepSpeed detects it on each host.
-    """
+    changed. device: of the ranks if all run on this machine; None: DeepSpeed detects it on each host."""
     wanted = {"TOKENIZERS_PARALLELISM": "false"} | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
     return _missing(environ, wanted) | {"PYTHONPATH": python_path(environ), "PYTHONSAFEPATH": "1"}
 
 
 def host_environment(environ: Mapping[str, str], cores: int, ranks: int, device: DeviceKind) -> dict[str, str]:
-    """Return the variables that a rank adds on its host. Variables that are set are not changed.
-
-    Args:
-        environ: the environment that the rank was started with.
-        cores: CPU cores of the host.
-        ranks: ranks on the host, which share its cores.
-        device: of the ranks.
-    """
+    """Return the variables that a rank adds on its host. Variables that are set are not changed. ranks: on the host,
+    which share its cores."""
     wanted = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     if device == "cpu":
         wanted["GLIBC_TUNABLES"] = GLIBC_TUNABLES
@@ -129,12 +118,8 @@ def remote_deepspeed_environment(
 
 def interface_variables(environ: Mapping[str, str], addresses: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:
     """Return the settings that make gloo and NCCL use the interface through which a host reaches the first one.
-
-    Args:
-        environ: the environment of the rank; variables that are set are not changed.
-        addresses: interface -> its addresses, of the host.
-        own: the address that the host uses for connections to the first one.
-    """
+    Variables that are set are not changed. addresses: interface -> its addresses. own: the one for connections to the
+    first host."""
     interface = next((name for name, found in addresses.items() if own in found), None)
     if interface is None:
         return {}

@@ -179,12 +179,7 @@ def _result(
     exit_code: int,
     earlier: Mapping[Path, int],
 ) -> LaunchResult:
-    """Return the result of processes that have exited.
-
-    Args:
-        exit_code: of DeepSpeed's launcher.
-        earlier: `log_sizes` when the ranks began.
-    """
+    """Return the result of processes that have exited. exit_code, earlier: see `read_result`."""
     reported = read_outcome(launch.folder)
     if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):
         return _KILLED

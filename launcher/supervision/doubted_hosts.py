@@ -23,12 +23,7 @@ class DoubtedHosts:
         self, slots: Slots, result: LaunchResult, has_saved: bool, microbatch_has_grown: bool
     ) -> tuple[set[str], set[str]]:
         """Take account of an attempt. Returns the hosts to leave out of the next one, and those to take back.
-
-        Args:
-            slots: of the attempt.
-            has_saved: whether it has saved a checkpoint.
-            microbatch_has_grown: since an earlier attempt.
-        """
+        has_saved: whether it has saved a checkpoint. microbatch_has_grown: since an earlier attempt."""
         taken_back = self._take_back(slots, result, has_saved)
         return self._leave_out(slots, result, has_saved, microbatch_has_grown), taken_back
 
@@ -75,12 +70,7 @@ class DoubtedHosts:
     def choose(self, usable: Slots, before: Slots, last: Attempt) -> Slots:
         """Return the slots of the next attempt. Leave out hosts with which the run has failed since they rejoined. Take
         one of them back after a checkpoint, or if there are no others: with several, a failure would not say which of
-        them does not work.
-
-        Args:
-            usable: the slots of the hosts that can be used.
-            before: the slots of the last attempt.
-        """
+        them does not work. usable: of the hosts that can be used. before: of the last attempt."""
         kept = before.keys() - last.left_out
         if all(map(self._failures.get, kept)):  # the run has failed on each of them
             kept = set()

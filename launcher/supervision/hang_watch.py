@@ -30,12 +30,8 @@ class RankLife:
 
 
 def hung_ranks(lives: Sequence[RankLife], ranks: int, limit: float) -> list[RankLife]:
-    """Return the ranks for which a run of `ranks` ranks hangs; empty if it does not.
-
-    Args:
-        lives: of the ranks that have started, and not ended.
-        limit: in seconds.
-    """
+    """Return the ranks for which a run of `ranks` ranks hangs; empty if it does not. lives: of the ranks that have
+    started, and not ended. limit: in seconds."""
     # A rank that has not started is named by the ranks that try to connect to it.
     hangs = len(lives) == ranks and any(life.beat.stuck_seconds >= limit for life in lives)
     if not hangs and all(life.silent_seconds < limit for life in lives):

@@ -163,11 +163,7 @@ def _describe_kill(killer: signal.Signals, killed: str, exit_code: int) -> str:
 
 def _failure_message(folder: RunFolder, reason: str, earlier: Mapping[Path, int], killed: Sequence[RankRecord]) -> str:
     """Return the message for ranks that exited without writing an outcome, with the end of the failed rank's log.
-
-    Args:
-        earlier: the bytes of each log that are from earlier attempts.
-        killed: the ranks that may have been killed.
-    """
+    earlier: the bytes of each log that are from earlier attempts. killed: the ranks that may have been killed."""
     message = f"the ranks exited without reporting an outcome ({reason}); their logs are in {folder.logs}"
     logs = sorted(folder.logs.glob("rank-*.log"))
     tails = {path: tail for path in logs if (tail := _tail(path, earlier.get(path, 0)))}

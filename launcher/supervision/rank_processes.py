@@ -232,10 +232,8 @@ def started(
     """Write the files of a command and start it: DeepSpeed's launcher. Its process group is killed at the end of the
     block, or when this process dies.
 
-    Args:
-        start_time: of the attempt, as `time.time()`.
-        output: as `stdout` of `subprocess.Popen`, also for errors.
-        gate: a file; the ranks wait for it before they begin.
+    start_time: of the attempt, as `time.time()`. output: as `stdout` of `subprocess.Popen`, also for errors. gate: a
+    file; the ranks wait for it before they begin.
     """
     for path, text in command.files.items():
         with atomic_write(path) as temporary:

@@ -50,13 +50,8 @@ class End:
 
 
 def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> Restart | End:
-    """Decide whether to restart after the last of one or more attempts.
-
-    Args:
-        attempts: all of this launch so far, oldest first.
-        max_restarts: how often to restart after failures within `WINDOW_SECONDS`, and since the last checkpoint.
-        can_halve: whether the microbatch can be halved.
-    """
+    """Decide whether to restart after the last of one or more attempts. attempts: all of this launch, oldest first.
+    max_restarts: after failures within `WINDOW_SECONDS`, and since the last checkpoint. can_halve: the microbatch."""
     last = attempts[-1]
     if last.changes_hosts:
         return Restart()
