@@ -22,7 +22,7 @@ Hosts = Mapping[str, int]
 """Host name -> the number of its slots, hosts in rank order."""
 
 HOST_NAME = r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_-]{0,62}(?:\.[A-Za-z0-9_-]{1,63})*\.?)"  # parts as in RFC 1035
-_LINE = re.compile(HOST_NAME + r"\s+slots=(?P<slots>[0-9]{1,4})")
+_LINE = re.compile(HOST_NAME + r"\s+slots=(?P<slots>(?!0+$)[0-9]{1,4})")
 _PBS_HOSTFILE = "PBS_NODEFILE"  # has a host once for each of its MPI processes
 _MPI_HOSTFILES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "HYDRA_HOST_FILE")
 _RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK")  # of srun and mpirun
@@ -77,10 +77,6 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> Hosts:
             hint = f"; {ssh} belong in ~/.ssh/config" if ssh else ""
             raise UserError(f"{origin}, line {number}: expected 'NAME slots=N', found {entry!r}{hint}")
         host, slots = match["name"], int(match["slots"])
-        if slots == 0:
-            raise UserError(
-                f"{origin}, line {number}: {host} has slots=0, expected at least 1; remove the line instead"
-            )
         name = host.lower()  # host names are case-insensitive, see RFC 4343
         if name in line_of:
             raise UserError(f"{origin}, line {number}: duplicate host {host}, already on line {line_of[name]}")

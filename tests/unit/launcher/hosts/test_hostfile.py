@@ -58,7 +58,7 @@ def test_rejects_a_duplicate_host(name: str):
 
 def test_rejects_a_host_without_slots():
     """Catches a host that is listed but gets no rank."""
-    with pytest.raises(UserError, match=r"line 2: b has slots=0"):
+    with pytest.raises(UserError, match=r"line 2: expected 'NAME slots=N', found 'b slots=0'"):
         parse_hostfile("a slots=1\nb slots=0\n")
 
 
