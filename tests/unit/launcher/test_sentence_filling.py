@@ -248,8 +248,8 @@ def test_all_runs_of_a_folder(
     assert report_runs(["runs", "runs/a"], None) == tmp_path / "report/index.html"
     capsys.readouterr()
     assert report_runs(sorted(map(str, Path("runs").iterdir())), None) == tmp_path / "report/index.html"
-    without = [f"deepcloze: runs/{name} is left out: no run in it has logged anything" for name in ("new", "report")]
-    assert capsys.readouterr().err.splitlines() == without
+    without = "deepcloze: warning: new is left out: no complete event in metrics.jsonl"
+    assert capsys.readouterr().err.splitlines() == [without]
     open_run_folder(Path("none/new")).lock.touch()
-    with pytest.raises(UserError, match="none has nothing to report: no run in it has logged anything"):
+    with pytest.raises(UserError, match="none of these runs has anything to report"):
         report_runs(["none"], None)
