@@ -176,9 +176,7 @@ def _describe_plan(plan: LaunchPlan) -> str:
 
 def run_launch(launch: LaunchSettings, summary: str) -> None:
     """Let the ranks begin and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`.
-
-    `summary`: of the run, to print.
-    """
+    `summary`: of the run, to print."""
     folder = open_run_folder(launch.folder.path)
     before = completed_saves(folder.checkpoints) or set()
     inform(summary)

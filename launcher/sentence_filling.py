@@ -47,10 +47,8 @@ _BETWEEN_HAN = regex.compile(f"(?<=^|[{HAN}{WIDE}]) +(?=[{HAN}{WIDE}])")
 
 
 def fill_new_checkpoints(folder: RunFolder) -> None:
-    """Add the fillings of six evenly spread checkpoints, if they have none yet.
-
-    Problems are printed: a report does not need them.
-    """
+    """Add the fillings of six evenly spread checkpoints, if they have none yet. Problems are printed: a report does not
+    need them."""
     known = read_fillings(folder)
     done = {(found.step, found.weights) for found in known}
     shown = spread(list(_checkpoints(folder).items()), _CHECKPOINTS)

@@ -23,10 +23,8 @@ _MMAP_THRESHOLD = 32 * 2**20  # maximum of glibc's dynamic threshold, see mallop
 
 
 def prepare_process() -> None:
-    """Let this process of ours use memory and cores well on a CPU, and no GPU with DS_ACCELERATOR=cpu.
-
-    Call it before it computes; results are the same.
-    """
+    """Let this process of ours use memory and cores well on a CPU, and no GPU with DS_ACCELERATOR=cpu. Call it before
+    it computes; results are the same."""
     import torch
 
     hide_gpus()
@@ -111,9 +109,7 @@ def peak_memory() -> int:
 
 def has_native_bf16(device_type: str) -> bool:
     """Return whether a device computes bf16 itself; False where it is emulated, several times slower than fp32.
-
-    device_type: cpu or cuda.
-    """
+    device_type: cpu or cuda."""
     import torch
 
     if device_type == "cuda":
@@ -131,10 +127,8 @@ def lacks_avx512() -> bool:
 
 
 def unusable_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> str | None:
-    """Return a message if this process may use NVIDIA GPUs, but torch cannot; None if `environ` hides them.
-
-    devices: the folder of devices. A job that got no GPU may not open theirs.
-    """
+    """Return a message if this process may use NVIDIA GPUs, but torch cannot; None if `environ` hides them. devices:
+    the folder of devices. A job that got no GPU may not open theirs."""
     import torch
 
     hidden = environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")  # the last one is SLURM's

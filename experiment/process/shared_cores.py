@@ -113,10 +113,8 @@ class Spinning:
         self._ended = threading.Event()
 
     def adapt(self, share: float) -> None:
-        """Shorten the spinning, or lengthen it again. share: as from `waiting_share`.
-
-        Raises RuntimeError if the system refuses more threads.
-        """
+        """Shorten the spinning, or lengthen it again. share: as from `waiting_share`. Raises RuntimeError if the system
+        refuses more threads."""
         if self._team is None and share > _BUSY:
             _check_startable(self._threads)
             self._ended.clear()

@@ -116,10 +116,8 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def write_summary(results: Sequence[SweepResult], output: Path, metric: str, lower_is_better: bool) -> None:
-    """Write OUTPUT/sweep.csv, best run first, and OUTPUT/sweep.png, and print the table.
-
-    metric: its name in tables and plots.
-    """
+    """Write OUTPUT/sweep.csv, best run first, and OUTPUT/sweep.png, and print the table. metric: its name in tables and
+    plots."""
     best_first = sort_results(results, lower_is_better)
     keys = list(best_first[0].values)
     rows = [[*run.values.values(), run.value, run.state, run.name, run.collapsed, run.std] for run in best_first]

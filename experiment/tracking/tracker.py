@@ -100,10 +100,8 @@ class Trackers:
         self._each(lambda tracker: tracker.log(metrics))
 
     def alert(self, alert: Alert) -> None:
-        """Send an alert, unless the config says otherwise or there was one of its kind shortly before.
-
-        The launcher sends those about crashes, if there is one: this process might be killed.
-        """
+        """Send an alert, unless the config says otherwise or there was one of its kind shortly before. The launcher
+        sends those about crashes, if there is one: this process might be killed."""
         if not (alert.event == "crash" and has_launcher()) and (passed := self._filter.filtered(alert)):
             self._each(lambda tracker: tracker.alert(passed) if isinstance(tracker, WandbTracker | Messenger) else None)
 

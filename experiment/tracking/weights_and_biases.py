@@ -141,10 +141,8 @@ class WandbTracker:
             self._off = True
 
     def _start(self) -> tuple["wandb.Run", int]:
-        """Open the W&B run; offline, for a later `wandb sync`, if the server cannot be reached.
-
-        Returns the number of its first row that is missing, too.
-        """
+        """Open the W&B run; offline, for a later `wandb sync`, if the server cannot be reached. Returns the number of
+        its first row that is missing, too."""
         import wandb
 
         settings = wandb.Settings(**self._settings)

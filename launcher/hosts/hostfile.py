@@ -33,10 +33,8 @@ _ENTRY = f"(?:{_PART})+"  # of a node list of SLURM
 
 
 def read_hostfile(path: Path | str) -> Hosts:
-    """Read the hosts of a hostfile, in file order.
-
-    Raises UserError for a file that cannot be read and for whatever `parse_hostfile` rejects.
-    """
+    """Read the hosts of a hostfile, in file order. Raises UserError for a file that cannot be read and for whatever
+    `parse_hostfile` rejects."""
     return parse_hostfile(read_text(Path(path), "the hostfile"), origin=str(path))
 
 

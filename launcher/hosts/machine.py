@@ -95,10 +95,8 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
 
 
 def guess_device(environ: Mapping[str, str], devices: Path = Path("/dev")) -> DeviceKind:
-    """Return the kind of device for ranks on this machine, found without torch, whose import takes seconds.
-
-    'cuda' where there may be a GPU: DeepSpeed asks torch. 'cpu' where no driver has made a device.
-    """
+    """Return the kind of device for ranks on this machine, found without torch, whose import takes seconds. 'cuda'
+    where there may be a GPU: DeepSpeed asks torch. 'cpu' where no driver has made a device."""
     if "DS_ACCELERATOR" in environ:
         return "cpu" if environ["DS_ACCELERATOR"] == "cpu" else "cuda"
     return "cuda" if any(any(devices.glob(name)) for name in _GPU_DEVICES) else "cpu"

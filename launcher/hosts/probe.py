@@ -204,10 +204,8 @@ def _way_to(peer: str | None) -> tuple[str | None, str | None]:
 
 
 def route_to(name: str) -> tuple[str, str]:
-    """Return (the address of a host, the source address of packets to it), IPv4 unless there is no route to it.
-
-    Raises OSError if the name has no address, or there is no way to any.
-    """
+    """Return (the address of a host, the source address of packets to it), IPv4 unless there is no route to it. Raises
+    OSError if the name has no address, or there is no way to any."""
     failure = OSError(f"no address of {name}")
     found = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)
     for family, kind, protocol, _, address in sorted(found, key=lambda info: info[0] != socket.AF_INET):

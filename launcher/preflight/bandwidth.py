@@ -47,10 +47,8 @@ class MeasurementError(Exception):
 
 
 def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
-    """Measure all-reduce bandwidth, links and compute over these slots, some of the target's.
-
-    Raises MeasurementError with the end of the output.
-    """
+    """Measure all-reduce bandwidth, links and compute over these slots, some of the target's. Raises MeasurementError
+    with the end of the output."""
     processes = RankProcesses()
     with temporary_folder(temporary_root(), "deepcloze-preflight-") as folder:
         if is_local(slots):

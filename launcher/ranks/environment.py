@@ -55,10 +55,8 @@ def _missing(environ: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str,
 
 
 def deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of DeepSpeed's launcher, which the ranks on this machine inherit.
-
-    CUDA_VISIBLE_DEVICES is removed: the slots already reflect it, and DeepSpeed sets it for the ranks.
-    """
+    """Return the environment of DeepSpeed's launcher, which the ranks on this machine inherit. CUDA_VISIBLE_DEVICES is
+    removed: the slots already reflect it, and DeepSpeed sets it for the ranks."""
     return {name: value for name, value in environ.items() if name != "CUDA_VISIBLE_DEVICES"} | dict(added)
 
 

@@ -167,10 +167,8 @@ def _check_capacity(slots: tuple[int, ...], devices: Devices, oversubscribe: boo
 
 
 def parse_filter(text: str, flag: str) -> dict[str, tuple[int, ...] | None]:
-    """Parse a filter such as `host1:0,2@host2` into host -> slots; None means all slots of the host.
-
-    Raises UserError naming `flag` for a malformed filter and for a host that appears twice.
-    """
+    """Parse a filter such as `host1:0,2@host2` into host -> slots; None means all slots of the host. Raises UserError
+    naming `flag` for a malformed filter and for a host that appears twice."""
     named: dict[str, tuple[int, ...] | None] = {}
     for part in text.split("@"):
         if (match := _FILTER.fullmatch(part)) is None:
@@ -184,10 +182,8 @@ def parse_filter(text: str, flag: str) -> dict[str, tuple[int, ...] | None]:
 
 
 def select_slots(available: Slots, include: str | None, exclude: str | None) -> Slots:
-    """Filter the available slots by `include` or `exclude`; hosts left without slots are dropped.
-
-    Raises UserError if both filters are given, a filter names an unknown host or slot, or no slot remains.
-    """
+    """Filter the available slots by `include` or `exclude`; hosts left without slots are dropped. Raises UserError if
+    both filters are given, a filter names an unknown host or slot, or no slot remains."""
     if include is not None and exclude is not None:
         raise UserError("--include cannot be combined with --exclude")
     flag, text = ("--exclude", exclude) if include is None else ("--include", include)

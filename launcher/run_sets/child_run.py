@@ -31,10 +31,8 @@ class ChildRun:
 
 
 def wait_for_other_process(run: ChildRun) -> None:
-    """Wait while another process uses the run folder, such as the process of a killed command.
-
-    Raises StoppedError if that process was stopped, or on a stop signal, which does not reach it.
-    """
+    """Wait while another process uses the run folder, such as the process of a killed command. Raises StoppedError if
+    that process was stopped, or on a stop signal, which does not reach it."""
     if not folder_use(run.folder).alive:
         return
     signals: list[int] = []
@@ -68,10 +66,8 @@ def _stopped(run: ChildRun) -> StoppedError:
 
 
 def _run_command(run: ChildRun) -> int:
-    """Run a command, forward stop signals to it and return its exit code.
-
-    After a forwarded signal, returns the exit code of a stopped run, even if the command exits with 0.
-    """
+    """Run a command, forward stop signals to it and return its exit code. After a forwarded signal, returns the exit
+    code of a stopped run, even if the command exits with 0."""
     process: subprocess.Popen[bytes] | None = None
     signals: list[int] = []
 

@@ -198,10 +198,8 @@ def _read_split(cell: CellScores, tables: dict[str, Table]) -> ScoredSplit:
 
 
 def _write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: Mapping[str, str]) -> None:
-    """Write compare.json, compare.csv, compare.md, compare.png and the report, and print the tables.
-
-    A report that cannot be written is a warning. tests: empty if they failed. failed: name of a run -> how it failed.
-    """
+    """Write compare.json, compare.csv, compare.md, compare.png and the report, and print the tables. A report that
+    cannot be written is a warning. tests: empty if they failed. failed: name of a run -> how it failed."""
     comparison = _comparison(cells, folder, tests)
     write_json(folder.path / "compare.json", comparison)
     write_text(folder.path / "compare.csv", as_csv(comparison))

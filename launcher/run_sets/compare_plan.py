@@ -57,10 +57,8 @@ class _Task:
 
 
 def plan_comparison(options: CompareOptions) -> ComparePlan:
-    """Validate all runs and read their data. Writes and starts nothing.
-
-    Raises UserError for anything that would keep a run from starting.
-    """
+    """Validate all runs and read their data. Writes and starts nothing. Raises UserError for anything that would keep a
+    run from starting."""
     config = load_config(CompareConfig, options.file, options.overrides)
     placement = options.model_dump(include=set(LaunchOptions.model_fields), exclude_defaults=True)
     if placement and all(row.pretrain is None for row in config.rows.values()):
@@ -160,10 +158,8 @@ def _plan_cells(
     config: CompareConfig,
     models: set[str] | None,
 ) -> dict[str, PlannedRun]:
-    """Return the runs of a row by task. Their configs have the checksums of all files that they read.
-
-    models: see `check_model`.
-    """
+    """Return the runs of a row by task. Their configs have the checksums of all files that they read. models: see
+    `check_model`."""
     origin = encoder_origin(row.init_from, row.weights)
     seeds = ",".join(map(str, config.seeds))
     now = {"model.init_from": row.init_from, "model.weights": row.weights, "training.seeds": seeds}
@@ -213,10 +209,8 @@ def _warn_of_dropout(
 
 
 def _dropout(of_model: Mapping[str, object], cell: FlatConfig, in_grid: Collection[str]) -> dict[str, object]:
-    """Return the fields for dropout that a cell is trained with, except those in the grid.
-
-    `classifier_dropout` is None, which stands for `hidden_dropout_prob`, if the two are equal.
-    """
+    """Return the fields for dropout that a cell is trained with, except those in the grid. `classifier_dropout` is
+    None, which stands for `hidden_dropout_prob`, if the two are equal."""
     fields: dict[str, object] = {}
     for field, value in of_model.items():
         if f"model.config.{field}" not in in_grid:

@@ -247,19 +247,15 @@ def _has_failed(run: PlannedRun, records: Mapping[str, RunRecord]) -> bool:
 
 
 def _is_finished(run: PlannedRun, folder: RunFolder) -> bool:
-    """Return whether a run is done, also if the command was killed before it could note that.
-
-    The folder of a fine-tuning run that has more seeds now may still report the end of the run with fewer.
-    """
+    """Return whether a run is done, also if the command was killed before it could note that. The folder of a
+    fine-tuning run that has more seeds now may still report the end of the run with fewer."""
     outcome = read_outcome(folder)
     return outcome is not None and outcome.outcome is Outcome.DONE and has_planned_seeds(run, folder)
 
 
 def has_planned_seeds(run: PlannedRun, folder: RunFolder) -> bool:
-    """Return whether the results of a fine-tuning run, or of a sweep of them, are of the seeds that it has now.
-
-    True for a pretraining run, and if the results are missing or damaged, which is reported where they are read.
-    """
+    """Return whether the results of a fine-tuning run, or of a sweep of them, are of the seeds that it has now. True
+    for a pretraining run, and if the results are missing or damaged, which is reported where they are read."""
     found = [config.get(SEEDS) for config in recorded_configs(folder.path / SWEEP_RECORD).values()]
     with suppress(OSError, ValueError, KeyError, TypeError):
         found.append(read_json(folder.results)["seeds"])

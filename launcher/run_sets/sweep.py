@@ -214,9 +214,7 @@ def read_grid(text: str, overrides: Mapping[str, str]) -> dict[str, dict[str, st
 
 def parse_grid(text: str) -> dict[str, tuple[str, ...]]:
     """Parse `optimizer.lr=1e-4,5e-4 schedule.epochs=1,2`: spaces separate keys, commas values; lists need brackets.
-
-    Raises UserError.
-    """
+    Raises UserError."""
     grid: dict[str, tuple[str, ...]] = {}
     for part in filter(None, _split(text, " \t\n")):
         key, equals, listed = part.partition("=")

@@ -56,10 +56,8 @@ def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapp
 
 
 def validate_finetuning(config: str, overrides: Mapping[str, str], models: set[str] | None) -> "FinetuneConfig":
-    """Return the config of a fine-tuning run, with the precision that `auto` stands for on this machine.
-
-    models: see `check_model`. Raises UserError, as above, except for the content of the data.
-    """
+    """Return the config of a fine-tuning run, with the precision that `auto` stands for on this machine. models: see
+    `check_model`. Raises UserError, as above, except for the content of the data."""
     with fast_imports():
         from finetune.resolve import check_model, load_run_config
 
@@ -75,10 +73,8 @@ def data_origin(task: TaskConfig) -> FlatConfig:
 
 
 def encoder_origin(init_from: str, weights: str) -> FlatConfig:
-    """Return the checksums of the files that a run starts from, `encoder.FILE`.
-
-    weights: see `finetune.config.ModelConfig`.
-    """
+    """Return the checksums of the files that a run starts from, `encoder.FILE`. weights: see
+    `finetune.config.ModelConfig`."""
     from finetune.model import model_files  # imports torch
 
     files = model_files(local_model(init_from), weights=weights == "pretrained")

@@ -43,10 +43,8 @@ RunningRanks = AbstractContextManager["subprocess.Popen[bytes]"]
 
 @contextmanager
 def watchdog(group: int) -> Iterator[None]:
-    """Kill the process group if this process dies, even by SIGKILL.
-
-    A second process waits on a pipe, which closes when this process exits. If it is killed, another one is started.
-    """
+    """Kill the process group if this process dies, even by SIGKILL. A second process waits on a pipe, which closes when
+    this process exits. If it is killed, another one is started."""
     shell = 'read -r _; kill -s KILL -- "-$0"'
 
     def start() -> "subprocess.Popen[bytes]":

@@ -82,10 +82,8 @@ class StopSignals:
 
     @contextmanager
     def handle(self) -> Iterator[None]:
-        """Create RUN/STOP on the first signal; kill the ranks on a second one, or at once if the disk is full.
-
-        The STOP file is removed on exit.
-        """
+        """Create RUN/STOP on the first signal; kill the ranks on a second one, or at once if the disk is full. The STOP
+        file is removed on exit."""
         try:
             with handle_stop_signals(self._on_signal):
                 yield

@@ -20,10 +20,8 @@ _RUN = "/run/"
 
 
 def follow_runs(runs: Sequence[str], port: int) -> None:
-    """Serve the pages until Ctrl-C or SIGTERM.
-
-    Raises UserError if a folder does not exist, or the port cannot be used.
-    """
+    """Serve the pages until Ctrl-C or SIGTERM. Raises UserError if a folder does not exist, or the port cannot be
+    used."""
     folders = [run for run in dict.fromkeys(runs) if not Path(run).is_file()]  # of a pattern such as runs/*
     pages = FollowedPages([open_folder(run) for run in folders or runs])
     with handle_stop_signals(interrupt), bind(_ADDRESS, port) as listener, PageServer(listener, pages) as server:

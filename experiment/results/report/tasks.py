@@ -143,10 +143,8 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 
 
 def downstream_blocks(folder: RunFolder, axis: Axis) -> list[Block]:
-    """Return the scores of the run's checkpoints on tasks, by step, see `deepcloze watch`; empty without any.
-
-    axis: of the run.
-    """
+    """Return the scores of the run's checkpoints on tasks, by step, see `deepcloze watch`; empty without any. axis: of
+    the run."""
     if not (results := read_results(folder)):
         return []
     by_task = {task: list(group) for task, group in groupby(results, key=lambda result: result.task)}

@@ -29,10 +29,8 @@ _FILLED = 6  # checkpoints whose words are shown
 
 
 def training_blocks(history: History, marks: Sequence[Mark] = (), metric: str | None = None) -> list[Block]:
-    """Return the final metrics and curves; empty without events.
-
-    metric: of the task of a finished fine-tuning run, which is evaluated on splits, not on held-out text.
-    """
+    """Return the final metrics and curves; empty without events. metric: of the task of a finished fine-tuning run,
+    which is evaluated on splits, not on held-out text."""
     if not history.seeds:
         return []
     blocks: list[Block] = [Heading("Training")]
