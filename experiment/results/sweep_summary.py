@@ -115,10 +115,9 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: part if last.count(part) == 1 else key for key, part in zip(keys, last, strict=True)}
 
 
-def write_summary(results: Sequence[SweepResult], output: Path, metric: str, lower_is_better: bool) -> None:
+def write_summary(best_first: Sequence[SweepResult], output: Path, metric: str) -> None:
     """Write OUTPUT/sweep.csv, best run first, and OUTPUT/sweep.png, and print the table. metric: its name in tables and
     plots."""
-    best_first = sort_results(results, lower_is_better)
     keys = list(best_first[0].values)
     rows = [[*run.values.values(), run.value, run.state, run.name, run.collapsed, run.std] for run in best_first]
     write_text(output / "sweep.csv", csv_table([[*keys, metric, "state", "folder", "collapsed", "std"], *rows]))

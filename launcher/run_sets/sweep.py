@@ -59,10 +59,9 @@ def run_sweep(plan: SweepPlan) -> None:
     with runs.opened() as records:
         runs.finish(records, measure)
         results = read_sweep_results(runs.folder, {run.name: records[run.name] for run in runs.runs}, plan.metric)
-        best = sort_results(results, plan.lower_is_better)[0]
-        runs.save(records, best=best.name if best.value is not None else None)
-        title = metric_title(plan.metric, runs.runs[0].config)
-        write_summary(results, output, title, plan.lower_is_better)
+        best_first = sort_results(results, plan.lower_is_better)
+        runs.save(records, best=best_first[0].name if best_first[0].value is not None else None)
+        write_summary(best_first, output, metric_title(plan.metric, runs.runs[0].config))
         from launcher.report import print_report  # matplotlib takes a second
 
         print_report("sweep", output)

@@ -109,7 +109,7 @@ def test_the_spread_of_several_seeds_is_shown(tmp_path: Path, capsys: pytest.Cap
     runs = {"lr=1": {"values": {"lr": "1"}, "state": "done", "value": 0.5}}
     results = read_sweep_results(RunFolder(tmp_path), runs, "f1")
     assert [dots.values for dots in sweep_charts(results, "f1")[0].rows] == [[0.4, 0.6]]
-    write_summary(results, tmp_path, "f1", lower_is_better=False)
+    write_summary(sort_results(results, lower_is_better=False), tmp_path, "f1")
     assert "0.5000 ± 0.1414" in capsys.readouterr().out
     with (tmp_path / "sweep.csv").open() as file:
         assert [row["std"] for row in csv.DictReader(file)] == ["0.1414"]
@@ -123,6 +123,6 @@ def test_collapsed_seeds_are_counted_in_the_csv(tmp_path: Path) -> None:
         folder = RunFolder(tmp_path / f"lr={lr}")
         folder.path.mkdir()
         folder.results.write_text(json.dumps({"collapsed": collapsed, "seeds": [7, 8, 9]}))
-    write_summary(read_sweep_results(RunFolder(tmp_path), runs, "f1"), tmp_path, "f1", lower_is_better=False)
+    write_summary(read_sweep_results(RunFolder(tmp_path), runs, "f1"), tmp_path, "f1")
     with (tmp_path / "sweep.csv").open() as file:
         assert [(row["lr"], row["collapsed"]) for row in csv.DictReader(file)] == [("1", "1"), ("2", "0"), ("3", "")]
