@@ -174,15 +174,21 @@ def _close_up(text: str) -> str:
 
 
 def _fill(model: Path, sentences: Sequence[MaskedSentence]) -> Iterator[FilledSentence]:
+    import torch
+
     from finetune.prediction.loaded_model import load_on_cpu
     from finetune.prediction.mask_filler import MaskFiller, ranking_task
 
-    with _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # leave the other cores to the run, which may be training on this machine
+    try:
         filler = MaskFiller(load_on_cpu(model, ranking_task()))
         masks = [filler.mask * _count_masks(sentence, filler.tokenizer) for sentence in sentences]
         texts = [f"{sentence.before}{mask}{sentence.after}" for sentence, mask in zip(sentences, masks, strict=True)]
         for sentence, candidates in zip(sentences, filler.fill(texts, _TOP), strict=True):
             yield FilledSentence(sentence, _best_words(candidates))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _best_words(candidates: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[tuple[str, float], ...]:
@@ -193,16 +199,3 @@ def _best_words(candidates: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[tupl
         for tokens in product(*candidates)
     )
     return tuple((word, round(probability, 6)) for word, probability in nlargest(_TOP, words, itemgetter(1)))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Leave the other cores to the run, which may be training on this machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
