@@ -84,13 +84,8 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
     if visible is None:
         return Devices("cuda", tuple(range(count)))
     names = [name.strip() for name in visible.split(",")]
-    for name in names:
-        if not name.isdigit():
-            problem = (
-                f"CUDA_VISIBLE_DEVICES={visible}: expected GPU numbers such as 0,1, found {name!r}; "
-                "slots are numbers of GPUs"
-            )
-            return Devices("cuda", (), problem)
+    if not all(map(str.isdigit, names)):
+        return Devices("cuda", (), f"CUDA_VISIBLE_DEVICES={visible}: expected GPU numbers such as 0,1; slots are these")
     return Devices("cuda", tuple(map(int, names))[:count])
 
 
