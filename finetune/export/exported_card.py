@@ -4,13 +4,10 @@ state.json has all that the card says, so it is complete for a checkpoint that w
 corpora. One that an older version wrote, or a folder of another origin, gets a card of the known facts.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
-
-from tokenizers.decoders import ByteLevel
 
 from experiment.config import flatten
 from experiment.errors import UserError
@@ -30,10 +27,8 @@ from experiment.results.model_card import (
 )
 from experiment.run_files.checkpoints import state_around
 from experiment.run_files.provenance import describe_devices, read_origin
-from experiment.unspaced_scripts import HAN
 
 _AVERAGED = "hf-ema"
-_HAN = re.compile(f"[{HAN}]")
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths
 _CHANGES = (*(f"{section}." for section in _SETTINGS), "model.freeze", "model.ema_decay")  # without paths
 _METRICS = ("loss", "perplexity", "accuracy")
@@ -116,10 +111,7 @@ def _usage(source: Path, config: Mapping[str, Any]) -> str:
         tokenizer = load_any_tokenizer(source, ["mask_token"])
     except UserError:
         return ""
-    decode = ByteLevel().decode  # which changes no piece of another kind that has Chinese characters
-    han = sum(_HAN.search(decode([piece])) is not None for piece in tokenizer.get_vocab())
-    example = "北京是中国的首{}。" if 4 * han > len(tokenizer) else "The capital of France is {}."
-    sentence = repr(example.format(tokenizer.mask_token))
+    sentence = repr(f"The capital of France is {tokenizer.mask_token}.")
     return usage_section(snippet("python", Template(_USAGE).substitute(model=MODEL, sentence=sentence)))
 
 

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
-    PreTrainedTokenizerFast,
 )
 
 from experiment.errors import UserError
@@ -67,25 +64,6 @@ def test_a_model_of_another_origin_has_a_card(tmp_path: Path) -> None:
     assert f"| parameters | {model.num_parameters():,} |" in card
     assert "## Usage" not in card
     assert "pipeline_tag" not in card
-
-
-@pytest.mark.parametrize("byte_level", [False, True])
-def test_the_snippet_of_a_chinese_model_is_chinese(tmp_path: Path, byte_level: bool) -> None:
-    """Catches an English sentence for a model that knows no English, also if its vocabulary looks like éļ¶åįĹ."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"北京是中国的首都。"]
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    BertForMaskedLM(BertConfig(vocab_size=len(words), **shape)).save_pretrained(tmp_path / "model")
-    if byte_level:
-        split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
-        pieces = {split(word)[0][0] if len(word) == 1 else word: index for index, word in enumerate(words)}
-        backend = Tokenizer(models.BPE(pieces, []))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        roles = {"pad_token": "[PAD]", "mask_token": "[MASK]"}
-        PreTrainedTokenizerFast(tokenizer_object=backend, **roles).save_pretrained(tmp_path / "model")
-    else:
-        (tmp_path / "model" / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    export(str(tmp_path / "model"), str(tmp_path / "out"))
-    assert "fill_mask('北京是中国的首[MASK]。')" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_edited_card_is_exported_as_it_is(tmp_path: Path) -> None:
