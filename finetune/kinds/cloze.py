@@ -7,7 +7,6 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import regex
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from experiment.errors import UserError
 from experiment.intervals import wilson_interval
-from experiment.unspaced_scripts import UNSPACED, WIDE
 from finetune.data.columns import ClozeAnswersColumn, Columns, Name, OptionsColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
@@ -29,9 +27,7 @@ from finetune.scores.significance import Interval, accuracy_interval
 from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind, predictor_usage
 
 _BLANK = "_"
-_EXCERPT_WORDS = 12  # on each side
-_UNSPACED = UNSPACED + WIDE
-_FIRST_WORDS = regex.compile(rf"(?:\s*(?:[{_UNSPACED}]|[^\s{_UNSPACED}]+)){{0,{_EXCERPT_WORDS}}}")
+_EXCERPT = 60  # characters on each side
 _MODELS = {
     "multiple_choice": "AutoModelForMultipleChoice",
     "binary": "AutoModelForSequenceClassification",
@@ -335,7 +331,7 @@ class Kind(TaskKind[Config]):
         return {**prediction, "probabilities": scaled}
 
     def rows(self, record: Record, prediction: Prediction) -> list[tuple[Mapping[str, Any], Prediction]]:
-        """Return a row for each blank, with the words around it."""
+        """Return a row for each blank, with the text around it."""
         segments, options, _ = self._parse(record)
         answers = record.values.get("answers")
         return [
@@ -367,15 +363,9 @@ def _option_ids(
 
 
 def _excerpt(segments: Sequence[str], blank: int) -> str:
-    """Return the words around a blank, which is longer than other blanks in them."""
+    """Return the text around a blank, which is longer than other blanks in it."""
     before, after = (_BLANK.join(part) for part in (segments[: blank + 1], segments[blank + 1 :]))
-    return " ".join(f"{_first_words(before[::-1])[::-1]}{3 * _BLANK}{_first_words(after)}".split())
-
-
-def _first_words(text: str) -> str:
-    """Return the beginning of a text, for an excerpt; from its end on if it is reversed."""
-    found: str = _FIRST_WORDS.match(text)[0]
-    return found
+    return " ".join(f"{before[-_EXCERPT:]}{3 * _BLANK}{after[:_EXCERPT]}".split())
 
 
 def _mask_id(encoder: Encoder) -> int:
