@@ -73,19 +73,15 @@ class Predictor:
         if isinstance(records, str | Mapping):
             raise UserError(f"expected a list of records, found one: [{records!r}]")
         checked = [self.record(f"record {number}", values) for number, values in enumerate(records, 1)]
-        return self.predict_records(checked, calibrated)
-
-    def predict_records(self, records: Sequence[Record], calibrated: bool = False) -> list[Prediction]:
-        """Like `predict`, for records that were read from a file."""
-        return self.predict_split(self.encode(records), calibrated)
+        return self.predict_split(self.encode(checked), calibrated)
 
     def predict_split(self, split: Split, calibrated: bool = False) -> list[Prediction]:
-        """Like `predict_records`, for a split of `encode`."""
+        """Like `predict`, for a split of `encode`."""
         self.check_calibrated(calibrated)
         return self.decode(split, self._inference.compute(split.examples)[0], calibrated)
 
     def encode(self, records: Sequence[Record]) -> Split:
-        """Return the first step of `predict_records`. Raises UserError for a record that cannot be encoded."""
+        """Return the first step of `predict`. Raises UserError for a record that cannot be encoded."""
         table = Table(self.folder, tuple(records), labelled=False)
         with self.loaded.tokenizer_lock:
             return encode_split(table, self.kind, self.loaded.encoder, training=False)

@@ -138,7 +138,7 @@ class ModelWorker:
         calibrated: bool = False,
         batcher: Batcher[Example, Any] | None = None,
     ) -> list[Any]:
-        """See `Predictor.predict_records`. batcher: if the predictor is an embedder.
+        """See `Predictor.predict`. batcher: if the predictor is an embedder.
 
         Raises HTTPException for options that would take too much memory.
         """

@@ -296,7 +296,8 @@ def test_a_masked_language_model(
     masked = ["word1 [MASK] word2", "[MASK] word3 word4 [MASK]"]
     assert_same(served.filler.fill(masked, top_k=3), original.filler.fill(masked, top_k=3))
     record = original.filler.option_record(masked[1], [["word1", "word2 word5"], ["word8", "word9"]], "text")
-    assert_same(*(each.ranking.predict_records([record]) for each in (served.filler, original.filler)))
+    rankings = (served.filler.ranking, original.filler.ranking)
+    assert_same(*(each.predict_split(each.encode([record])) for each in rankings))
     assert_same(embeddings(exported), embeddings(encoder))
     same = {"model": "", "loaded": ""}
     assert served.info.model_copy(update=same) == original.info.model_copy(update=same)

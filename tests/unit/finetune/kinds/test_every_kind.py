@@ -192,7 +192,7 @@ def test_a_kind_learns_and_saves_what_it_learned(
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     table = read_table(Path(str(config.task.test)), config.task.columns)
-    predictions = predictor.kind.relate(table.records, predictor.predict_records(table.records))
+    predictions = predictor.kind.relate(table.records, predictor.predict_split(predictor.encode(table.records)))
     assert predictor.kind.scores(table.records, predictions)[config.task.metric] == pytest.approx(score)
     rows = np.random.default_rng(0).integers(0, len(table), size=len(table))
     drawn = [table.records[row] for row in rows], [predictions[row] for row in rows]
@@ -366,7 +366,7 @@ def test_a_gpu_computes_what_a_cpu_does(encoder: Path, tmp_path: Path, name: str
         run(config)
         predictor = Predictor.load(folder / "run", precision=computed_in)
         table = read_table(Path(str(config.task.test)), config.task.columns)
-        return numbers(predictor.predict_records(table.records))
+        return numbers(predictor.predict_split(predictor.encode(table.records)))
 
     expected = predict("cpu")
     with simulated_gpu() as gpu:
