@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiment.errors import UserError, notify
 from experiment.results.report.pages import write_overlay, write_report
-from experiment.run_files.run_folder import is_run, open_folder, planned_folders, runs_in
+from experiment.run_files.run_folder import RunFolder, is_run, open_folder, planned_folders, runs_in
 from launcher.sentence_filling import fill_new_checkpoints
 
 
@@ -22,8 +22,24 @@ def report_runs(runs: Sequence[str], output: str | None) -> Path:
             fill_new_checkpoints(folder)
             return write_report(folder.path, output, png=True)
         default = folder.report
-    each = [run for given in runs for run in runs_in(given)]
-    return write_overlay(each, Path(output or default).absolute(), png=True)
+    return write_overlay(_logged_runs(runs), Path(output or default).absolute(), png=True)
+
+
+def _logged_runs(folders: Sequence[str]) -> list[Path]:
+    """Return the runs in these folders that have logged something. Prints the folders without any; raises UserError if
+    none has one."""
+    logged = {folder: [run for run in runs_in(folder) if _has_logged(RunFolder(run))] for folder in folders}
+    if not any(logged.values()):
+        raise UserError(f"{', '.join(folders)} has nothing to report: no run in it has logged anything")
+    for folder, found in logged.items():
+        if not found:
+            notify(f"{folder} is left out: no run in it has logged anything")
+    return [run for found in logged.values() for run in found]
+
+
+def _has_logged(run: RunFolder) -> bool:
+    """Return whether there are events, or results: a task that is not trained has only these."""
+    return run.results.exists() or (run.metrics.exists() and run.metrics.stat().st_size > 0)
 
 
 def print_report(command: str, folder: Path) -> None:

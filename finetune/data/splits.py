@@ -70,12 +70,7 @@ def split_off(table: Table, config: TaskConfig) -> tuple[Table, Table]:
     by_label = sorted((min(found)[1], place) for place, found in enumerate(shared) if found)
     taken = [place for number, (_, place) in enumerate(by_label) if int((number + 1) * share) > int(number * share)]
     if not taken:
-        raise UserError(
-            f"{table.path}: too few rows to take a validation split from: {counted(len(table), 'row')} in "
-            f"{counted(len(shuffled), 'group')} (questions on one text, and turns of one dialogue, stay together), "
-            f"{len(by_label):,} of them with a label that another one has; set task.validation to a file, or raise "
-            "task.validation_share"
-        )
+        raise _too_small(table, config.columns, len(shuffled), len(shuffled) - len(by_label))
     indices = {index for place in taken for index in shuffled[place]}
     records = [replace(record, skipped=0) for record in table.records]  # rows of a drawn split are numbered anew
     rest = tuple(record for index, record in enumerate(records) if index not in indices)
@@ -89,7 +84,26 @@ def related_records(records: Sequence[Record], columns: Columns) -> list[list[in
     shared = columns.roles(CONTEXT)
     units: dict[Hashable, list[int]] = {}
     for index, record in enumerate(records):
-        context = tuple(record.values[role] for role in shared)
+        context = _values(record, shared)
         has_context = any(text.strip() for text in context)
         units.setdefault(record.group or (context if has_context else index), []).append(index)
     return list(units.values())
+
+
+def _too_small(table: Table, columns: Columns, units: int, once: int) -> UserError:
+    """Return the error. once: how many units have a label that occurs once."""
+    named = " and ".join(f"task.columns.{role}" for role in columns.target_roles())
+    if once > max(1, len(table) / 2):
+        advice = f"{once:,} of its {len(table):,} rows have a label that no other row has: is {named} the column of the"
+        return UserError(f"{table.path}: no validation split can be taken from it: {advice} labels?")
+    few = "too few rows"
+    if units < len(table):
+        texts = columns.roles(CONTEXT)
+        noun, key = ("text", f"columns.{texts[0]}") if texts else ("dialogue", "dialogue.group")
+        few = f"only {counted(units, noun)} (task.{key}) for {counted(len(table), 'row')}, too few"
+    advice = ", or raise task.validation_share" if units > 1 else ""
+    return UserError(f"{table.path}: {few} to take a validation split from; set task.validation to a file{advice}")
+
+
+def _values(record: Record, roles: Sequence[str]) -> tuple[str, ...]:
+    return tuple(record.values[role] for role in roles)

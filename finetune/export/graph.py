@@ -123,12 +123,18 @@ def quiet() -> Iterator[None]:
 def check_quantizable(model: nn.Module) -> None:
     """Raise UserError for a model with more weights than `quantize` takes."""
     if (size := sum(parameter.nbytes for parameter in model.parameters())) > _MOST_BYTES:
-        most = f"at most {_MOST_BYTES / 2**30:g} GiB can be quantized"
-        raise UserError(f"--int8: the model has {size / 2**30:.2f} GiB of weights in fp32; {most}")
+        raise _too_large(size)
+
+
+def _too_large(size: int) -> UserError:
+    most = f"at most {_MOST_BYTES / 2**30:g} GiB can be quantized"
+    return UserError(f"--int8: the model has {size / 2**30:.2f} GiB of weights in fp32; {most}")
 
 
 def quantize(path: Path) -> None:
-    """Replace a model in fp32, see `check_quantizable`."""
+    """Replace a model in fp32. Raises UserError if its weights are in a second file."""
+    if path.stat().st_size < (size := sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))):
+        raise _too_large(size)
     model = onnx.load(path)
     del model.graph.value_info[:]  # it has the shapes of weights before quantize_dynamic transposes them
     _transpose_weights(model.graph)

@@ -246,10 +246,14 @@ def test_all_runs_of_a_folder(
         assert 'data-run="a"' in text
         assert 'data-run="new"' not in text
     assert report_runs(["runs", "runs/a"], None) == tmp_path / "report/index.html"
+    sweep = open_run_folder(Path("sweeps/lr")).path
+    (sweep / "sweep.json").write_text(json.dumps({"metric": "loss", "runs": {"lr=1": {}, "lr=2": {}}}))
+    open_run_folder(sweep / "lr=1").metrics.write_text('{"step": 10, "loss": 3.0}\n')
+    assert report_runs([str(sweep), "runs/a"], None) == tmp_path / "report/index.html", "lr=2 has no folder yet"
     capsys.readouterr()
     assert report_runs(sorted(map(str, Path("runs").iterdir())), None) == tmp_path / "report/index.html"
-    without = "deepcloze: warning: new is left out: no complete event in metrics.jsonl"
-    assert capsys.readouterr().err.splitlines() == [without]
+    without = [f"deepcloze: runs/{name} is left out: no run in it has logged anything" for name in ("new", "report")]
+    assert capsys.readouterr().err.splitlines() == without
     open_run_folder(Path("none/new")).lock.touch()
-    with pytest.raises(UserError, match="none of these runs has anything to report"):
+    with pytest.raises(UserError, match="none has nothing to report: no run in it has logged anything"):
         report_runs(["none"], None)

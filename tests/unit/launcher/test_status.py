@@ -263,10 +263,20 @@ def test_how_a_run_ended(folder: RunFolder) -> None:
         assert read_life(folder).state == "running"
 
 
-def test_a_run_of_which_only_the_record_of_a_rank_is_left(folder: RunFolder) -> None:
-    """Catches a run that counts as not started although a rank has."""
-    RankRecord(0, HOST, os.getpid(), training=True).write(folder)
-    assert read_life(folder).state == "unknown"
+@pytest.mark.parametrize(
+    ("host", "pid", "exit_code", "state"),
+    [
+        (HOST, os.getpid(), None, "running"),
+        (HOST, 2**22 + 1, None, "killed"),
+        (HOST, os.getpid(), 1, "failed"),
+        ("elsewhere", os.getpid(), None, "unknown"),
+    ],
+    ids=["running", "killed", "failed", "elsewhere"],
+)
+def test_a_run_without_our_launcher(folder: RunFolder, host: str, pid: int, exit_code: int | None, state: str) -> None:
+    """Catches a run that `deepspeed` has started itself, which locks nothing, and counts as not started."""
+    RankRecord(0, host, pid, training=True, exit=exit_code).write(folder)
+    assert read_life(folder).state == state
 
 
 def test_the_figures_of_a_run(folder: RunFolder) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -179,19 +180,31 @@ def test_a_dash_that_is_no_label_of_the_training_split(tmp_path: Path) -> None:
 
 
 def test_too_few_rows_are_rejected() -> None:
-    """Catches an empty validation split, and a message that does not tell few texts from labels that occur once."""
-    message = r"f\.csv: too few rows to take a validation split from: 5 rows in 5 groups \(.*\), 4 of them with a label"
-    with pytest.raises(UserError, match=rf"{message} that another one has; set task\.validation"):
+    """Catches an empty validation split."""
+    with pytest.raises(UserError, match=r"f\.csv: too few rows to take a validation split from; set task\.validation"):
         draw(table(*[{"label": "a"}] * 4, {"label": "b"}), TEXTS, 0.1, seed=0)
-    rows = table(*({"context": str(number % 9), "question": "", "answers": []} for number in range(900)))
-    with pytest.raises(UserError, match=r"900 rows in 9 groups \(.*\), 9 of them with a label"):
+
+
+@pytest.mark.parametrize(("texts", "found"), [(1, "1 text"), (9, "9 texts")])
+def test_few_texts_are_named_as_the_reason(texts: int, found: str) -> None:
+    """Catches 900 questions that are called too few rows because they are on a few texts, which stay together."""
+    rows = table(*({"context": str(number % texts), "question": "", "answers": []} for number in range(900)))
+    advice = ", or raise task.validation_share" if texts > 1 else ""
+    message = f"only {found} (task.columns.context) for 900 rows, too few to take a validation split from; set "
+    with pytest.raises(UserError, match=re.escape(f"{message}task.validation to a file{advice}") + "$"):
         draw(rows, QuestionAnsweringColumns(), 0.1, seed=0)
     turns = replace(LABELLED, records=tuple(replace(record, group="1") for record in LABELLED.records))
-    with pytest.raises(UserError, match=r"200 rows in 1 group "):
+    with pytest.raises(UserError, match=r"only 1 dialogue \(task\.dialogue\.group\) for 200 rows"):
         draw(turns, TEXTS, 0.1, seed=0)
+
+
+def test_labels_that_occur_once_are_named_as_the_reason() -> None:
+    """Catches hundreds of rows called too few because task.columns.label names the column of the texts."""
     swapped = table(*({"text": "good", "label": f"a film about {number}"} for number in range(200)))
-    with pytest.raises(UserError, match=r"200 rows in 200 groups \(.*\), 0 of them with a label"):
+    with pytest.raises(
+        UserError, match=r"200 of its 200 rows have a label that no other row has: is task\.columns\.label"
+    ):
         draw(swapped, TEXTS, 0.1, seed=0)
     several = table(*({"text": "", "labels": [f"{number} a", f"{number} b"]} for number in range(200)))
-    with pytest.raises(UserError, match=r", 0 of them with a label"):
+    with pytest.raises(UserError, match=r"200 of its 200 rows have a label .*: is task\.columns\.labels the column of"):
         split_off(several, multi_label.Config())
