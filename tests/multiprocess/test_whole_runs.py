@@ -19,7 +19,7 @@ from pretrain.batching.sequences import open_index
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import evaluate_command
-from pretrain.training import clock as clock_module
+from pretrain.training import step_agreement
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
@@ -147,7 +147,7 @@ def timed_case(world: World, tree: Tree, stop_after: int | None = None) -> str:
     looks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: next(looks) * (0.1 + world.rank))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clock_module, "time", clock)
+        patch.setattr(step_agreement, "time", clock)
         return pretrain_case(world, tree, stop_after)
 
 
