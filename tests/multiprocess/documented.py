@@ -62,6 +62,7 @@ _SCALED = {
     "schedule.steps=55000": "schedule.steps=5",
     "schedule.decay_steps=5000": "schedule.decay_steps=2",
     "--holdout 1000": "--holdout 100",
+    "holdout=1000": "holdout=100",
     "--holdout 500": "--holdout 50",
 }
 
@@ -181,7 +182,7 @@ class Terminal:
     def execute(self, code: str, names: dict[str, Any]) -> None:
         """Execute Python code in this process. `names`: what it can use, and what it has defined."""
         with self._inside():
-            exec(code, names)
+            exec(replaced(code, _SCALED), names)
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
