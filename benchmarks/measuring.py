@@ -82,9 +82,14 @@ class PeakMemory:
         self._ended.set()
         self._thread.join()
 
+    def sample(self) -> None:
+        """Measure now: processes that fork or end meanwhile may count their pages twice."""
+        memory = sum(map(_memory, _started() - self._before))
+        self.bytes = max(self.bytes, memory)
+
     def _watch(self) -> None:
         while not self._ended.wait(self._seconds):
-            self.bytes = max(self.bytes, sum(map(_memory, _started() - self._before)))
+            self.sample()
 
 
 def _started() -> set[psutil.Process]:
