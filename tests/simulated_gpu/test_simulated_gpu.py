@@ -108,7 +108,9 @@ def assert_sound(findings: list[Findings], precision: str, offload: bool = False
         assert len(found.waits_in_steps) > 0
         if not offload:  # DeepSpeed's own step waits more often
             assert found.waits_in_microbatches == []
-            assert all(len(waits) <= 1 for waits in found.waits_in_steps), found.waits_in_steps
+            for waits in found.waits_in_steps:
+                assert len(waits) <= 1
+                assert all("(host_copy.py:" in wait for wait in waits)
 
 
 def check_run(pool: RankPool, tree: Tree, ds_config: str, expected: Path, fault: Fault | None = None) -> list[Findings]:
@@ -150,8 +152,8 @@ def test_losses_are_those_of_a_cpu(
     [
         (1, "fp16_zero1", {"model__config": MODERNBERT}),
         (2, "fp16_zero3", {"optimizer__name": "muon"}),
+        (2, "fp16_zero1", {"optimizer__name": "lamb"}),
         *soak(
-            (2, "fp16_zero1", {"optimizer__name": "lamb"}),
             (2, "bf16_zero3", {"model__config": MODERNBERT}),
             (2, "bf16_zero3", {"optimizer__name": "stableadamw"}),
             (2, "bf16_zero1", {"optimizer__name": "muon"}),
