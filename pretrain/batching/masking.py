@@ -203,12 +203,27 @@ def draw_spans(words: NDArray[np.int64], keys: U64, rate: float) -> Ranges:
     Args: words [S] per sequence, at least 1; keys [S]. Returns ranges of words, numbered over all sequences; no span
     crosses from one sequence into the next.
     """
+    first, size_classes = np.cumsum(words) - words, np.frexp(words.astype(np.float64))[1]
+    spans = [np.empty((2, 0), np.int64)]
+    for size_class in np.unique(size_classes):  # so that a long sequence costs the short ones nothing
+        alike = np.flatnonzero(size_classes == size_class)
+        sequence, begins, sizes = _draw_spans_of_similar(words[alike], keys[alike], rate)
+        spans.append(np.stack([first[alike][sequence] + begins, sizes]))
+    starts, sizes = np.concatenate(spans, axis=1)
+    order = np.argsort(starts)
+    return Ranges(starts[order], sizes[order])
+
+
+def _draw_spans_of_similar(
+    words: NDArray[np.int64], keys: U64, rate: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """`draw_spans` of sequences of similar length: the sequence of each span, its first word in it, and its words."""
     lengths = span_lengths()
     mean = float((lengths * np.arange(1, MAX_SPAN_WORDS + 1)).sum())
     start_probability = rate / (rate + mean * (1 - rate))
     longer = np.cumsum(lengths[::-1])[::-1]  # P(L ≥ k)
     # Inverse distribution functions as tables, which are bit-identical on every machine, unlike logarithms.
-    longest = int(words.max(initial=0))
+    longest = int(words.max())
     gap_table = 1 - np.cumprod(np.full(longest, 1 - start_probability))
     length_table, rest_table = np.cumsum(lengths)[:-1], np.cumsum(longer / mean)[:-1]
 
@@ -229,6 +244,5 @@ def draw_spans(words: NDArray[np.int64], keys: U64, rate: float) -> Ranges:
             break
         cycles *= 2
     begins, ends = ends - size, np.minimum(ends, words[:, None])
-    first = np.cumsum(words) - words
-    within = begins < words[:, None]
-    return Ranges((first[:, None] + begins)[within], (ends - begins)[within])
+    sequence, cycle = np.nonzero(begins < words[:, None])
+    return sequence, begins[sequence, cycle], (ends - begins)[sequence, cycle]

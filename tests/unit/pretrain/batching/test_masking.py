@@ -4,7 +4,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from pretrain.batching.counter_rng import fold_in
+from pretrain.batching import masking
+from pretrain.batching.counter_rng import fold_in, random_bits
 from pretrain.batching.masking import MAX_SPAN_WORDS, Masker, Ranges, draw_spans
 from pretrain.batching.order import BatchSequences
 from pretrain.config import MaskingConfig
@@ -177,6 +178,22 @@ def test_gaps_between_spans_are_geometric(stats):
     expected = np.append(q * (1 - q) ** edges[:-1], (1 - q) ** 40)
     counts = np.bincount(np.minimum(gaps, 40), minlength=41)
     assert stats.chisquare(counts, expected * len(gaps)).pvalue > 1e-3
+
+
+def test_a_long_sequence_costs_short_ones_nothing(monkeypatch):
+    """Catches as many draws for each sequence as the longest one needs, and spans that depend on other sequences."""
+    drawn = []
+    monkeypatch.setattr(masking, "random_bits", lambda *given: drawn.append(random_bits(*given)) or drawn[-1])
+    words = np.full(500, 20)
+    words[[7, 300]] = 5000, 90
+    spans = draw_spans(words, KEYS[:500], 0.15)
+    assert sum(bits.size for bits in drawn) < words.sum()
+    first = np.cumsum(words) - words
+    for sequence in (6, 7, 300):
+        alone = draw_spans(words[[sequence]], KEYS[[sequence]], 0.15)
+        own = np.searchsorted(first, spans.starts, side="right") - 1 == sequence
+        assert (spans.starts[own] - first[sequence]).tolist() == alone.starts.tolist()
+        assert spans.sizes[own].tolist() == alone.sizes.tolist()
 
 
 def by_sequence(spans, words, count):
