@@ -216,6 +216,21 @@ def test_nearly_all_slots_are_real_tokens(kind, width, sequences, world_size):
     assert tokens.min() > 0.98 * tokens.max()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "world_size", "microbatches"),
+    [
+        ([8192] + [30] * 1023, 1, 5),
+        ([8192] * 3 + [2000] * 40 + [30] * 1000, 4, 5),
+        ([5000] * 8 + [3000] * 8, 1, 8),
+        ([4100] * 7, 2, 4),
+    ],
+)
+def test_a_few_long_sequences_cost_no_microbatches(lengths, world_size, microbatches):
+    """Catches short sequences that are dealt to microbatches which long ones fill already: all would have to be more
+    until each holds no more than one."""
+    assert deal(np.array(lengths), world_size, 8192).microbatches == microbatches
+
+
 def test_equally_full_microbatches_keep_their_order():
     """Catches a sort that orders equal values differently on other processors: hosts would deal differently."""
     lengths = np.random.default_rng(0).integers(1, 6, 140 * 64)  # more rounds than are levelled
