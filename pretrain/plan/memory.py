@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from experiment.process.hardware import lacks_avx512
 from pretrain.engine.deepspeed_settings import OffloadDevice, Precision, uses_zero1_optimizer
 from pretrain.engine.muon import orthogonalization_dtype
 from pretrain.engine.shared_memory import BUFFER_BYTES
@@ -27,11 +28,11 @@ from pretrain.plan.activations import MicrobatchMemory
 from pretrain.resolve import ResolvedRun
 
 _FP32 = 4
-# oneDNN generates code for each shape of a matrix product and keeps it: 0.6 MB each in fp32 with torch 2.13 and
-# AVX-512, less in bf16; without AVX-512 OpenBLAS computes most of them and keeps none. There are 3 shapes of linear
-# layers for all slots and 5 for each number of predicted ones, of which two are assumed; each needs 3 products, forward
-# and backward. Attention needs 6 for all slots and 6 for predicted ones.
-_CPU_KERNELS = 50 * 300_000
+# oneDNN generates code for each shape of a matrix product and keeps it: 0.6 MB each with torch 2.13 and AVX-512. There
+# are 3 shapes of linear layers for all slots and 5 for each number of predicted ones, of which two are assumed; each
+# needs 3 products, forward and backward. Attention needs 6 for all slots and 6 for predicted ones. Without AVX-512
+# OpenBLAS computes most of them, and code for the rest is smaller.
+_CPU_KERNELS = 50 * (300_000 if lacks_avx512() else 600_000)
 
 # DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements
 _REDUCE_BUCKET = 500_000_000
