@@ -83,7 +83,7 @@ soak: $(TEST_READY) packages
 		mpirun.mpich:mpich /usr/include/libaio.h:libaio-dev ceph:ceph-common ceph-mon:ceph-mon ceph-osd:ceph-osd \
 		radosgw:radosgw
 	@echo "building DeepSpeed's kernel for NVMe offload, which takes minutes, before the tests, whose time is limited"
-	-PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -c "from deepspeed.accelerator import get_accelerator as accelerator; \
+	-PATH="$$PATH:$(abspath $(BIN))" $(BIN)/python -c "from deepspeed.accelerator import get_accelerator as accelerator; \
 		accelerator().create_op_builder('AsyncIOBuilder').load(verbose=False)"
 	$(PYTEST) -m soak
 	TEST_COMPILE=1 $(PYTEST) -m "not soak" tests/golden $(addprefix tests/multiprocess/, test_gradient_parity.py \
