@@ -233,7 +233,7 @@ def deal(lengths: NDArray[np.int64], world_size: int, capacity: int) -> Assignme
     """Assign sequences with these lengths [S], at most `capacity`, to microbatches of at most `capacity` slots."""
     order = longest_first(lengths)
     falling = lengths[order]
-    fewest = max(-(-int(lengths.sum()) // capacity), np.count_nonzero(2 * lengths > capacity))  # two do not fit in one
+    fewest = max(-(-int(lengths.sum()) // capacity), int((2 * lengths > capacity).sum()))  # two do not fit in one
     microbatches = max(1, -(-fewest // world_size))
     dealt, tokens = _deal_level(falling, world_size * microbatches)
     while tokens.max() > capacity:
