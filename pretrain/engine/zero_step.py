@@ -1,4 +1,4 @@
-"""Gradients and updates under ZeRO without offload, in place of DeepSpeed's.
+"""Gradients and updates under ZeRO, in place of DeepSpeed's. With offload, they are DeepSpeed's, but for a correction.
 
 DeepSpeed's optimizers keep the flat tensors and their partition. A step of theirs reads values of the device up to six
 times: whether gradients overflow, and the norm of each parameter group. Here it reads once, the norm of the whole
@@ -183,6 +183,17 @@ class Zero2Optimizer(_FlatOptimizer):
         return flat
 
 
+class OffloadedOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+    """ZeRO 1 and 2 with offload. DeepSpeed's step keeps a gradient that overflowed, to which it would add all later
+    ones if it accumulates 16-bit gradients in fp32."""
+
+    def step(self, closure: None = None) -> None:
+        """Called by DeepSpeed's engine after the last microbatch. Collective."""
+        super().step(closure)
+        if self.overflow:
+            self.averaged_gradients.clear()
+
+
 class Zero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
     """ZeRO 3. DeepSpeed accumulates and averages gradients, and exchanges weights."""
 
@@ -252,13 +263,16 @@ def _let_streams_wait(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
 
 
 def install_zero_optimizer(engine: DeepSpeedEngine) -> Zero1Optimizer | None:
-    """Replace DeepSpeed's optimizer at ZeRO 1 to 3 without offload. Returns it at ZeRO 1, where the caller has to
-    reduce gradients; elsewhere DeepSpeed does it. Collective."""
+    """Replace DeepSpeed's optimizer at ZeRO 1 to 3, but not at ZeRO 3 with offload. Returns it at ZeRO 1 without
+    offload, where the caller has to reduce gradients; elsewhere DeepSpeed does it. Collective."""
     optimizer = engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3 and not optimizer.offload_optimizer:
         optimizer.__class__ = Zero3Optimizer
         _let_streams_wait(optimizer)
-    if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.cpu_offload:
+    if type(optimizer) is not DeepSpeedZeroOptimizer:
+        return None
+    if optimizer.cpu_offload:
+        optimizer.__class__ = OffloadedOptimizer
         return None
     optimizer.__class__ = Zero2Optimizer if optimizer.partition_gradients else Zero1Optimizer
     optimizer.shared_memory = open_shared_memory() if torch.device(engine.device).type == "cpu" else None

@@ -32,6 +32,7 @@ CASES = [
     if precision == "fp32" or stage > 0  # 16-bit stage 0 runs as stage 1
     if precision != "fp16" or poison in ("loss", "alone")  # the others are ordinary overflows in fp16
 ]
+CASES += [("bf16_zero2_cpu_offload", "gradient")]
 # A spike: `test_recent_gradient_norms_survive_a_resume`. ZeRO 0: `test_a_vetoed_update_changes_nothing`.
 SAMPLE = [("bf16_zero1", "gradient"), ("fp32_zero3", "alone"), ("fp16_zero2", "loss")]
 

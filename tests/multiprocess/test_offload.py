@@ -1,11 +1,14 @@
 """Offloading master weights and optimizer state to CPU memory or NVMe changes no result."""
 
+import json
+import math
 import shutil
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from experiment.errors import UserError
 from experiment.run_files.checkpoints import checkpoint_path
@@ -20,8 +23,10 @@ from runs import (
     TINY,
     Tree,
     assert_same_tensors,
+    build_engine,
     copy_case,
     logged,
+    microbatch,
     pretrain_case,
     run_config,
     sampled,
@@ -88,6 +93,43 @@ def test_cpu_offload_changes_nothing(
     compare_with_plain_run(
         pools, wordpiece_corpus, tmp_path, ds_config, model={"config": SHALLOW | NO_DROPOUT, "ema_decay": 0.9}
     )
+
+
+def overflow_case(world: World, tree: Tree) -> tuple[list[bool], list[float]]:
+    """Four steps of two microbatches, in the second of which the last rank has an infinite gradient. Returns which
+    updates were applied, and the gradient norms."""
+    engine, _ = build_engine(world, tree)
+    next(engine._deepspeed.module.parameters()).register_hook(
+        lambda gradient: gradient.fill_(torch.inf) if engine._step == 1 and world.rank == world.size - 1 else gradient
+    )
+    results = []
+    for step in range(4):
+        engine.begin_step(step, 1e-3)
+        for number in range(2):
+            engine.accumulate(microbatch(), 12 * world.size, step, number)
+        results.append(engine.step().wait())
+    engine.close()
+    return [result.applied for result in results], [result.grad_norm for result in results]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_overflow_ends_with_its_step(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, precision: str, stage: int
+) -> None:
+    """Catches a gradient that is not finite, and is added to those of later steps: no update would be applied again."""
+    found = []
+    for device in ("none", "cpu"):
+        zero = {"stage": stage, "offload_optimizer": {"device": device}}
+        (tmp_path / "ds.json").write_text(json.dumps({precision: {"enabled": True}, "zero_optimization": zero}))
+        tree = run_config(tmp_path / "run", wordpiece_corpus, model__config=SHALLOW | NO_DROPOUT)
+        tree["engine"] = {"ds_config": str(tmp_path / "ds.json")}
+        for applied, norms in pools[2].run(with_fp16, overflow_case, tree):
+            assert applied == [True, False, True, True]
+            assert not math.isfinite(norms.pop(1))
+            found.append(norms)
+    plain, offloaded = found[0], found[-1]
+    assert offloaded == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.fixture(scope="session")
