@@ -127,6 +127,7 @@ def resolve(
         check_word_boundaries(config.masking.unit, all_corpora, vocabulary)
     model_config = resolve_model_config(model_source, tokenizer)
     _check_precision(model_config.model_type, deepspeed)
+    _check_layer_drop(model_config, deepspeed)
     skeleton = meta_model(model_config)
     check_freeze(config.model.freeze, skeleton)
     _check_layer_decay(config.optimizer.layer_decay, skeleton)
@@ -250,6 +251,18 @@ def _check_precision(model_type: str, deepspeed: DeepSpeedSettings) -> None:
             f"engine.ds_config: '{model_type}' computes in fp32 only, found {deepspeed.precision}; "
             f"use --engine.ds_config={deepspeed.preset('fp32', deepspeed.offload)}"
         )
+
+
+def _check_layer_drop(model_config: PreTrainedConfig, deepspeed: DeepSpeedSettings) -> None:
+    """Raise UserError for LayerDrop where DeepSpeed communicates or offloads gradients in the backward pass: each rank
+    drops other layers, which have no gradients then."""
+    for field in ("encoder_layerdrop", "decoder_layerdrop", "layerdrop"):
+        rate = getattr(model_config, field, 0)
+        if rate and (deepspeed.zero_stage > 1 or deepspeed.offload != "none"):
+            raise UserError(
+                f"model.config.{field} is {rate}: dropping layers works at ZeRO 0 and 1 without offload only; "
+                f"use --engine.ds_config=ds_configs/{deepspeed.precision}_zero1.json, or set it to 0"
+            )
 
 
 def _check_layer_decay(layer_decay: float, model: PreTrainedModel) -> None:

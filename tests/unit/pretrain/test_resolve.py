@@ -253,6 +253,23 @@ def test_a_model_that_computes_in_fp32_only(tmp_path: Path, wordpiece_corpus: Pa
         resolve(config_of(tmp_path / "run", wordpiece_corpus, model=fnet, engine=ds_config), 1)
 
 
+@pytest.mark.parametrize(("model_type", "field"), [("flaubert", "layerdrop"), ("bart", "decoder_layerdrop")])
+def test_layer_drop_where_ranks_need_the_same_layers(
+    tmp_path: Path, wordpiece_corpus: Path, model_type: str, field: str
+) -> None:
+    """Catches ranks that crash or hang because they drop different layers, and gradients of the step before."""
+    model = {"config": {"model_type": model_type, field: 0.2, **tiny_fields(model_type)}}
+    offload = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    (tmp_path / "offload.json").write_text(json.dumps(offload))
+    resolve(config_of(tmp_path / "run", wordpiece_corpus, model=model), 2)
+    for ds_config in ("fp32_zero2", "fp32_zero3", str(tmp_path / "offload.json")):
+        config = config_of(tmp_path / "run", wordpiece_corpus, model=model, engine={"ds_config": ds_config})
+        with pytest.raises(UserError, match=rf"model\.config\.{field} is 0\.2: .*ds_configs/fp32_zero1\.json"):
+            resolve(config, 2)
+    model["config"][field] = 0.0
+    resolve(config_of(tmp_path / "run", wordpiece_corpus, model=model, engine={"ds_config": "fp32_zero2"}), 2)
+
+
 def test_layers_of_a_decoder_have_no_rates_of_their_own(tmp_path: Path, wordpiece_corpus: Path) -> None:
     """Catches the lowest learning rate for the last layers of Funnel, which are numbered from 0 again."""
     for model_type in ("funnel", "bart"):
