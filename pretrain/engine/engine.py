@@ -113,7 +113,8 @@ class Engine:
         elif isinstance(torch_optimizer, Muon):
             torch_optimizer.attach(self.partitions.flat_tensors(), self.partitions.fragments(), self.device)
         for parameter in frozen:
-            parameter.register_hook(self._zero_while_frozen)
+            if parameter.requires_grad:
+                parameter.register_hook(self._zero_while_frozen)
         decay = options.ema_decay
         # Whether the device applies or skips an update itself, so that the host can queue work before reading the norm.
         self.runs_ahead = (

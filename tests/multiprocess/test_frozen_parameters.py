@@ -135,12 +135,13 @@ def test_a_run_resumed_before_unfreezing_is_the_uninterrupted_one(
     assert logged(tmp_path / "resumed", "grad_norm") == logged(tmp_path / "uninterrupted", "grad_norm")
 
 
+@pytest.mark.parametrize("freeze", [{}, {"freeze": ["encoder"], "freeze_steps": 1}])
 @pytest.mark.parametrize("ds_config", ["fp32_zero1", *soak("fp32_zero0", "fp32_zero2", "fp32_zero3")])
 def test_unused_parameters_stay_as_they_are(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str, freeze: Tree
 ) -> None:
-    """Catches weights that change although the model does not train them. RoFormer's sinusoidal positions require a
-    gradient when transformers has loaded them from a folder."""
+    """Catches weights that change although the model does not train them, and a traceback if they are frozen.
+    RoFormer's sinusoidal positions require a gradient when transformers has loaded them from a folder."""
     tokenizer = load_tokenizer(wordpiece_corpus / "tokenizer")
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     start = AutoModelForMaskedLM.from_config(AutoConfig.for_model("roformer", **tiny_fields("roformer") | tokens))
@@ -148,7 +149,7 @@ def test_unused_parameters_stay_as_they_are(
     tokenizer.save_pretrained(tmp_path / "start")
     options = {"optimizer__weight_decay": 0.5, "schedule__steps": 3}
     tree = run_config(tmp_path / "run", wordpiece_corpus, ds_config, **options)
-    tree["model"] = {"init_from": str(tmp_path / "start")}
+    tree["model"] = {"init_from": str(tmp_path / "start")} | freeze
     pools[2].run(pretrain_case, tree)
     trained = AutoModelForMaskedLM.from_pretrained(checkpoint_path(tmp_path / "run" / "checkpoints", 3) / "hf")
     pairs = zip(start.named_parameters(), trained.parameters(), strict=True)
