@@ -139,6 +139,11 @@ def _check_settings(config: PreTrainedConfig) -> None:
             f"model.config.attention_type is {config.attention_type!r}; expected original_full: transformers switches "
             "to full attention at the first short sequence"
         )
+    if "longrope" in str(getattr(config.get_text_config(), "rope_parameters", None)):
+        raise UserError(
+            "model.config.rope_parameters: with 'longrope' the positions of all sequences depend on the longest one of "
+            "their microbatch; use another rope_type, such as yarn"
+        )
     if config.model_type in _UNTRAINABLE:
         raise UserError(f"model: '{config.model_type}' cannot be trained: {_UNTRAINABLE[config.model_type]}")
 

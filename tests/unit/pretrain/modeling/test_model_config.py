@@ -168,6 +168,14 @@ def test_a_decoder_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
         resolve(tokenizer, is_decoder=True)
 
 
+def test_positions_that_depend_on_other_sequences_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches losses that depend on which sequences are in a microbatch: transformers scales all positions alike."""
+    factors = {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 16}
+    scaled = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    with pytest.raises(UserError, match=r"model\.config\.rope_parameters: with 'longrope'"):
+        resolve(tokenizer, model_type="eurobert", num_key_value_heads=2, rope_parameters=scaled)
+
+
 def test_a_folder_without_a_model_is_rejected(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Catches an attempt to download a folder's name from the hub, and a traceback for a damaged config.json."""
     with pytest.raises(UserError, match=r"has no config\.json"):
