@@ -37,7 +37,8 @@ class PredictOptions(Section):
     """auto is bf16 if the device supports it natively, otherwise fp32."""
 
     format: Literal["auto", "csv", "jsonl", "json", "parquet", "conll"] | None = None
-    """Format of the input; auto: as its name suggests; default: as in training."""
+    """Format of the input; auto: as its name suggests; default: as in training, but auto if its name ends in .csv,
+    .tsv, .jsonl, .json, .parquet or .conll, and that of no training file does."""
 
     sep: Annotated[str | None, Metavar("CHARACTER")] = None
     """Column separator of the input; default: as in training."""

@@ -21,7 +21,7 @@ from experiment.parquet import open_parquet, parquet_rows
 
 FormatName = Literal["csv", "jsonl", "json", "parquet", "conll"]
 
-_FORMATS: dict[str, FormatName] = {
+FORMATS: dict[str, FormatName] = {
     ".csv": "csv",
     ".tsv": "csv",
     ".txt": "csv",
@@ -88,9 +88,9 @@ def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
             return read_conll(path)
     option = file_format.csv.option("format", "csv")
     advice = f"for another name, set the format, as {option}; {conll_advice(file_format.csv)}"
-    if _suffix(path) in _SPREADSHEETS:
+    if suffix(path) in _SPREADSHEETS:
         advice = "export a spreadsheet as CSV"
-    raise UserError(f"{path}: expected a file that ends in {', '.join(_FORMATS)} (or one of these and .gz); {advice}")
+    raise UserError(f"{path}: expected a file that ends in {', '.join(FORMATS)} (or one of these and .gz); {advice}")
 
 
 def conll_advice(csv_format: CsvFormat) -> str:
@@ -101,14 +101,14 @@ def separator(path: Path, file_format: FileFormat) -> str | None:
     """Return the column separator of a CSV file; None for a file of another format."""
     if _format_name(path, file_format) != "csv":
         return None
-    return file_format.csv.separator or ("," if _suffix(path) == ".csv" else "\t")
+    return file_format.csv.separator or ("," if suffix(path) == ".csv" else "\t")
 
 
 def _format_name(path: Path, file_format: FileFormat) -> FormatName | None:
-    return file_format.name or _FORMATS.get(_suffix(path))
+    return file_format.name or FORMATS.get(suffix(path))
 
 
-def _suffix(path: Path) -> str:
+def suffix(path: Path) -> str:
     name = Path(path.name.lower())  # Windows has names such as Train.CSV
     return name.with_suffix("").suffix if name.suffix == ".gz" else name.suffix
 

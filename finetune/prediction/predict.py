@@ -21,7 +21,7 @@ from experiment.models.model_names import local_model
 from experiment.process.hardware import prepare_process
 from experiment.progress import progress, terminal
 from finetune.data.dialogue import TurnJoiner
-from finetune.data.formats import FileFormat, read_rows, separator
+from finetune.data.formats import FORMATS, FileFormat, read_rows, separator, suffix
 from finetune.data.records import Record, read_records
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import turn_joiner
@@ -141,7 +141,8 @@ def _scores_file(output: Path) -> Path:
 def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str]:
     """Return keys of the task -> raw text."""
     has_dialogue = trained.dialogue is not None
-    file_format = trained.model_copy(update={"format": options.format or trained.format}).file_format()
+    read_as = options.format or _format_of_name(Path(options.input), trained)
+    file_format = trained.model_copy(update={"format": read_as or trained.format}).file_format()
     is_csv = separator(Path(options.input), file_format) is not None
     header = options.header if is_csv else "0"  # the columns of other formats always have names
     for key, value in options.overrides.items():
@@ -154,9 +155,15 @@ def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str
                 f"--{key}={value}: the training data had no header, so columns have numbers from 0; if {options.input} "
                 "has a header, set --header 0"
             )
-    keys = {"format": options.format, "sep": options.sep, "quoting": options.quoting, "header": header}
+    keys = {"format": read_as, "sep": options.sep, "quoting": options.quoting, "header": header}
     written = {key: str(value) for key, value in keys.items() if value is not None}
     return {**options.overrides, **written}
+
+
+def _format_of_name(path: Path, trained: TaskConfig) -> str | None:
+    """Return "auto" if a file has a name that says its format, unlike .txt, and training read no such files."""
+    known = {suffix(Path(file)) for file in trained.files().values()}
+    return "auto" if suffix(path) in FORMATS.keys() - known - {".txt"} else None
 
 
 def _input_format(options: PredictOptions, task: TaskConfig, trained: TaskConfig) -> FileFormat:

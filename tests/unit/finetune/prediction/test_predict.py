@@ -366,6 +366,27 @@ def test_an_ordinary_csv_file_for_a_model_of_an_unquoted_tsv_file(
         assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ['"word1" word2']
 
 
+@pytest.mark.parametrize("train", ["eng.train", "train.txt", "new.csv"])
+def test_a_name_says_the_format_if_training_had_no_such_files(
+    with_format: Callable[..., Path], tmp_path: Path, train: str
+) -> None:
+    """Catches a CSV file that is read as CoNLL, in which any text is words to tag, because `task.format` was needed for
+    the names of the training files; and other files, or a flag, for which it is forgotten."""
+    model = with_format(format="jsonl", train=train, validation=None, test=None)
+    as_csv, as_json = 'text,id\n"word1, word2",1\n', '{"text": "word1, word2"}\n'
+    for name, content, flags in (
+        ("new.csv", as_json if train == "new.csv" else as_csv, ()),
+        ("new.tsv", "text\nword1, word2\n", ()),
+        ("new.txt", as_json, ()),
+        ("new.lines", as_json, ()),
+        ("new.csv", as_json, ("--format=jsonl",)),
+        ("new.csv", as_csv, ("--format=auto",)),
+    ):
+        (tmp_path / name).write_text(content)
+        assert predict(model, tmp_path / name, tmp_path / "out.csv", *flags) == 0
+        assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ["word1, word2"]
+
+
 def test_bad_rows_are_accepted_in_files_of_the_training_format_only(
     with_format: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
