@@ -97,6 +97,11 @@ class TaskConfig(Section):
         """Whether the task needs a training split. If not, its splits are only scored, such as zero-shot."""
         return True
 
+    @property
+    def known_labels(self) -> tuple[str, ...]:
+        """The labels that the config names; () if it does not."""
+        return self.labels or ()
+
     def file_format(self, as_flags: bool = False) -> FileFormat:
         """Return the format of the files. as_flags: whether messages name the flags of `deepcloze predict`."""
         csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, as_flags, self.on_bad_lines)

@@ -32,7 +32,7 @@ class MultiLabelColumns(TextColumns):
     labels: LabelsColumn = "labels"
     """Column with the labels: a JSON list, or text with `task.label_separator` between them; empty if there are
     none. Empty labels are left out. Or, with `task.labels`, a list that has 1 or 0 for each of them (multi-hot). Or a
-    list of columns, one for each label and of its name, with 1 or 0."""
+    list of columns with 1 or 0, one for each label: of its name, or in the order of `task.labels`."""
 
     text: TextColumn = "text"
     """Column with the text."""
@@ -50,9 +50,9 @@ class Config(TaskConfig):
 
     @property
     def known_labels(self) -> tuple[str, ...]:
-        """The labels that the config names; () if it does not."""
+        """The labels that the config names, in the order of its columns; () if it does not."""
         columns = self.columns.labels
-        return self.labels or (columns if isinstance(columns, tuple) else ())
+        return columns if isinstance(columns, tuple) and {*columns}.issuperset(self.labels or ()) else self.labels or ()
 
     def labels_of(self, values: Mapping[str, Any]) -> list[str]:
         found, known = values["labels"], self.known_labels
@@ -67,7 +67,7 @@ class Config(TaskConfig):
     @model_validator(mode="after")
     def _columns_are_labels(self) -> Self:
         columns = self.columns.labels
-        if isinstance(columns, tuple) and not 2 <= len(set(columns)) == len(columns) == len(self.known_labels):
+        if isinstance(columns, tuple) and not 2 <= len(set(columns)) == len(columns) == len(self.labels or columns):
             raise ValueError("columns.labels: expected two or more different columns, as many as in `labels`, if set")
         return self
 

@@ -117,7 +117,9 @@ def override_task(saved: SavedTask, overrides: Mapping[str, str]) -> SavedTask:
     overrides: dotted keys of the `task` section, such as `columns.text` -> raw text of the command line.
     """
     kind = saved.kind
-    config = build_config(type(kind.config), kind.config.model_dump(mode="json"), overrides, "command line")
+    # Labels may be named by their columns, which have other names in another file.
+    tree = kind.config.model_dump(mode="json") | {"labels": kind.config.known_labels or None}
+    config = build_config(type(kind.config), tree, overrides, "command line")
     return replace(saved, kind=type(kind)(config, kind.labels))
 
 

@@ -11,6 +11,7 @@ from finetune.data.records import Record, Table, read_table
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.multi_label import Config, Kind, MultiLabelColumns
+from finetune.prediction.saved_task import SavedTask, override_task
 from finetune.scores.calibration import calibration_error
 from finetune.task_kind import LossOptions
 
@@ -129,6 +130,32 @@ def test_a_column_for_each_label(tmp_path: Path, labels: tuple[str, ...] | None)
     (tmp_path / "f.csv").write_text("text,a,b\nx,1,2\n")
     with pytest.raises(UserError, match=r"f\.csv:2: expected .* in 'b, a', found \[\"2\", \"1\"\]; .* have 1 or 0"):
         read_table(tmp_path / "f.csv", config.columns)
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns", "found"),
+    [
+        (None, "[x, y, z]", {"b"}),
+        (None, "[b, x, y]", {"b"}),
+        (None, "[c, a, b]", {"c"}),
+        (("ä", "ö", "ü"), "[x, y, z]", {"ä"}),
+        (("c", "b", "a"), "[x, y, z]", {"b"}),
+        (("c", "b", "a"), "[b, a, c]", {"b"}),
+    ],
+)
+def test_columns_of_another_file_have_the_order_or_the_names_of_the_labels(
+    labels: tuple[str, ...] | None, columns: str, found: set[str]
+) -> None:
+    """Catches a file that cannot be scored because its columns are called otherwise, and columns with the names of the
+    labels that are taken for others. The first column of the file has the 1."""
+    config = Config(columns=MultiLabelColumns(labels=("b", "a", "c")), labels=labels)
+    saved = SavedTask(Kind(config, labels or ("b", "a", "c")), max_seq_length=8)
+    kind = override_task(saved, {"columns.labels": columns}).kind
+    record = Record("f.csv:2", {"text": "x", "labels": ["1", "0", "0"]})
+    kind.check_target(record)
+    assert kind.target(record, ["labels"]) == found
+    with pytest.raises(UserError, match=r"two or more different columns, as many as in `labels`"):
+        override_task(saved, {"columns.labels": "[b, a]"})
 
 
 @pytest.mark.parametrize(("columns", "labels"), [(("a",), None), (("a", "a"), None), (("a", "b"), ("a", "b", "c"))])
