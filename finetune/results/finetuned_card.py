@@ -114,8 +114,10 @@ def _usage(run: ResolvedRun) -> str:
     tokenizing = f"truncation=True, max_length={length}" + (', padding="max_length"' if padded else "")
     values = {"model": MODEL, "tokenizing": tokenizing, "length": length, "overlap": length // 3}
     code = Template(run.task.kind.usage).substitute(values)
-    roles = run.task.kind.config.columns.without_targets().cell_types()
-    columns = ", ".join(escape_markdown(name) for role in roles for name in run.task.kind.config.columns.names(role))
+    task = run.task.kind.config
+    sections = [task.columns.without_targets(), *([] if task.dialogue is None else [task.dialogue])]
+    names = (name for section in sections for role in section.cell_types() for name in section.names(role))
+    columns = ", ".join(map(escape_markdown, names))
     commands = f"deepcloze prepares texts as in training. The input of `predict` has the columns {columns}:"
     return usage_section(snippet("python", code), commands, COMMANDS)
 

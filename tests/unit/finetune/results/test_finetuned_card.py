@@ -85,13 +85,29 @@ def test_a_card_without_scores_has_no_table_of_them(trained_run: Path, tmp_path:
     assert "<!--" not in card
 
 
-def test_the_commands_in_the_card_run(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a command with a flag that does not exist, or rows that `predict` does not accept."""
-    shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model")
+@pytest.mark.parametrize("columns", ["text", "text, scene, who"])
+def test_the_commands_in_the_card_run(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    """Catches a command with a flag that does not exist, or rows that `predict` does not accept, as of a dialogue
+    without its group; and a fingerprint that is said to be of the texts alone."""
+    run = trained_run
+    if columns != "text":
+        run, data = tmp_path / "run", tmp_path / "train.tsv"
+        header, *rows = (trained_run.parent / "train.tsv").read_text().splitlines()
+        data.write_text(f"{header}\tscene\twho\n" + "".join(f"{row}\t{at // 2}\tA\n" for at, row in enumerate(rows)))
+        dialogue = {"task.dialogue": "{group: scene, speaker: who}", "task.special_tokens_in_text": "true"}
+        files = {"task.train": str(data), "task.validation": "null", "task.test": "null"}
+        flags = {"run.dir": str(run), "training.seeds": "[1]", "training.epochs": "1"}
+        finetune(trained_run.parent / "toy.yaml", {**flags, **files, **dialogue})
+    shutil.copytree(run / "seed-1" / "model", tmp_path / "model")
     monkeypatch.chdir(tmp_path / "model")
-    (commands,) = re.findall(r"```bash\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+    card = Path("README.md").read_text(encoding="utf-8")
+    assert f"The input of `predict` has the columns {columns}:\n" in card
+    assert ("in the columns below, with the previous turns of each text" in card) == (columns != "text")
+    (commands,) = re.findall(r"```bash\n(.*?)```", card, re.DOTALL)
     predict, serve = commands.splitlines()
-    Path("rows.csv").write_text("text\nword1 word2\n")
+    Path("rows.csv").write_text(f"{columns.replace(' ', '')}\nword1 word2{',1' * columns.count(',')}\n")
     assert main(predict.split()[1:]) == 0
     assert "predicted" in Path("predictions.csv").read_text()
     assert main([*serve.split()[1:], "--help"]) == 0
