@@ -67,6 +67,11 @@ class HubData(NamedTuple):
         return f"{PREFIX}{self.name}{'' if self.revision is None else f'@{self.revision}'}:{self.split}"
 
 
+def public_name(path: str) -> str:
+    """Return the name of a file or folder, without the local folders above it, or of a data set of the Hub."""
+    return path if path.startswith(PREFIX) and not HubData.parse(path).is_folder else Path(path).name
+
+
 @cache
 def load_rows(data: HubData) -> "datasets.Dataset":
     """Return the rows of a split. Raises UserError if it cannot be loaded."""

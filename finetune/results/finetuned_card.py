@@ -12,6 +12,7 @@ from typing import Any
 from experiment.config import flatten
 from experiment.files import write_text
 from experiment.formatting import UNKNOWN, escape_markdown, markdown_table, show
+from experiment.hub_data import public_name
 from experiment.results.model_card import (
     CARD_FILE,
     MODEL,
@@ -53,6 +54,9 @@ def write_seed_card(
     scores = [(title, split, *score) for split, found in record.scores.items() for score in found.items()]
     device = hardware["gpus"][0] if run.task.device.torch_device.type == "cuda" else describe_cpu(hardware)
     tables = {name: split.table for name, split in run.task.splits.items()}
+    names = {split: public_name(str(table.path)) for split, table in tables.items()}
+    if run.training.fit_on == "train+validation":
+        names["train"] = " + ".join(public_name(path) for path in (task.train, task.validation) if path is not None)
     text = render_card(
         Path(__file__).with_suffix(".md.j2"),
         title,
@@ -78,7 +82,7 @@ def write_seed_card(
             for split, errors in record.calibration.items()
         ],
         files=[
-            [split, table.path.name, f"{len(table):,}", table.digest, "yes" if table.labelled else "no"]
+            [split, names[split], f"{len(table):,}", table.digest, "yes" if table.labelled else "no"]
             for split, table in tables.items()
         ],
         drawn="validation" in tables and task.validation is None,
@@ -142,7 +146,7 @@ def _training(seed: int, run: ResolvedRun, record: SeedRecord) -> dict[str, Any]
     config, settings = run.task.kind.config, run.settings
     own_keys = type(config).model_fields.keys() - TaskConfig.model_fields.keys()
     task = {key: settings["task"][key] for key in ("dialogue", "special_tokens_in_text", *sorted(own_keys))}
-    model = {key: settings["model"][key] for key in ("weights", "max_seq_length", "freeze")}
+    model = {key: settings["model"][key] for key in ("weights", "pooling", "max_seq_length", "config", "freeze")}
     last = record.epochs[-1] if record.epochs else {}
     best: Mapping[str, float] = next((row for row in record.epochs if row["epoch"] == record.best_epoch), {})
     facts = {
@@ -152,5 +156,8 @@ def _training(seed: int, run: ResolvedRun, record: SeedRecord) -> dict[str, Any]
         "epoch of these weights": best.get("epoch"),
         "step of these weights": best.get("steps"),
     }
-    training = settings["training"] if config.is_trained else {"precision": settings["training"]["precision"]}
+    training = dict(settings["training"]) if config.is_trained else {"precision": settings["training"]["precision"]}
+    for key, instead in (("epochs", "steps"), ("warmup_ratio", "warmup_steps")):
+        if training.get(instead) is not None:
+            del training[key]
     return facts | flatten({"task": task, "model": model, "training": training})

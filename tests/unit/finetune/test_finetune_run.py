@@ -25,6 +25,7 @@ from finetune import run as run_module
 from finetune import seed_run
 from finetune.kinds.classification import Kind
 from finetune.prediction.predictor import Predictor
+from finetune.prediction.saved_task import read_saved_task
 from finetune.resolve import ResolvedRun, load_run_config
 from finetune.results.seed_summary import SeedRecord
 from finetune.run import finetune
@@ -664,7 +665,8 @@ def test_a_model_of_the_hub(
 def test_data_of_the_hub(
     hub: HubServer, config_file: Path, tmp_path: Path, seeds_trained: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches splits or seeds of different commits because someone has pushed to the Hub, and labels as numbers."""
+    """Catches splits or seeds of different commits because someone has pushed to the Hub, and labels as numbers; and a
+    model whose data have the name of another data set."""
     use_hub_for_data(monkeypatch, hub.url, tmp_path / "data-cache")
     card = "---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n"
     card += "  - {name: label, dtype: {class_label: {names: {'0': low, '1': high}}}}\n---\n"
@@ -682,6 +684,12 @@ def test_data_of_the_hub(
     recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["task"]
     assert recorded["train"] == f"hub:org/reviews@{commit}:train"
     assert recorded["validation"] == f"hub:org/reviews@{commit}:test"
+    model = tmp_path / "run" / "seed-1" / "model"
+    assert f"| train | hub:org/reviews@{commit}:train | 40 |" in (model / "README.md").read_text()
+    assert read_saved_task(model).kind.config.files() == {
+        "train": f"hub:org/reviews@{commit}:train",
+        "validation": f"hub:org/reviews@{commit}:test",
+    }
     assert {row["label"] for row in read_csv(tmp_path / "run" / "seed-1" / "predictions-validation.csv")} == {
         "low",
         "high",

@@ -76,10 +76,16 @@ def test_words_of_a_user_stay_when_the_mean_is_added(trained_run: Path, tmp_path
 
 
 def test_a_card_without_scores_has_no_table_of_them(trained_run: Path, tmp_path: Path) -> None:
-    """Catches a section of results without a row, also of the mean, for a run that has no split to score."""
-    flags = {"task.validation": "null", "task.test": "null", "training.fit_on": "train+validation"}
-    finetune(trained_run.parent / "toy.yaml", {"run.dir": str(tmp_path / "run"), "training.epochs": "1", **flags})
+    """Catches a section of results without a row, also of the mean, for a run that has no split to score; a file that
+    was trained on and is not named; and settings that are left out, or had no effect."""
+    flags = {"task.test": "null", "training.fit_on": "train+validation", "model.config": "{hidden_dropout_prob: 0.25}"}
+    flags |= {"training.steps": "3", "training.warmup_steps": "1"}
+    finetune(trained_run.parent / "toy.yaml", {"run.dir": str(tmp_path / "run"), **flags})
     card = read(tmp_path / "run", 1)
+    assert "| train | train.tsv + validation.tsv | 100 |" in card
+    names = {"model.pooling", "model.config.hidden_dropout_prob", "training.steps", "training.warmup_steps"}
+    for name in (*names, "training.epochs", "training.warmup_ratio"):
+        assert (f"| {name} | " in card.replace("\\", "")) == (name in names), name
     assert "| metric |" not in card
     assert re.findall(r"(?m)^## .*", card)[:2] == ["## Usage", "## Data"]
     assert "<!--" not in card
