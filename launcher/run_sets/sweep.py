@@ -25,6 +25,7 @@ from experiment.results.sweep_summary import (
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, check_run_folder
 from experiment.storage import is_url
 from finetune.config import FinetuneConfig, check_validation
+from finetune.data.columns import CONTEXT, LABEL
 from launcher.configs import command_of
 from launcher.options import LaunchOptions, SweepOptions
 from launcher.run_sets.recorded_runs import record_model_of_set, recorded_configs, recorded_data
@@ -125,6 +126,7 @@ def check_points(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig
     if isinstance(point, FinetuneConfig):
         check_validation(point, "the points of a grid are compared on validation")
         advice = "the points would be scored on different rows; leave it out of the grid"
+        advice += ", or set task.validation to a file" if point.task.validation is None else ""
     else:
         advice = (
             "the metrics depend on it, so these points cannot be compared by them; compare the models on tasks with "
@@ -140,8 +142,12 @@ def _evaluation_settings(config: FinetuneConfig | PretrainConfig) -> dict[str, o
     """Return the keys that select the rows of the validation split, or that the metrics of pretraining depend on: of
     several masking rates the last one, as in evaluations; without `corpus.eval` the corpora of the training loss."""
     if isinstance(config, FinetuneConfig):
-        drawn = {"train", "validation_share", "split_seed"} if config.task.validation is None else set()
-        return flatten({"task": config.task.model_dump(include={"validation", "on_bad_lines", *drawn})})
+        task, read = config.task, {"validation", "on_bad_lines", "labels", "header", "quoting"}
+        if task.validation is not None:
+            return flatten({"task": task.model_dump(include=read)})
+        drawn = task.model_dump(include={*read, "train", "validation_share", "split_seed"})
+        drawn |= {f"columns.{role}": getattr(task.columns, role) for role in task.columns.roles(CONTEXT, LABEL)}
+        return flatten({"task": {**drawn, "dialogue.group": task.dialogue and task.dialogue.group}})
     masking = config.masking.model_dump(exclude={"schedule"}) | {"rate": config.masking.rates[-1]}
     corpora = config.corpus.model_dump(include={"eval" if config.corpus.eval else "train"})
     return flatten({"masking": masking, "batch": {"max_seq_length": config.batch.max_seq_length}, "corpus": corpora})

@@ -705,17 +705,34 @@ def test_points_that_cannot_be_compared_are_rejected(
 
 @pytest.mark.parametrize(
     ("key", "values", "validation"),
-    [("split_seed", "0,1", "null"), ("train", "t.csv,b.csv", "null"), ("validation", "t.csv,b.csv", "")],
+    [
+        ("split_seed", "0,1", "null"),
+        ("train", "t.csv,b.csv", "null"),
+        ("columns.context", "None,text", "null"),
+        ("columns.label", "label,other", "null"),
+        ("dialogue.group", "a,b", "null"),
+        ("validation", "t.csv,b.csv", ""),
+        ("quoting", "0,3", "t.csv"),
+    ],
 )
 def test_points_with_other_validation_rows_are_rejected(
     task: Path, capsys: pytest.CaptureFixture[str], key: str, values: str, validation: str
 ) -> None:
-    """Catches a sweep whose best point is the one with the easiest validation rows."""
+    """Catches a sweep whose best point is the one with the easiest validation rows, also those that are drawn because
+    rows with the same context, or of the same dialogue, stay together."""
     flags = [f"--task.validation={validation}"] if validation else []
-    assert main(["sweep", "--config", str(task), "--grid", f"task.{key}={values}", *flags]) == 2
-    first, second = values.split(",")
-    message = f"task.{key} is {second}, but {first} in {key}={first}: the points would be scored on different rows"
-    assert message in capsys.readouterr().err
+    if key == "columns.context":
+        flags += ["--task.kind=multiple_choice", "--task.columns={choices: [a, b], question: question, label: label}"]
+    flags += ["--task.special_tokens_in_text=true"] if key.startswith("dialogue") else []
+    written = values.replace("None", "null")
+    command = ["sweep", "--config", str(task), "--grid", f"task.{key}={written}", *flags]
+    assert main(command) == 2
+    (first, second), (name, _, _) = values.split(","), written.partition(",")
+    message = f"task.{key} is {second}, but {first} in {key.rpartition('.')[2]}={name}: the points would be scored on "
+    assert message in (said := capsys.readouterr().err)
+    assert (", or set task.validation to a file" in said) == (validation == "null")
+    if "." in key:  # a file has the same rows for each
+        assert main([*command, f"--task.validation={task.parent / 't.csv'}", "--dry_run"]) == 0
 
 
 def test_each_point_has_a_mirror_of_its_own(
