@@ -111,11 +111,18 @@ def load_inputs(config: TaskConfig, spec: ModelSpec, length: int) -> tuple[PreTr
 def encode_split(
     table: Table, kind: TaskKind[Any], encoder: Encoder, training: bool, records: Iterable[Record] | None = None
 ) -> Split:
-    """Encode all records. records: the table's own, with a progress bar. Raises UserError for an invalid target."""
+    """Encode all records; in training, those without examples are left out. records: the table's own, with a progress
+    bar. Raises UserError for an invalid target."""
     expanded: list[list[Example]] = []
     for chunk in chunks(records or table.records, _RECORDS, _CHARACTERS):
         encoded = encoder.with_cache([row for record in chunk for row in kind.encoded_texts(record)])
         expanded += [kind.expand(record, encoded, training) for record in chunk]
+    if training and not all(expanded):
+        kept: list[Record] = []
+        for index, (record, examples) in enumerate(zip(table.records, expanded, strict=True)):
+            if examples:
+                kept.append(replace(record, skipped=record.skipped + index - len(kept)))
+        table, expanded = replace(table, records=tuple(kept)), [examples for examples in expanded if examples]
     return Split(
         table,
         examples=tuple(example for examples in expanded for example in examples),
@@ -145,8 +152,8 @@ def _count_characters(value: object) -> int:
     return sum(map(_count_characters, parts))
 
 
-def describe_task(task: PreparedTask) -> list[str]:
+def describe_task(kind: TaskKind[Any], tables: Mapping[str, Table]) -> list[str]:
     """Return lines on the training split, and on surprises in any split."""
-    lines = task.kind.describe(task.splits["train"].table) if "train" in task.splits else []
-    unlabelled = [name for name, split in task.splits.items() if not split.table.labelled]
+    lines = kind.describe(tables["train"]) if "train" in tables else []
+    unlabelled = [name for name, table in tables.items() if not table.labelled]
     return lines + [f"{name}: no labels, so it is predicted but not scored" for name in unlabelled]

@@ -117,7 +117,7 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     steps = total_steps(task, training)
     built = _build(model, kind)
     task, changes = adapt_to_model(built.model, task, device, length)
-    for line in (*describe_task(task), *describe_model(built, model, uses_head), *changes):
+    for line in (*describe_task(kind, tables), *describe_model(built, model, uses_head), *changes):
         terminal().print(f"{name}: {line}")
     if model.pretrained and length > (limit := tokenizer.model_max_length):
         print_warning(

@@ -82,7 +82,7 @@ def write_seed_card(
             for split, errors in record.calibration.items()
         ],
         files=[
-            [split, names[split], f"{len(table):,}", table.digest, "yes" if table.labelled else "no"]
+            [split, names[split], f"{len(table):,}", run.settings["data"][split], "yes" if table.labelled else "no"]
             for split, table in tables.items()
         ],
         drawn="validation" in tables and task.validation is None,

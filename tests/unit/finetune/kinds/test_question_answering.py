@@ -1,3 +1,4 @@
+import csv
 import json
 import tracemalloc
 from dataclasses import replace
@@ -10,12 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
+from finetune.config import FinetuneConfig
 from finetune.data.records import Record, Table, read_table
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch
 from finetune.kinds.question_answering import Config, Kind, _best_span
+from finetune.run import run
 from finetune.task_kind import LossOptions, Prediction
 
 CONFIG = Config(train="f", validation="f")
@@ -252,6 +256,37 @@ def test_an_answer_that_is_not_found_is_not_trained_on(encoder: Path, text: str)
     message = rf"f:2: the answer '{text}' is not at character 2 .*; 1 of 5 questions in train have such an answer$"
     with pytest.raises(UserError, match=message):
         Kind.find_labels(CONFIG, many)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_questions_that_are_not_trained_on_are_not_scored_in_training(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches training scores below those of the questions that the model has seen, a list of its worst rows that has
+    others, rows with the numbers of others, and questions that are left out silently."""
+    cells = [
+        {
+            "question": "word9?",
+            "context": CONTEXT,
+            "answers": {"text": [text], "answer_start": [CONTEXT.index("word5")]},
+        }
+        for text in (*["word5"] * 4, "none", *["word5"] * 6)
+    ]
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in cells))
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "task": {"name": "qa", "kind": "question_answering", "train": str(tmp_path / "f.jsonl")},
+        "model": {"init_from": str(encoder), "max_seq_length": 24},
+        "training": {"epochs": 1, "seeds": [1], "score_train": True, "fit_on": "train+validation", "precision": "fp32"},
+    }
+    run(build_config(FinetuneConfig, tree, {}))
+    for name in ("predictions-train.csv", "worst-train.csv"):
+        with (tmp_path / "run" / "seed-1" / name).open() as file:
+            assert sorted(int(row["row"]) for row in csv.DictReader(file)) == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    assert "1 question of train left out" in " ".join(capsys.readouterr().err.split())
+    card = (tmp_path / "run" / "seed-1" / "model" / "README.md").read_text()
+    record = json.loads((tmp_path / "run" / "seed-1" / "COMPLETE").read_text())
+    assert f"| train | f.jsonl | 10 | {record['settings']['data']['train']} |" in card
 
 
 @pytest.mark.parametrize(
