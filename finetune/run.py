@@ -44,7 +44,7 @@ from finetune.resolve import OF_DATA_AND_MODEL, ResolvedRun, config_settings, lo
 from finetune.results.finetuned_card import add_seed_scores
 from finetune.results.seed_summary import SeedRecord, write_results
 from finetune.results.tables import print_results
-from finetune.seed_run import describe_differences, read_finished_seeds, state_file, train_seed
+from finetune.seed_run import describe_differences, read_finished_seeds, remove_state, state_file, train_seed
 from finetune.training.fit import DivergedError, Log
 
 # Beginnings of the keys of a config that do not change the curves of a run.
@@ -103,6 +103,8 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     """Train and score all seeds. config: to be written to the run folder and to trackers."""
     folder, model, seeds = resolved.folder, resolved.model, resolved.training.seeds
     finished = read_finished_seeds(folder, resolved.settings)
+    for seed in finished:
+        remove_state(seed, folder)
     is_other_config = has_logged_with_other_config(folder, config, _SAME_RESULT)
     ancestors = ancestors_of(model.folder, "init_from") if model.pretrained else []
     records = {seed: finished[seed] for seed in seeds if seed in finished}

@@ -70,6 +70,11 @@ def state_file(seed: int, run: ResolvedRun) -> StateFile:
     return StateFile(_working_folder(seed, run.folder) / "state.pt", run.settings)
 
 
+def remove_state(seed: int, folder: RunFolder) -> None:
+    """Remove what a finished seed does not need any more. If it cannot be removed now, the next command tries again."""
+    shutil.rmtree(_working_folder(seed, folder), ignore_errors=True)
+
+
 def is_finished(seed: int, run: ResolvedRun) -> bool:
     return (run.folder.seed_folder(seed) / _COMPLETE).exists()
 
@@ -108,7 +113,7 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
         with suppress(FileNotFoundError):
             (output.parent / _EVALUATIONS).rename(output / _EVALUATIONS)
         output.rename(final)
-        shutil.rmtree(output.parent)  # with the state
+        remove_state(seed, run.folder)
     return record
 
 

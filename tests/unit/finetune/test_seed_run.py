@@ -115,6 +115,36 @@ def test_a_killed_seed_is_trained_again_and_agrees(
     assert not list((tmp_path / "run").glob(".*"))
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, os.strerror(errno.ESTALE)), KeyboardInterrupt()])
+def test_the_state_of_a_finished_seed_is_removed_later_if_need_be(
+    config_file: Path,
+    tmp_path: Path,
+    seeds_trained: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError | KeyboardInterrupt,
+) -> None:
+    """Catches gigabytes that stay in a hidden folder because a network disk or a signal has interrupted their removal,
+    and a command that fails although its seed is finished."""
+    unlink, flags = os.unlink, {"training.seeds": "[1]", "training.epochs": "1"}
+
+    def fail(path: str, **options: Any) -> None:
+        if Path(path).name == "state.pt":
+            raise error
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", fail)
+        if isinstance(error, OSError):
+            finetune(config_file, flags)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                finetune(config_file, flags)
+    assert (tmp_path / "run" / ".seed-1" / "state.pt").is_file()
+    finetune(config_file, flags)
+    assert seeds_trained == [1]
+    assert not list((tmp_path / "run").glob(".seed*"))
+
+
 def test_other_settings_do_not_mix_into_a_run(
     config_file: Path, task_files: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
