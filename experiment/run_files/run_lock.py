@@ -121,14 +121,17 @@ def _stays_held(lock: Path) -> bool:
 
 
 def _wait_for_processes(folder: RunFolder, times: LockTimes) -> None:
-    """Wait for processes of an earlier, killed command. Raises UserError if they do not end within `times.dead`."""
-    start, said = time.monotonic(), False
+    """Wait for processes of an earlier, killed command. Raises UserError if they do not end within `times.dead`, or
+    `_LEASE_SECONDS` if some were on other machines, which may be dead."""
+    start, limit, said = time.monotonic(), times.dead, False
     while is_path_locked(folder.processes_lock):
         seconds = time.monotonic() - start
         if seconds > times.quiet and not said:
             notify(f"waiting for the processes of an earlier command to end, in {folder.path}")
             said = True
-        if seconds > times.dead:
+            if any(rank.exit is None and rank.host != platform.node() for rank in read_rank_records(folder)):
+                limit = _LEASE_SECONDS
+        if seconds > limit:
             running = [f"process {rank.pid} on {rank.host}" for rank in read_rank_records(folder) if rank.exit is None]
             raise UserError(
                 f"run.dir: processes of an earlier command, which was killed, still use {folder.path}; end them: "

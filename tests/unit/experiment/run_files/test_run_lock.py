@@ -112,6 +112,18 @@ def test_the_lock_that_a_network_disk_keeps_for_a_dead_machine(folder: RunFolder
     release.join()
 
 
+def test_the_lock_that_a_network_disk_keeps_for_the_ranks_of_a_dead_host(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a launch that is refused after a host was lost, for ranks that have ended with it."""
+    RankRecord(1, "elsewhere", 7, training=True).write(folder)
+    kept = filelock.FileLock(folder.processes_lock)
+    kept.acquire()
+    monkeypatch.setattr(run_lock, "notify", lambda _: kept.release())
+    check_unlocked(folder, LockTimes(dead=0.0, quiet=0.0))
+    assert not kept.is_locked
+
+
 @pytest.fixture(params=[errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the disk have no locks, as NFS without lockd or Lustre without `-o flock`."""
