@@ -21,6 +21,7 @@ from experiment.run_files.outcome_file import RankRecord, read_rank_record
 from experiment.run_files.run_folder import RunFolder, check_not_moved, open_run_folder
 from experiment.run_files.run_lock import check_unlocked
 from launcher.options import PretrainOptions
+from launcher.supervision.stop_signals import is_training
 from pretrain.config import PretrainConfig
 
 _POLL_SECONDS = 0.2
@@ -74,7 +75,7 @@ def background_command(options: PretrainOptions) -> Sequence[str]:
 def _trains(folder: RunFolder, before: RankRecord | None) -> bool:
     """Return whether rank 0 trains. before: its record before the launch."""
     record = read_rank_record(folder, 0)
-    return record is not None and record != before and record.training
+    return record is not None and record != before and is_training(folder, record)
 
 
 def _show(printed: IO[bytes]) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from experiment.errors import describe_disk_error, notify
 from experiment.files import exists_uncached
 from experiment.process.signals import SignalHistory, handle_stop_signals
+from experiment.run_files.goodput import STARTING
+from experiment.run_files.heartbeat import read_heartbeat
 from experiment.run_files.outcome_file import RankRecord
 from experiment.run_files.run_folder import RunFolder
 from launcher.supervision.rank_processes import polled
@@ -141,4 +143,12 @@ def _has_begun_to_train(folder: RunFolder) -> bool:
     if not exists_uncached(record):
         return False
     process = RankRecord.read(record)
-    return process.training or process.exit is not None
+    return is_training(folder, process) or process.exit is not None
+
+
+def is_training(folder: RunFolder, process: RankRecord) -> bool:
+    """Return whether a rank looks for stop requests itself. Its record may not say so, if the disk was full then; its
+    heartbeat does within seconds."""
+    beat = read_heartbeat(folder, process.rank)
+    shown = beat is not None and (beat.host, beat.pid) == (process.host, process.pid) and beat.activity != STARTING
+    return process.training or shown

@@ -26,13 +26,17 @@ schedule: {steps: 10}
 TRAINS = """
 import os, time
 from pathlib import Path
+from experiment.run_files.heartbeat import Heartbeat, write_heartbeat
 from experiment.run_files.outcome_file import RankRecord
 from experiment.run_files.run_folder import RunFolder
+folder = RunFolder(Path("my-run"))
 print("step 1", flush=True)
-Path("my-run/group").write_text(str(os.getpgrp()))
-RankRecord(0, "localhost", os.getpid(), training=True).write(RunFolder(Path("my-run")))
+(folder.path / "group").write_text(str(os.getpgrp()))
+write_heartbeat(folder, Heartbeat(0, "localhost", os.getpid(), 1, 0, "starting", False, 0.0))
+RankRecord(0, "localhost", os.getpid(), training=True).write(folder)
 time.sleep(3600)
 """
+HAS_LOST_ITS_RECORD = TRAINS.replace("starting", "training").replace("training=True", "training=False")
 FAILS = "import sys; sys.exit('deepcloze: the run failed: disk full')"
 REFUSED = "import sys; print('deepcloze: no such corpus', file=sys.stderr); sys.exit(2)"
 KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
@@ -63,14 +67,15 @@ def run_in_background(monkeypatch: pytest.MonkeyPatch, program: str) -> int:
         return int(ending.code or 0)
 
 
+@pytest.mark.parametrize("program", [TRAINS, HAS_LOST_ITS_RECORD])
 def test_a_run_is_left_in_the_background(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: str
 ) -> None:
     """Catches a command that waits for the run, returns before it trains because of an earlier attempt that was killed,
     or leaves it in the session of the terminal."""
     open_run_folder(folder.path)
     RankRecord(0, "localhost", 1, training=True).write(folder)
-    assert run_in_background(monkeypatch, TRAINS) == 0
+    assert run_in_background(monkeypatch, program) == 0
     captured = capsys.readouterr()
     group = int((folder.path / "group").read_text())
     assert group != os.getpgrp()

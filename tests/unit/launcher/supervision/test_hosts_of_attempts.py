@@ -45,6 +45,13 @@ from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 """
+# The record of rank 0, which does not say that it trains, and its heartbeat.
+RANK_0 = """
+from experiment.run_files.heartbeat import Heartbeat, write_heartbeat
+from experiment.run_files.outcome_file import RankRecord
+RankRecord(0, 'node-1', 7).write(folder)
+write_heartbeat(folder, Heartbeat(0, {}, False, 0.0))
+"""
 HANG = "(folder.path / 'ready').touch(); time.sleep(3600)"
 
 
@@ -415,14 +422,21 @@ def test_a_host_is_taken_back_if_the_run_fails_without_it(
     assert result.message == "ending 5\nnot restarted: --max_restarts=2 within an hour"
 
 
-@pytest.mark.parametrize("by_signal", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "beat"),
+    [
+        ("import os; os.kill(os.getppid(), 15)", ""),
+        ("folder.stop.touch()", ""),
+        ("folder.stop.touch()", RANK_0.format("'node-1', 7, 1, 40, 'starting'")),
+        ("folder.stop.touch()", RANK_0.format("'node-1', 6, 9, 50, 'training'")),  # of an earlier attempt
+    ],
+)
 def test_a_stop_before_training_ends_the_ranks_at_once(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, by_signal: bool
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, stop: str, beat: str
 ) -> None:
     """Catches a stop that waits until ranks have started and found each other, longer than a batch system waits."""
     monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
-    stop = "import os; os.kill(os.getppid(), 15)" if by_signal else "folder.stop.touch()"
-    result = supervise(launch(folder, f"{stop}; {HANG}"))
+    result = supervise(launch(folder, f"{beat}{stop}; {HANG}"))
     assert (result.outcome, result.message[:30]) == (Outcome.STOPPED, "stopped before the first step;")
     assert [attempt["cause"] for attempt in launches(folder)] == ["signal"]
 
@@ -446,14 +460,21 @@ def test_a_stop_while_hosts_do_not_answer_starts_nothing(folder: RunFolder, monk
     assert not (folder.path / "started").exists()
 
 
-def test_ranks_that_train_are_left_to_save(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches ranks that are killed without a checkpoint by the stop of ranks that do not train yet."""
+@pytest.mark.parametrize(
+    "training",
+    [
+        "from experiment.run_files.outcome_file import RankRecord\n"
+        "RankRecord(0, 'node-1', 7, training=True).write(folder)\n",
+        RANK_0.format("'node-1', 7, 9, 50, 'training'"),
+    ],
+)
+def test_ranks_that_train_are_left_to_save(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, training: str) -> None:
+    """Catches ranks that are killed without a checkpoint by the stop of ranks that do not train yet, also if the disk
+    was full when rank 0 began to train."""
     monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
     monkeypatch.setattr(stop_signals, "_POLL_SECONDS", 0.01)
     body = (
-        "from experiment.run_files.outcome_file import RankRecord\n"
-        "RankRecord(0, 'node-1', 7, training=True).write(folder)\n"
-        "folder.stop.touch(); time.sleep(1)  # saving\n"
+        f"{training}folder.stop.touch(); time.sleep(1)  # saving\n"
         "write_outcome(folder, Outcome.STOPPED, 'saved step 7')"
     )
     assert supervise(launch(folder, body)).message == "saved step 7"
