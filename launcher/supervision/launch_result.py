@@ -102,7 +102,7 @@ def read_result(
         return LaunchResult(Outcome.FAILED, message, cause)
     outcome, message, reported_cause = reported
     # DeepSpeed's launcher stops the other ranks when one is killed, and before the first step they report that.
-    if outcome is Outcome.STOPPED and silent and killer not in (None, *STOP_SIGNALS):
+    if BEFORE_FIRST_STEP in message and silent and killer not in (None, *STOP_SIGNALS):
         return LaunchResult(Outcome.FAILED, ending, cause)
     if outcome is not Outcome.FAILED:
         return LaunchResult(outcome, message, reported_cause)

@@ -130,6 +130,17 @@ def test_a_rank_killed_before_the_first_step(folder: RunFolder) -> None:
     assert result_of(folder, 250, remote=False).outcome is Outcome.STOPPED, "an abort after the end"
 
 
+@pytest.mark.parametrize("cause", [Cause.SIGNAL, Cause.AGREED])
+def test_a_rank_killed_after_the_last_save(folder: RunFolder, cause: Cause) -> None:
+    """Catches a job that is not queued again, or is restarted, because a rank crashed while it ended after a stop that
+    all ranks had agreed on."""
+    write_outcome(folder, Outcome.STOPPED, "stopped: found STOP", cause)
+    record(folder, 0, 75)
+    record(folder, 1, None)
+    for exit_code, remote in ((250, False), (247, False), (128 + 6, True)):
+        assert result_of(folder, exit_code, remote) == LaunchResult(Outcome.STOPPED, "stopped: found STOP", cause)
+
+
 def test_reports_of_an_earlier_launch_are_removed(folder: RunFolder) -> None:
     """Catches a launch that is blamed on a process of an earlier one."""
     record(folder, 5, None)
