@@ -34,7 +34,6 @@ from launcher.supervision.launch_result import (
     has_begun,
     log_sizes,
     read_result,
-    read_silent_end,
 )
 from launcher.supervision.rank_processes import (
     EXIT_TIMEOUT_SECONDS,
@@ -186,10 +185,9 @@ def _result(
     if hang.message is not None and (reported is None or reported.outcome is Outcome.FAILED):
         return LaunchResult(Outcome.FAILED, hang.message, Cause.HUNG)
     silent = [] if stop.killed else exits.silent()
-    if exits.killed and not launch.local:
-        if silent and (result := read_silent_end(launch.folder, earlier, silent)):
-            return result
-        if reported is None and exits.ended_host is not None:
+    others_killed = exits.killed and not launch.local
+    if others_killed:
+        if reported is None and not silent and exits.ended_host is not None:
             message = f"the processes on {exits.ended_host} ended, and the ones on other hosts did not"
             return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
         exit_code = 1  # the exit code of DeepSpeed's launcher says only that `exits` killed it
@@ -197,7 +195,7 @@ def _result(
         return STOPPED_EARLY  # DeepSpeed's launchers on other hosts exit with 1 if they get the signal too
     if not launch.local and launch.launcher == "mpich":  # DeepSpeed's helper exits with 0, whatever its rank does
         exit_code = exit_code or 1
-    return read_result(launch.folder, exit_code, earlier, silent, remote=not launch.local)
+    return read_result(launch.folder, exit_code, earlier, silent, not launch.local, others_killed)
 
 
 def _wait(process: "subprocess.Popen[bytes]", launch: LaunchSettings, ranks: int) -> int:

@@ -75,7 +75,12 @@ def log_sizes(folder: RunFolder) -> dict[Path, int]:
 
 
 def read_result(
-    folder: RunFolder, exit_code: int, earlier: Mapping[Path, int], silent: Sequence[RankRecord], remote: bool
+    folder: RunFolder,
+    exit_code: int,
+    earlier: Mapping[Path, int],
+    silent: Sequence[RankRecord],
+    remote: bool,
+    others_killed: bool = False,
 ) -> LaunchResult:
     """Return the result of a launch whose processes have exited.
 
@@ -84,16 +89,19 @@ def read_result(
         earlier: `log_sizes` when the ranks began.
         silent: the ranks that ended without recording it, except those that were killed because another had failed.
         remote: whether ranks ran on other hosts.
+        others_killed: whether ranks that waited for others were killed.
     """
     reported, killer = read_outcome(folder), _killer(exit_code, remote)
     cause = Cause.KILLED if killer else Cause.ERROR
-    suspects = silent if len(silent) <= _MOST_NAMED else ()
+    suspects = silent if others_killed or len(silent) <= _MOST_NAMED else ()
     ending = _describe_kill(killer, _name_ranks(folder, suspects, " or ") or "a rank", exit_code) if killer else ""
     if remote and exit_code == SSH_FAILED:
         killer, cause, ending = None, Cause.LOST_HOST, "ssh failed or lost the connection to a host"
     # DeepSpeed's launcher exits with 0 if a signal ended the program that starts ranks on other hosts.
     if remote and exit_code == 0 and (silent or not has_begun(folder)):
         cause, ending = Cause.KILLED, "pdsh, mpirun or srun, which runs the ranks on other hosts, was killed"
+    if others_killed and silent and (reported is None or reported.outcome is Outcome.STOPPED):
+        cause, ending = Cause.KILLED, f"{_name_ranks(folder, silent)} ended first"
     if reported is None:
         # Ranks catch stop signals when they begin, after their imports.
         if exit_code == Outcome.STOPPED.exit_code or killer in STOP_SIGNALS:
@@ -101,8 +109,10 @@ def read_result(
         message = _failure_message(folder, ending or f"exit code {exit_code}", earlier, suspects)
         return LaunchResult(Outcome.FAILED, message, cause)
     outcome, message, reported_cause = reported
-    # DeepSpeed's launcher stops the other ranks when one is killed, and before the first step they report that.
-    if BEFORE_FIRST_STEP in message and silent and killer not in (None, *STOP_SIGNALS):
+    # DeepSpeed's launcher stops the other ranks, or those of its host, when one is killed, and before the first step
+    # they report that.
+    near = others_killed and host_of(message) in {rank.host for rank in silent}
+    if BEFORE_FIRST_STEP in message and silent and (near or killer not in (None, *STOP_SIGNALS)):
         return LaunchResult(Outcome.FAILED, ending, cause)
     if outcome is not Outcome.FAILED:
         return LaunchResult(outcome, message, reported_cause)
@@ -111,24 +121,6 @@ def read_result(
     elif silent and reported_cause is Cause.LOST_RANK:
         message = f"{message}; ended without reporting an outcome: {_name_ranks(folder, silent)}"
     return LaunchResult(outcome, message, cause if reported_cause is Cause.LOST_RANK and ending else reported_cause)
-
-
-def read_silent_end(
-    folder: RunFolder, earlier: Mapping[Path, int], silent: Sequence[RankRecord]
-) -> LaunchResult | None:
-    """Return the result of a launch whose ranks were killed because they waited for the silent ones; None if another
-    end was reported. Before the first step, DeepSpeed's launcher stops the other ranks of their host.
-
-    earlier: `log_sizes` when the ranks began.
-    """
-    reported, ending = read_outcome(folder), f"{_name_ranks(folder, silent)} ended first"
-    if reported is None:
-        message = _failure_message(folder, ending, earlier, silent)
-    elif BEFORE_FIRST_STEP in reported.message and host_of(reported.message) in {process.host for process in silent}:
-        message = ending
-    else:
-        return None
-    return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
 
 
 def _name_ranks(folder: RunFolder, ranks: Sequence[RankRecord], separator: str = ", ") -> str:

@@ -29,7 +29,7 @@ from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import attempt, rank_processes, restarts, stop_signals, supervisor
 from launcher.supervision.attempt import LaunchSettings, Layout
-from launcher.supervision.launch_result import LaunchResult, read_silent_end
+from launcher.supervision.launch_result import LaunchResult, read_result
 from launcher.supervision.stop_signals import StopSignals
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
@@ -328,7 +328,9 @@ def test_ranks_that_end_after_a_reported_one_do_not_explain_it(
     """Catches a stop that counts as a failure, because ranks lose the one that has stopped, or end while they save, and
     a host that is blamed for ranks that NCCL has ended when the network failed."""
     write_outcome(folder, outcome, message, cause)
-    assert read_silent_end(folder, {}, [RankRecord(1, "node-2", 9)]) is None
+    result = read_result(folder, 1, {}, [RankRecord(1, "node-2", 9)], remote=True, others_killed=True)
+    assert (result.outcome, result.cause) == (outcome, cause)
+    assert result.message.startswith(message)
 
 
 def test_a_disk_that_does_not_answer_hides_no_hung_rank(folder: RunFolder) -> None:
