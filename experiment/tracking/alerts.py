@@ -215,8 +215,10 @@ def send_requested() -> None:
         silent=True,
         console="off",
         x_disable_stats=True,
+        symlink=False,  # `latest-run` keeps pointing at what rank 0 may not have uploaded
     )
-    run = wandb.init(project=project, id=run_id, dir=folder, resume="must", settings=settings)
+    # The empty name and tags keep those of the run: None would stand for WANDB_NAME and WANDB_TAGS.
+    run = wandb.init(project=project, id=run_id, dir=folder, resume="must", name="", tags=(), settings=settings)
     send_by_wandb(run, Alert(event, text), Path(folder).name)
     if outcome == Outcome.STOPPED:
         run.mark_preempting()

@@ -23,6 +23,7 @@ class FakeServer:
     alerts: list[dict[str, Any]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)  # of GraphQL, by name
     names: list[str] = field(default_factory=list)  # that the run is given
+    tags: list[str] = field(default_factory=list)  # too
     exit_codes: list[int] = field(default_factory=list)
     preempting: bool = False
     inserted: bool = False
@@ -35,6 +36,7 @@ class FakeServer:
             case "UpsertBucket":
                 first, self.inserted = not self.inserted, True
                 self.names += filter(None, [variables.get("displayName")])
+                self.tags += variables.get("tags") or []
                 bucket = {"id": "b", "name": variables.get("name"), "displayName": "run", "project": project}
                 return {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": first}}
             case "RunResumeStatus":

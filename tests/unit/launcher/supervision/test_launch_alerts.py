@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def test_a_stall_is_a_crash_for_those_who_want_no_stalls(sent: list[Alert], tmp_
 
 def test_wandb_is_told_when_no_attempt_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an alert that opens the W&B run while the next attempt uses it, none for a run whose rank 0 was killed or
-    that waits for hosts, and one through another W&B run."""
+    that waits for hosts, one through another W&B run, and one that changes its name and tags, or the link `latest-run`
+    to what may not be uploaded."""
     folder = RunFolder(tmp_path / "base")
     write_json(folder.provenance, {"run_id": "id7", "ancestors": [], "attempts": [{"starts_over": True}]})
     alerts = LaunchAlerts(TrackingConfig(wandb="online", alerts=AlertsConfig(wandb=True)), folder)
@@ -78,6 +80,8 @@ def test_wandb_is_told_when_no_attempt_follows(tmp_path: Path, monkeypatch: pyte
         server.inserted = True
         for name, value in (("WANDB_BASE_URL", server.url), ("WANDB_API_KEY", "0" * 40), ("HOME", str(tmp_path))):
             monkeypatch.setenv(name, value)
+        monkeypatch.setenv("WANDB_NAME", "from-shell")
+        monkeypatch.setenv("WANDB_TAGS", "from-shell")
         alerts.report(LaunchResult(Outcome.FAILED, "rank 0 hangs", Cause.HUNG), "restarting", restarting=True)
         alerts.report(LaunchResult(Outcome.FAILED, "rank 0 was killed", Cause.KILLED), "waiting for a host")
         alerts.close()
@@ -86,6 +90,7 @@ def test_wandb_is_told_when_no_attempt_follows(tmp_path: Path, monkeypatch: pyte
     text = "failed: rank 0 was killed\nwaiting for a host"
     assert (alert["title"], alert["text"]) == ("crash: base", text)
     assert (server.exit_codes, server.preempting) == ([1], False)
+    assert (server.names, server.tags, os.path.lexists(folder.wandb / "latest-run")) == ([], [], False)
 
 
 def test_a_stopped_run_does_not_fail_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
