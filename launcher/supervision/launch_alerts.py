@@ -1,6 +1,7 @@
 """Alerts about a launch."""
 
 from experiment.errors import notify
+from experiment.process.signals import handle_stop_signals
 from experiment.run_files.outcome_file import Cause, Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import Alert, AlertFilter, Messenger, send_last_alert
@@ -38,5 +39,6 @@ class LaunchAlerts:
             send_last_alert(self._project, self._folder, alert)
 
     def close(self) -> None:
-        """Wait a moment for alerts that are not sent yet."""
-        self._messenger.close()
+        """Wait a moment for alerts that are not sent yet. A stop signal does not change how the launch has ended."""
+        with handle_stop_signals(lambda _: None):
+            self._messenger.close()

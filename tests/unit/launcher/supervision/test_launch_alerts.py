@@ -1,10 +1,12 @@
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiment.files import write_json
+from experiment.process.signals import handle_stop_signals
 from experiment.run_files.outcome_file import Cause, Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking import alerts as alerts_module
@@ -67,6 +69,15 @@ def test_a_stall_is_a_crash_for_those_who_want_no_stalls(sent: list[Alert], tmp_
     assert [(alert.event, alert.text) for alert in sent] == [
         ("crash", "failed: rank 0 hangs\nthe launch has ended"),
     ]
+
+
+def test_a_signal_while_alerts_are_sent_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that has failed, but exits with 75 and not the reason, because a mail server is slow."""
+    monkeypatch.setattr(Messenger, "close", lambda _: signal.raise_signal(signal.SIGTERM))
+    received: list[int] = []
+    with handle_stop_signals(received.append):
+        LaunchAlerts(TrackingConfig(), RunFolder(tmp_path)).close()
+    assert received == []
 
 
 def test_wandb_is_told_when_no_attempt_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
