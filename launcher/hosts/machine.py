@@ -50,12 +50,13 @@ def launch_machine() -> Machine:
     GPU."""
     environ = given_environment()
     name = environ.get("DS_ENV_FILE", ".deepspeed_env")
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111 (never raises: a container's user may have no home)
+    # Unlike those of `Path`, these functions never raise: the user may have no home, or one that may not be searched.
+    files = (Path(os.path.expanduser("~"), name), Path.cwd() / name)  # noqa: PTH111
     machine = Machine(
         devices=find_devices(environ),
         environ=environ,
         find_port=free_port,
-        deepspeed_env_files=tuple(path for path in (home / name, Path.cwd() / name) if path.is_file()),
+        deepspeed_env_files=tuple(filter(os.path.isfile, files)),
     )
     if machine.devices.kind == "cpu":
         use_cpu()

@@ -33,6 +33,13 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch_machine().deepspeed_env_text == ""
 
 
+def test_a_home_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a launch that is refused for a file which it may not need, such as in a home of another user."""
+    monkeypatch.setenv("HOME", f"/{300 * 'x'}")  # an error for root too
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert launch_machine().deepspeed_env_text == ""
+
+
 @pytest.mark.parametrize("given", [None, "cpu", "cuda"])
 def test_other_hosts_do_not_use_the_cpu_because_this_one_does(monkeypatch: pytest.MonkeyPatch, given: str | None):
     """Catches a sweep from a machine without GPUs whose second run, or whose child processes, tell hosts with GPUs to
