@@ -245,8 +245,8 @@ class _OwnStopFile:
         self._made_at: int | None = None
 
     def make(self) -> None:
-        self._path.touch(exist_ok=False)
-        self._made_at = self._path.stat().st_mtime_ns
+        with self._path.open("x") as file:
+            self._made_at = os.fstat(file.fileno()).st_mtime_ns
         notify("a host has returned: the ranks save a checkpoint and start again with it")
 
     def withdraw(self) -> bool:

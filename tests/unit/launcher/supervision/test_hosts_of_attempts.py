@@ -231,6 +231,22 @@ def test_a_host_is_announced_when_its_stop_file_is_made(folder: RunFolder, capsy
     assert capsys.readouterr().err == ""
 
 
+def test_a_stop_file_is_withdrawn_although_the_disk_has_not_answered(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a launch that ends because it takes the file with which it asks the ranks to stop for the user's."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    own = supervisor._OwnStopFile(folder.stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fail)
+        own.make()
+    assert own.withdraw()
+    assert not folder.stop.exists()
+
+
 @pytest.mark.parametrize(
     ("reported", "expected"),
     [
