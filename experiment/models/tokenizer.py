@@ -96,7 +96,8 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
         if all(token in vocabulary for token in family.values()):
             for role, token in family.items():
                 if getattr(tokenizer, role) is None:
-                    setattr(tokenizer, role, token)
+                    known = tokenizer.added_tokens_decoder.get(vocabulary[token])  # may strip spaces
+                    tokenizer.add_special_tokens({role: known or token})  # saved as special, or the fingerprint changes
     if missing := [role for role in needed if getattr(tokenizer, role) is None]:
         raise UserError(
             f"tokenizer: {folder} has no {', '.join(missing)}; needed: {', '.join(needed)} "

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer, BertConfig
 
 from experiment.errors import UserError
@@ -125,6 +125,24 @@ def test_fingerprint_is_of_what_makes_ids(tmp_path: Path, vocabulary_folder: Pat
     assert tokenizer_fingerprint(load_tokenizer(cased)) != plain
     tokenizer.add_tokens(["newword"])
     assert tokenizer_fingerprint(tokenizer) != plain
+
+
+WORDS = models.WordPiece({**{token: number for number, token in enumerate([*BERT_TOKENS.values(), *"abAB"])}, "##b": 9})
+
+
+@pytest.mark.parametrize("added", [None, "[MASK]", AddedToken("[MASK]", lstrip=True, special=True)])
+def test_special_tokens_that_the_folder_does_not_name(tmp_path: Path, added: str | AddedToken | None) -> None:
+    """Catches a corpus that counts as damaged, and whose models cannot be evaluated on it: saving marks the tokens as
+    special, which changed the fingerprint. And a mask that no longer takes the space before it."""
+    file = Tokenizer(WORDS)
+    file.add_tokens([] if added is None else [added])
+    file.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    tokenizer = load_tokenizer(tmp_path)
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert tokenizer.added_tokens_decoder == load_tokenizer(tmp_path / "saved").added_tokens_decoder
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(load_tokenizer(tmp_path / "saved"))
+    assert tokenizer.added_tokens_decoder[4].lstrip == isinstance(added, AddedToken)
 
 
 def test_saved_tokenizers_do_not_depend_on_their_source(tmp_path: Path, vocabulary_folder: Path) -> None:
