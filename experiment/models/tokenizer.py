@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.errors import UserError, reason
+from experiment.errors import UserError, reason, warn_once
 from experiment.files import fsync_tree, json_digest, read_json
 from experiment.models.transformers_models import (
     check_label_count,
@@ -23,6 +23,7 @@ from experiment.models.transformers_models import (
 )
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # The special tokens of a masked language model, under the names that BERT and RoBERTa gave them.
@@ -37,6 +38,10 @@ _COPIES_OF_BERT = (
 # Model types whose own tokenizer reads a vocab.txt in another way than BERT's.
 _OTHER_VOCABULARIES = ("bertweet", "esm", "funnel", "mpnet", "phobert", "roc_bert", "roformer", "splinter", "tapas")
 _PRETRAINING_NEEDS = ("pad_token", "mask_token")
+# Case, accents, full-width forms, ligatures, spaces, an invisible character, a long word.
+_PROBE = (
+    "Don't Cafe\u0301 café Straße ЁЙ ΑΣ İ ＡＢ１ ① ﬁ ｶﾞ 한국 कि 今天ab🤣 a\u200bb\ta_b  3.14\n``e-mail'' " + "z" * 120
+)
 _MANY_UNKNOWN = 0.05  # share of the tokens of a text
 # Keys with which transformers records the origin of a tokenizer, or that name code, which is not saved.
 _SOURCE_KEYS = ("auto_map", "is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
@@ -61,13 +66,11 @@ def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
         raise UserError(
             f"tokenizer: {path} holds a {type(tokenizer).__name__}, which cannot be converted to a tokenizer.json"
         )
-    try:
-        pickle.dumps(tokenizer.backend_tokenizer.pre_tokenizer)
-    except Exception:  # tokenizers raises it for one in Python, such as RoFormer's, which calls rjieba
+    if _runs_python(tokenizer):
         raise UserError(
             f"tokenizer: {path} holds a {type(tokenizer).__name__}, whose pre-tokenizer is Python code and cannot be "
             "written to a tokenizer.json; use another tokenizer"
-        ) from None
+        )
     for role in ("cls_token", "sep_token", "pad_token", "unk_token"):
         if getattr(tokenizer, role) == tokenizer.mask_token:
             raise UserError(f"tokenizer: {path} has one token, {tokenizer.mask_token}, as mask_token and {role}")
@@ -116,6 +119,7 @@ def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
     with quiet_transformers():
         try:
             tokenizer = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **settings)
+            tokenizer = _as_in_file(tokenizer, folder)
             tokenizer("")  # fails if the special tokens that it adds are not defined
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -131,6 +135,56 @@ def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
         raise UserError(f"tokenizer: {folder} has no vocabulary; {_expected(folder)}")
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
+
+
+def _as_in_file(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer in tokenizer.json, whose ids the model was trained with, if `tokenizer` gives other ids.
+
+    Many classes of transformers 5, such as BERT's, take only the vocabulary of this file. Those of transformers 4 took
+    all of it, but for some settings of tokenizer_config.json, which are applied here too.
+    """
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    path, general = folder / "tokenizer.json", PreTrainedTokenizerFast  # which takes all of the file
+    if not path.is_file() or not isinstance(tokenizer, general) or type(tokenizer) is general:
+        return tokenizer
+    if _runs_python(tokenizer):  # a tokenizer.json cannot have it
+        return tokenizer
+    settings = {"model_input_names": tokenizer.model_input_names, **tokenizer.special_tokens_map}
+    exact = general.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **settings)
+    file, loaded = exact.backend_tokenizer, tokenizer.backend_tokenizer
+    if isinstance(file.normalizer, BertNormalizer) and isinstance(loaded.normalizer, BertNormalizer):
+        for flag in ("lowercase", "strip_accents", "handle_chinese_chars"):
+            setattr(file.normalizer, flag, getattr(loaded.normalizer, flag))
+    if isinstance(file.pre_tokenizer, ByteLevel) and isinstance(loaded.pre_tokenizer, ByteLevel):
+        file.pre_tokenizer.add_prefix_space = loaded.pre_tokenizer.add_prefix_space
+    if _probe(file) == _probe(loaded):
+        return tokenizer
+    warn_once(
+        f"tokenizer: using the normalizer, pre-tokenizer and model of {path}: those of {type(tokenizer).__name__} in "
+        "transformers 5 give text other ids than the model was trained with"
+    )
+    return exact
+
+
+def _probe(tokenizer: "Tokenizer") -> tuple[Any, ...]:
+    """Return the words and ids of a text that tokenizers of different kinds divide differently. The words do not depend
+    on the vocabulary."""
+    normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    text = _PROBE if normalizer is None else normalizer.normalize_str(_PROBE)
+    words = [text] if pre_tokenizer is None else [word for word, _ in pre_tokenizer.pre_tokenize_str(text)]
+    return type(tokenizer.model), words, tokenizer.encode(_PROBE, add_special_tokens=False).ids
+
+
+def _runs_python(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Return whether the pre-tokenizer is Python code, such as RoFormer's, which calls rjieba."""
+    try:
+        pickle.dumps(tokenizer.backend_tokenizer.pre_tokenizer)
+    except Exception:  # the type that tokenizers raises
+        return True
+    return False
 
 
 def _expected(folder: Path) -> str:

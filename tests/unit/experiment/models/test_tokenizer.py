@@ -6,12 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig
 
-from experiment.errors import UserError
+from experiment.errors import UserError, warn_once
 from experiment.models.tokenizer import (
     BERT_TOKENS,
+    ROBERTA_TOKENS,
     load_any_tokenizer,
     load_tokenizer,
     save_tokenizer,
@@ -128,6 +129,73 @@ def test_fingerprint_is_of_what_makes_ids(tmp_path: Path, vocabulary_folder: Pat
 
 
 WORDS = models.WordPiece({**{token: number for number, token in enumerate([*BERT_TOKENS.values(), *"abAB"])}, "##b": 9})
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+PAIRS = models.BPE({token: number for number, token in enumerate([*ROBERTA_TOKENS.values(), *BYTES])}, [])
+NFKC = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+SPACES = pre_tokenizers.WhitespaceSplit()
+
+
+@pytest.mark.parametrize(
+    ("model", "normalizer", "pre_tokenizer", "name", "settings", "tokens"),
+    [
+        (WORDS, NFKC, pre_tokenizers.BertPreTokenizer(), "BertTokenizer", {}, "a ##b a"),
+        (WORDS, NFKC, pre_tokenizers.BertPreTokenizer(), "RobertaTokenizer", {}, "a ##b a"),
+        (WORDS, normalizers.BertNormalizer(), SPACES, "BertTokenizer", {}, "[UNK] a"),
+        (WORDS, normalizers.BertNormalizer(), SPACES, "BertTokenizer", {"do_lower_case": False}, "[UNK] A"),
+        (PAIRS, normalizers.NFKC(), BYTE_LEVEL, "RobertaTokenizer", {}, "A B Ġ A"),
+        (PAIRS, normalizers.NFKC(), BYTE_LEVEL, "RobertaTokenizer", {"add_prefix_space": True}, "Ġ A B Ġ A"),
+    ],
+)
+def test_ids_are_those_of_tokenizer_json(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    model: models.Model,
+    normalizer: normalizers.Normalizer,
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+    name: str,
+    settings: dict[str, bool],
+    tokens: str,
+) -> None:
+    """Catches a normalizer, pre-tokenizer or model that transformers 5 replaces by those of the class, so that a model
+    sees ids that it was not trained with; settings that are lost; and copies with other ids."""
+    roles = BERT_TOKENS if model is WORDS else ROBERTA_TOKENS
+    file = Tokenizer(model)
+    file.normalizer, file.pre_tokenizer = normalizer, pre_tokenizer
+    file.add_special_tokens([*roles.values()])
+    file.save(str(tmp_path / "tokenizer.json"))
+    config = {**roles, "tokenizer_class": f"{name}Fast", **settings}  # as transformers 4 writes
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    warn_once.cache_clear()
+    tokenizer = load_tokenizer(tmp_path)
+    assert caplog.messages == [
+        f"tokenizer: using the normalizer, pre-tokenizer and model of {tmp_path}/tokenizer.json: those of {name} in "
+        "transformers 5 give text other ids than the model was trained with"
+    ]
+    for number in range(2):
+        assert tokenizer.tokenize("ＡＢ A") == tokens.split()
+        assert ("token_type_ids" in tokenizer.model_input_names) == (name == "BertTokenizer")
+        save_tokenizer(tokenizer, saved := tmp_path / str(number))
+        (saved / "config.json").write_text('{"model_type": "bert"}')
+        assert AutoTokenizer.from_pretrained(saved).tokenize("ＡＢ A") == tokens.split()
+        fingerprint, tokenizer = tokenizer_fingerprint(tokenizer), load_tokenizer(saved)
+        assert tokenizer_fingerprint(tokenizer) == fingerprint
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("name", ["BertTokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_that_gives_the_ids_of_its_file_is_kept(tmp_path: Path, name: str) -> None:
+    """Catches ordinary tokenizers whose fingerprint changes, so that their corpora are refused: as in transformers 4,
+    BERT's lowercase text unless tokenizer_config.json says that they do not."""
+    file = Tokenizer(WORDS)
+    file.normalizer = normalizers.BertNormalizer(lowercase=False)
+    file.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    file.add_special_tokens([*BERT_TOKENS.values()])
+    file.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**BERT_TOKENS, "tokenizer_class": name}))
+    tokenizer, plain = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer) is type(plain)
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(plain)
 
 
 @pytest.mark.parametrize("added", [None, "[MASK]", AddedToken("[MASK]", lstrip=True, special=True)])
@@ -210,7 +278,12 @@ def test_a_pre_tokenizer_in_python_is_refused(
     monkeypatch.setitem(sys.modules, "rjieba", SimpleNamespace(tokenize=tokenize))
     shutil.copytree(vocabulary_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text('{"model_type": "roformer"}')
-    assert load_any_tokenizer(tmp_path, needed=())("the river").input_ids == [3, 6, 7, 4], "fine-tuning can use it"
+    for _ in range(2):
+        assert load_any_tokenizer(tmp_path, needed=())("the river").input_ids == [3, 6, 7, 4], "fine-tuning can use it"
+        # transformers 4 saves another pre-tokenizer in the place of its own.
+        words = (vocabulary_folder / "vocab.txt").read_text().split()
+        file = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}))
+        file.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="holds a RoFormerTokenizer, whose pre-tokenizer is Python code"):
         load_tokenizer(tmp_path)
 
