@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from tokenizers import Tokenizer
 
 _MAX_WORDS = 2**18  # that are remembered when a batch begins: about 60 MB
+_MAX_CHARACTERS = 2**22  # of these words: text without spaces has long ones
 _MAX_MEAN_LENGTH = 16  # characters of a word, in texts that have words
 # How BertPreTokenizer splits a word of printable ASCII characters.
 _ASCII_PIECE = re.compile(r"[a-zA-Z0-9]+|[^a-zA-Z0-9]")
@@ -41,19 +42,21 @@ class WordCache:
         self._splits_ascii = all(token.special for token in tokenizer.get_added_tokens_decoder().values())
         self._word_ids: dict[str, list[int]] = {}
         self._piece_ids: dict[str, list[int]] = {}
+        self._characters = 0
 
     def encode(self, texts: list[str]) -> list[list[int]] | None:
         """Return the ids of each text. None for texts without spaces between words, such as Chinese."""
         words = [_split(text) for text in texts]
         if sum(map(len, texts)) > _MAX_MEAN_LENGTH * sum(map(len, words)):
             return None
-        if len(self._word_ids) > _MAX_WORDS:
-            self._word_ids, self._piece_ids = {}, {}
+        if len(self._word_ids) > _MAX_WORDS or self._characters > _MAX_CHARACTERS:
+            self._word_ids, self._piece_ids, self._characters = {}, {}, 0
         self._add(set().union(*words).difference(self._word_ids))
         return [_joined(self._word_ids, text) for text in words]
 
     def _add(self, words: Iterable[str]) -> None:
         pieces = {word: self._pieces(word) for word in words}
+        self._characters += sum(map(len, pieces))
         missing = list(set().union(*pieces.values()).difference(self._piece_ids))
         encodings = self._tokenizer.encode_batch_fast(missing, add_special_tokens=False)
         self._piece_ids.update(zip(missing, (encoding.ids for encoding in encodings), strict=True))

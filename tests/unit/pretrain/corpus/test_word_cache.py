@@ -70,13 +70,15 @@ def test_ids_are_those_of_the_whole_texts(name: str, texts: list[str]) -> None:
             assert found == expected
 
 
-def test_a_word_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a cache that is not used, and one that grows without a limit."""
+@pytest.mark.parametrize(("limit", "value"), [("_MAX_WORDS", 3), ("_MAX_CHARACTERS", 9)])
+def test_a_word_is_tokenized_once(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
+    """Catches a cache that is not used, and one that grows without a limit, also if its words are long, as sentences in
+    Chinese between English text."""
     cache = WordCache(TOKENIZERS["uncased"])
     added: list[list[str]] = []
     add = cache._add
     monkeypatch.setattr(cache, "_add", lambda words: (added.append(sorted(words)), add(words)))
-    monkeypatch.setattr(module, "_MAX_WORDS", 3)
+    monkeypatch.setattr(module, limit, value)
     for text in ("the river .", "a river", "the", "the river"):
         expected = TOKENIZERS["uncased"].encode(text, add_special_tokens=False).ids
         assert cache.encode([text, text]) == [expected, expected]
