@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
@@ -90,6 +91,10 @@ class _Finder:
             return [self._file(str(Path(item)))]
         if glob.has_magic(item):
             names = glob.glob(item, recursive=True)
+            try:
+                _check_readable(item)
+            except OSError as error:
+                raise self._unreadable(item, error) from None
             files = sorted(filter(_is_file, names))
             found = self._outside_output(files)
             if not found:
@@ -141,7 +146,7 @@ class _Finder:
         folder that cannot be read."""
 
         def refuse(error: OSError) -> None:
-            raise UserError(f"{self.key} {folder}: cannot read {error.filename}: {error.strerror}")
+            raise self._unreadable(str(folder), error)
 
         found = list[str]()
         seen = set[tuple[int, int]]()  # folders: links may make a circle
@@ -154,6 +159,9 @@ class _Finder:
             paths = (os.path.join(directory, name).removeprefix("./") for name in names if name[0] != ".")
             found += filter(_is_file, paths)
         return found
+
+    def _unreadable(self, item: str, error: OSError) -> UserError:
+        return UserError(f"{self.key} {item}: cannot read {error.filename}: {error.strerror}")
 
     def _of_known_formats(self, folder: str, names: Iterable[str], files: Mapping[str, FileInfo]) -> list[Source]:
         readable, others = list[str](), list[str]()
@@ -245,6 +253,19 @@ def _split_names(named: SourceName, key: str) -> list[str]:
 def _is_file(path: str) -> bool:
     """Return whether the path is a file, or a link to one that is missing: it may not be left out silently."""
     return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
+
+
+def _check_readable(pattern: str) -> None:
+    """Raise OSError if `glob` leaves out files that may match, because a folder cannot be read."""
+    parent, name = os.path.split(pattern)
+    if glob.has_magic(parent):
+        _check_readable(parent)
+    for folder in glob.iglob(os.path.join(pattern if name == "**" else parent, ""), recursive=True):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if glob.has_magic(name):
+                os.scandir(folder.rstrip("/") or "/").close()
+            else:
+                os.lstat(folder + name)
 
 
 def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:

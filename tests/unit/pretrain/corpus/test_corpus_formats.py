@@ -2,10 +2,12 @@ import gzip
 import io
 import json
 import os
+import re
 import tarfile
 import tempfile
 import tracemalloc
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,21 +301,42 @@ def test_no_member_of_an_archive_is_skipped_silently(
     assert capsys.readouterr().err == ""
 
 
-def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a corpus without the files below it, which nothing tells."""
-    for name in ("a/b", "closed"):
-        (tmp_path / name).mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("pattern", "is_closed"),
+    [
+        ("", True),
+        ("/**", True),
+        ("/**/*.txt", True),
+        ("/**/b/*.txt", True),
+        ("/*/*.txt", True),
+        ("/*/b/*.txt", True),
+        ("/*/a.txt", True),
+        ("/a/**/*.txt", False),
+        ("/[ab]/b/*.txt", False),
+    ],
+)
+def test_a_folder_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, is_closed: bool
+) -> None:
+    """Catches a corpus without the files below it, which nothing tells, and a pattern that is refused because of a
+    folder where it does not look."""
+    for name in ("a/b", "closed/b", "closed"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "a.txt").write_text("text\n")
-    original = os.scandir
 
-    def scandir(folder: str) -> Any:  # root may read all folders
-        if str(folder).endswith("closed"):
-            raise PermissionError(13, "Permission denied", folder)
-        return original(folder)
+    def refuse(function: Any, path: Any) -> Any:  # root may read all folders
+        if str(path).startswith(f"{tmp_path}/closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return function(path)
 
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(UserError, match=rf"^--source {tmp_path}: cannot read {tmp_path}/closed: Permission denied$"):
-        find_sources(tmp_path)
+    for function in (os.scandir, os.lstat):
+        monkeypatch.setattr(os, function.__name__, partial(refuse, function))
+    if is_closed:
+        problem = re.escape(f"--source {tmp_path}{pattern}: cannot read {tmp_path}/closed")
+        with pytest.raises(UserError, match=rf"^{problem}(/b|/a\.txt)?: Permission denied$"):
+            find_sources(f"{tmp_path}{pattern}")
+    else:
+        assert find_sources(f"{tmp_path}{pattern}")
 
 
 def tar_of(members: dict[str, bytes]) -> bytes:
