@@ -242,6 +242,13 @@ def _check_existing(plan: BuildPlan, run_tasks: TaskRunner) -> dict[Part, Manife
     manifests = existing_manifests(plan)  # first, because reading the source may take long
     _check_same_recipe(plan, manifests, scan_source(plan, run_tasks))
     print(f"{plan.folder} already exists, built from the same documents with the same tokenizer")
+    cleanings, decontaminated = read_cleanings(plan.sources)
+    for part, manifest in manifests.items():
+        if decontaminated not in (None, manifest.decontaminated):  # cleaned again, with the same result
+            folder, manifests[part] = plan.folder_of(part), replace(manifest, decontaminated=decontaminated)
+            write_cleanings(folder, cleanings)
+            write_manifest(folder, manifests[part])
+            print(f"{folder}: recorded what its documents are decontaminated against now")
     shutil.rmtree(plan.partial, ignore_errors=True)  # killed after the last rename
     return manifests
 

@@ -145,14 +145,21 @@ def test_a_build_takes_no_torch(source: Path, vocabulary_folder: Path, tmp_path:
 
 
 def test_the_manifest_says_what_a_source_was_decontaminated_against(corpus: Build, tmp_path: Path) -> None:
-    """Catches a record that is lost between the cleaning and the corpus, and one in manifests of other text."""
+    """Catches a record that is lost between the cleaning and the corpus, one in manifests of other text, and one that
+    stays as it was after the text was cleaned again with the same result."""
     clean = tmp_path / "clean"
     clean.mkdir()
     (clean / "data.jsonl").write_text('{"text": "the river"}\n')
-    steps = [{"name": "decontaminate", "against": {"sst2": "12ab"}}]
-    (clean / "clean.json").write_text(json.dumps({"recipe": "", "read": 1, "kept": 1, "steps": steps}))
-    assert corpus("a", source=clean).decontaminated == {"sst2": "12ab"}
-    assert open_corpus(tmp_path / "a").manifest.decontaminated == {"sst2": "12ab"}
+    (clean / "more.jsonl").write_text('{"text": "the town"}\n')
+    for against in ({}, {"sst2": "12ab"}, {"sst2": "12ab", "cola": "34cd"}):
+        steps = [{"name": "decontaminate", "against": against}]
+        (clean / "clean.json").write_text(json.dumps({"recipe": "", "read": 1, "kept": 1, "steps": steps}))
+        assert corpus("a", source=clean, holdout=1).decontaminated == against
+        for folder in (tmp_path / "a", tmp_path / "a-heldout"):
+            assert open_corpus(folder).manifest.decontaminated == against
+            assert cleanings_of(folder)[0]["steps"] == [{**steps[0], "rules": {}}]
+    corpus("new", source=clean, holdout=1)
+    assert contents(tmp_path / "new") == contents(tmp_path / "a")
     assert corpus("b").decontaminated is None
     assert "decontaminated" not in (tmp_path / "b" / "manifest.json").read_text()
 
