@@ -23,6 +23,7 @@ _TOKEN = regex.compile(rf"{_WORD.pattern}|[^\p{{L}}\p{{N}}\s]+")
 # Contractions are divided as in the Penn Treebank: do|n't, it|'s.
 _DIVIDED = regex.compile(rf"(?V1)(?i:n't)(?!{_RUN})|{_RUN}(?!(?<=[nN])'[tT](?!{_RUN}))|[{_LETTER}][{_INSIDE}]*")
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ＇`´\x92", "'"))  # as typed; \x92: of text that was read as Latin-1
+_MAX_CACHED = 64  # characters of a word: hexadecimal dumps and the like have long ones, each once
 _IGNORED = regex.compile(r"[\p{Cf}\ufe00-\ufe0f]")  # they only change how others look
 CLOSING = r"\"'”’)\]）」』》】"
 """Quotes and brackets that belong to the sentence before them, for a set of characters in `regex`."""
@@ -73,8 +74,14 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     return [found.span() for found in _DIVIDED.finditer(text.translate(_APOSTROPHES))]
 
 
-@lru_cache(maxsize=1 << 18)
 def _normalize(word: str) -> str:
+    return _cached_plain(word) if len(word) <= _MAX_CACHED else _plain(word)
+
+
+def _plain(word: str) -> str:
     parts = unicodedata.normalize("NFKD", word.casefold())
     plain = "".join(part for part in parts if not (unicodedata.combining(part) or _IGNORED.fullmatch(part)))
     return plain.replace("’", "'")
+
+
+_cached_plain = lru_cache(maxsize=1 << 18)(_plain)

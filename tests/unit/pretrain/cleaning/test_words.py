@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from pretrain.cleaning import words as module
 from pretrain.cleaning.words import count_words, divided_words, normalized_words, sentences, tokens, word_spans
 
 
@@ -38,6 +39,14 @@ def test_a_contraction_ends_before_chinese() -> None:
     """Catches an evaluation text that is not found, because no space follows its contraction."""
     assert divided_words("don't你") == divided_words("do n't你") == ["do", "n't", "你"]
     assert divided_words("n'tя n't1") == ["n", "tя", "n", "t1"]
+
+
+def test_long_words_are_not_remembered() -> None:
+    """Catches a cache that takes gigabytes for text with long numbers or sequences."""
+    module._cached_plain.cache_clear()
+    assert normalized_words("É" * 65) == divided_words("É" * 65) == ["e" * 65]
+    assert normalized_words("É" * 64) == ["e" * 64]
+    assert module._cached_plain.cache_info().currsize == 1
 
 
 def test_two_characters_of_a_script_without_spaces_are_a_word() -> None:
