@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from experiment.errors import UserError, first_line, user_errors_in
-from experiment.models.hub import resolve_commit
+from experiment.models.hub import download_elsewhere, resolve_commit
 from experiment.models.hub_names import HubName
 from experiment.progress import without_bars
 
@@ -89,7 +89,9 @@ def load_rows(data: HubData) -> "datasets.Dataset":
     except UserError:
         raise
     except Exception as error:  # each cause (network, split, bad file) has its own exception
-        raise UserError(f"{data}: datasets cannot load it: {first_line(error)}") from None
+        is_offline = type(error).__name__ in ("ConnectionError", "ConnectError", "ConnectTimeout")
+        advice = f"; {download_elsewhere(HubName(repository, data.revision), 'dataset')}" if is_offline else ""
+        raise UserError(f"{data}: datasets cannot load it: {first_line(error)}{advice}") from None
 
 
 def read_cells(rows: "datasets.Dataset", columns: Sequence[str], part: slice = slice(None)) -> Iterator[list[Any]]:

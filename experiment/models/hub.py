@@ -90,7 +90,7 @@ def download_model(
         if modules and not (folder / "1_Pooling").is_dir() and _cached(pinned, weights, modules) is None:
             raise UserError(
                 f"{name}: cannot tell whether it has modules of sentence-transformers, such as a pooling: the list of "
-                f"its files is not in {constants.HF_HUB_CACHE}; get it with `{_download_command(pinned, 'model')}`"
+                f"its files is not in {constants.HF_HUB_CACHE}; get it with `{_download_command(pinned)}`"
             )
         return folder
 
@@ -105,7 +105,7 @@ def download_model(
         raise UserError(
             f"{name}: there are no weights in safetensors (model.safetensors) on the Hugging Face Hub; others, such as "
             f"pytorch_model.bin, are not read: a pickle may run code. If you trust it, run `"
-            f"{_download_command(name, 'model')} --local-dir FOLDER` and name FOLDER; or name a pull request with "
+            f"{_download_command(name)} --local-dir FOLDER` and name FOLDER; or name a pull request with "
             f"safetensors, if there is one: {name.repository}@refs/pr/N"
         )
     return folder
@@ -178,14 +178,20 @@ def _unreachable(name: HubName, kind: Kind, error: BaseException) -> UserError:
     why = f"cannot reach {constants.ENDPOINT} ({first_line(error)})"
     return UserError(
         f"{name}: no such folder, and no such {kind} in {constants.HF_HUB_CACHE}; "
-        f"{'HF_HUB_OFFLINE is set' if constants.is_offline_mode() else why}: download it on a machine with network, "
-        f"with `{_download_command(name, kind)}`"
+        f"{'HF_HUB_OFFLINE is set' if constants.is_offline_mode() else why}: {download_elsewhere(name, kind)}"
     )
 
 
-def _download_command(name: HubName, kind: Kind) -> str:
-    revision = "" if name.revision is None else f" --revision {name.revision}"
-    return f"hf download {name.repository}{revision}{' --repo-type dataset' if kind == 'dataset' else ''}"
+def download_elsewhere(name: HubName, kind: Kind) -> str:
+    """Return advice for a machine without a network."""
+    command = _download_command(name)
+    if kind == "dataset":  # `datasets` does not read huggingface_hub's cache
+        command += " --repo-type dataset --local-dir FOLDER` and use `hub:FOLDER:SPLIT"
+    return f"download it on a machine with network, with `{command}`"
+
+
+def _download_command(name: HubName) -> str:
+    return f"hf download {name.repository}{'' if name.revision is None else f' --revision {name.revision}'}"
 
 
 def _explain(name: HubName, kind: Kind, error: Exception) -> UserError:

@@ -1,10 +1,11 @@
 """Data sets of the Hub, against a server on this machine."""
 
+import time
 from pathlib import Path
 
 import datasets.utils
 import pytest
-from huggingface_hub import HfFileSystem
+from huggingface_hub import HfFileSystem, constants, snapshot_download
 
 from experiment.errors import UserError
 from experiment.hub_data import HubData, load_rows, read_cells
@@ -82,6 +83,26 @@ def test_another_commit_in_the_cache(hub: HubServer, commit: str, monkeypatch: p
         load_rows(data)
     load_rows.cache_clear()
     assert len(load_rows(HubData(NAME, commit))) == 3
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network(
+    hub: HubServer, commit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    """Catches advice that does not help: datasets does not read what `hf download` has cached."""
+    snapshot_download(NAME, repo_type="dataset")
+    snapshot_download(NAME, repo_type="dataset", local_dir=tmp_path / "reviews")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between the attempts of the libraries
+    for source, name in (("org/none", "org/none"), (NAME, f"{NAME} --revision {commit}")):
+        with pytest.raises(UserError) as raised:
+            texts(f"hub:{source}")
+        command = f"hf download {name} --repo-type dataset --local-dir FOLDER"
+        assert str(raised.value).endswith(f"with `{command}` and use `hub:FOLDER:SPLIT`")
+    assert texts(f"hub:{tmp_path / 'reviews'}:train") == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
