@@ -29,7 +29,8 @@ def announce_done(folder: RunFolder, before: set[tuple[int, int]], seconds: floa
     path, new = folder.path, found - before
     step, _ = max(new or found)
     if not new:
-        inform(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
+        advice = "to train longer, raise its length in `schedule`, or, if it stopped early, `evaluation.patience`"
+        inform(f"{path} was finished already, at step {step:,}; {advice}")
         return
     losses = [event["loss"] for event in read_events(folder.metrics) if event.get("loss") is not None]
     with_loss = f", loss {losses[-1]:.4f}" if losses else ""

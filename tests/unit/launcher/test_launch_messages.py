@@ -85,10 +85,12 @@ def test_a_diverged_run_is_told_from_a_noisy_one(losses: list[float], diverged: 
 
 
 def test_a_run_that_was_finished_says_so(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a launch that seems to have trained."""
+    """Catches a launch that seems to have trained, and a run that stopped early without the key to continue it."""
     announce_done(run, completed_saves(run.checkpoints) or set(), seconds=9)
     printed = capsys.readouterr().err
     assert printed.startswith(f"deepcloze: {run.path} was finished already, at step 1,200; ")
+    assert "`schedule`" in printed
+    assert "`evaluation.patience`" in printed
     assert "done" not in printed
 
 
