@@ -32,6 +32,8 @@ def print_run_plan(options: PlanOptions) -> None:
     else:
         device = local_gpu() if machine.devices.kind == "cuda" else local_cpu(max(ranks_by_host))
     is_here = is_local(slots) and sum(ranks_by_host) <= len(machine.devices.indices)
+    if options.device is None and is_local(slots) and machine.devices.problem is not None:
+        notify(f"warning: {machine.devices.problem}")
     if options.device is None and (not is_here or device == UNKNOWN_GPU):
         notify(f"warning: planned for this machine's device, {device.name}; name the one to plan for as --device")
     plan = plan_run(
@@ -53,9 +55,11 @@ def print_run_plan(options: PlanOptions) -> None:
 
 
 def _planned_slots(options: PlanOptions, machine: Machine) -> Slots:
-    """Return the slots as for a launch, but `--num_gpus` without a hostfile may exceed this machine's devices."""
+    """Return the slots as for a launch, but `--num_gpus` without a hostfile may exceed this machine's devices, which
+    need not be usable."""
     hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
     is_filtered = options.include is not None or options.exclude is not None  # which `place_ranks` rejects
     if hosts is None and options.num_gpus is not None and not is_filtered:
         return {"localhost": tuple(range(options.num_gpus))}
-    return place_ranks(machine.devices, options.model_copy(update={"oversubscribe": True}), hosts)
+    devices = replace(machine.devices, problem=None)
+    return place_ranks(devices, options.model_copy(update={"oversubscribe": True}), hosts)

@@ -86,7 +86,8 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
         return Devices("cuda", tuple(range(count)))
     names = [name.strip() for name in visible.split(",")]
     if not all(map(str.isdigit, names)):
-        return Devices("cuda", (), f"CUDA_VISIBLE_DEVICES={visible}: expected GPU numbers such as 0,1; slots are these")
+        problem = f"CUDA_VISIBLE_DEVICES={visible}: expected GPU numbers such as 0,1; slots are these"
+        return Devices("cuda", tuple(range(count)), problem)
     return Devices("cuda", tuple(map(int, names))[:count])
 
 

@@ -1,6 +1,7 @@
 """Validation of runs that are not started, and their configs."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +26,17 @@ _PRECISION = tuple(f"engine.ds_config.{key}" for key in ("bf16.", "fp16.", "data
 
 
 def check_pretraining(config: str, overrides: dict[str, str]) -> None:
-    """Check a config for `deepcloze validate`, and print warnings. Raises UserError for anything that would keep the
-    run from starting on this machine."""
+    """Check a config for `deepcloze validate`, and print warnings, also of a GPU here that cannot be used. Raises
+    UserError for anything else that would keep the run from starting on this machine."""
     loaded = load_config(PretrainConfig, config, overrides)
     check_not_moved(config, overrides, RunFolder(Path(loaded.run.dir).absolute()))
     with fast_imports():
         import_transformers_without_scipy()
-    plan_launch(PretrainOptions(config=config, overrides=overrides), loaded, launch_machine())
+    machine = launch_machine()
+    usable = replace(machine, devices=replace(machine.devices, problem=None))
+    plan = plan_launch(PretrainOptions(config=config, overrides=overrides), loaded, usable)
+    if plan.local and machine.devices.problem is not None:
+        notify(f"warning: {machine.devices.problem}")
     for warning in loaded.warnings(loaded.schedule.known_steps):
         notify(f"warning: {warning}")
 

@@ -15,6 +15,7 @@ from experiment.run_files.run_folder import open_run_folder
 from experiment.run_files.run_lock import lock_run
 from launcher.cli import main
 from launcher.hosts.machine import Devices, Machine, free_port
+from pretrain.plan.cost import Device
 from pretrain.resolve import ResolvedRun
 
 pytestmark = pytest.mark.usefixtures("memory_measured_once")
@@ -116,6 +117,28 @@ def test_warns_of_a_gpu_that_nvidia_smi_does_not_list(
     assert "device, unknown GPU; name the one to plan for as --device" in printed.err
     assert main(["plan", "--config", str(config), "--json", *H100]) == 0
     assert "planned for this machine" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("devices", "name"),
+    [
+        (Devices("cpu", (0, 1), "torch cannot use it"), "cpu"),
+        (Devices("cuda", (0,), "CUDA_VISIBLE_DEVICES=MIG-1: expected GPU numbers"), "A100 MIG"),
+    ],
+)
+def test_needs_no_gpu_of_this_machine(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, devices: Devices, name: str
+) -> None:
+    """Catches a config that is refused because of the GPU of a machine on which it may never run, and a plan for this
+    machine, or `deepcloze validate`, that does not say what would keep the run from starting here."""
+    monkeypatch.setattr("launcher.plan_command.launch_machine", lambda: Machine(devices, {}, free_port))
+    monkeypatch.setattr("launcher.run_sets.validation.launch_machine", lambda: Machine(devices, {}, free_port))
+    monkeypatch.setattr("pretrain.plan.cost.local_gpu", lambda: Device("A100 MIG", None, None))
+    for command, planned_for in ((["plan", "--json", *H100], "H100"), (["plan", "--json"], name), (["validate"], None)):
+        assert main([*command, "--config", str(config), "--engine.ds_config=fp32_zero1"]) == 0
+        printed = capsys.readouterr()
+        assert (f"warning: {devices.problem}" in printed.err) == (planned_for != "H100")
+        assert planned_for is None or json.loads(printed.out)["device"]["name"] == planned_for
 
 
 def test_warns_of_what_this_cpu_lacks(
