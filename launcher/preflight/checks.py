@@ -1,5 +1,6 @@
 """Compare the facts of hosts with the needs of a run. Pure, and linear in the number of hosts."""
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ Check = Literal[
     "ssh", "Python", "packages", "code", "files", "run folder", "disk", "devices", "clock", "network", "speed"
 ]
 
+_TORCH_BUILD = re.compile(r"\+(cpu|cu\d+)$")  # which only torch's own index has
 _FOREIGN_SHELLS = ("csh", "tcsh")  # have no `export`
 _CLOCK_SECONDS = 60.0
 _BUSY_BYTES = 1 << 30  # of GPU memory; drivers and displays use less
@@ -90,6 +92,8 @@ def _software_problems(host: str, facts: HostFacts, own: HostFacts, target: Targ
     if wrong:
         found = ", ".join(f"{name} {facts.versions[name] or 'missing'} (expected {wrong[name]})" for name in wrong)
         needed = " ".join(f"{name}=={version}" for name, version in wrong.items())
+        if build := _TORCH_BUILD.search(wrong.get("torch", "")):
+            needed += f" --extra-index-url https://download.pytorch.org/whl/{build[1]}"
         yield Problem("packages", found, f"ssh {host} {python} -m pip install {needed}")
     copy = copy_command(target.project, host)
     if facts.source is None:

@@ -99,6 +99,23 @@ def test_a_difference_is_one_problem_of_its_host(
 
 
 @pytest.mark.parametrize(
+    ("version", "end"),
+    [
+        ("2.13.0+cu126", "torch==2.13.0+cu126 --extra-index-url https://download.pytorch.org/whl/cu126"),
+        ("2.13.0+cpu", "torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"),
+        ("2.13.0a0+e1c3b1f", "torch==2.13.0a0+e1c3b1f"),
+    ],
+)
+def test_builds_of_torch_are_installed_from_their_index(
+    answer: Answers, target: Targets, version: str, end: str
+) -> None:
+    """Catches a command that fails, because PyPI has no version with a build."""
+    here = answer(versions={"torch": version, "wandb": None})
+    (problem,) = find_problems({"a": answer()}, here.facts, target("a"), {"a"})["a"]
+    assert problem.fix.endswith(f"-m pip install {end}")
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"clock_offset": 59.0},
