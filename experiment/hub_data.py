@@ -19,7 +19,7 @@ PREFIX = "hub:"
 
 
 class HubData(NamedTuple):
-    """A split of a data set, written hub:NAME[/CONFIGURATION][@REVISION][:SPLIT], or hub:FOLDER[:SPLIT]."""
+    """A split of a data set, written hub:OWNER/NAME[/CONFIGURATION][@REVISION][:SPLIT], or hub:FOLDER[:SPLIT]."""
 
     name: str  # with the configuration; or a folder
     revision: str | None = None

@@ -42,7 +42,7 @@ class TaskConfig(Section):
     train: PathText | None = None
     """Training split, needed by all kinds that are trained: a .csv, .tsv, .txt (tab-separated), .jsonl, .json, .parquet
     or .conll file, or a folder of .json files, relative to the working directory; all but Parquet plain or .gz. Or a
-    data set of the Hugging Face Hub, as hub:NAME[/CONFIGURATION][@REVISION][:SPLIT]. See docs/task_data.md."""
+    data set of the Hugging Face Hub, as hub:OWNER/NAME[/CONFIGURATION][@REVISION][:SPLIT]. See docs/task_data.md."""
 
     validation: PathText | None = None
     """Validation split, which decides which epoch is kept; default: a share of the training split."""
