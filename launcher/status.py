@@ -20,7 +20,7 @@ from rich.table import Table
 from experiment.config import read_recorded
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.files import read_json
-from experiment.formatting import FILE_WIDTH, UNKNOWN, describe_duration, show, table_console
+from experiment.formatting import FILE_WIDTH, UNKNOWN, describe_duration, shorten, show, table_console
 from experiment.results.main_score import main_score
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
 from experiment.run_files.goodput import AttemptTime, add_up, last_lines, read_attempt_times
@@ -117,7 +117,7 @@ def find_run(run: str) -> RunFolder:
     if is_run(folder):
         return folder
     if runs := runs_in(run):
-        raise UserError(f"{folder.path} has several runs: give one of {', '.join(map(str, runs))}")
+        raise UserError(f"{folder.path} is a folder of runs: give one of {shorten(', '.join(map(str, runs)), 300)}")
     known = (folder.config, folder.metrics, folder.launches, folder.lock)
     names = ", ".join(str(path.relative_to(folder.path)) for path in known)
     raise UserError(f"{folder.path} is not a run folder: expected one of {names}, found none")

@@ -314,6 +314,7 @@ FOLDERS = {
     "no run to report": Mistake("report corpus", r"corpus has nothing to report"),
     "report to a file": Mistake("report run --output text.txt", r"--output: text.txt is a file"),
     "no run to follow": Mistake("logs corpus", r"corpus is not a run folder"),
+    "folder of runs": Mistake("logs .", r" is a folder of runs: give one of run, task"),
     "log of no rank": Mistake("logs run --rank 7", r"no log of rank 7; ranks with a log: 0"),
     "no run to watch": Mistake("watch task --task task.yaml", r"task is a run of `deepcloze finetune`; expected"),
     "no corpus to verify": Mistake("corpus --verify no", r"no .*corpus"),
