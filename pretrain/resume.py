@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 # Keys of lengths that count from step 0, in a fork too.
 _FROM_STEP_0 = ("model.freeze_steps", "schedule.warmup_steps", "schedule.batch_warmup_steps")
-_ADVICE = "Delete damaged checkpoints to resume from checkpoint.mirror, or choose another run.dir to start over"
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,11 @@ class ResumeCandidates:
 
     checkpoints: Sequence[Path]  # oldest first; empty: the run starts at step 0
     fork: bool  # they are another run's
+    mirror: str | None = None  # of the run
 
     def choose(self, verify: Verify) -> ResumePoint | None:
         """Return the newest undamaged one. Raises UserError if all are damaged."""
-        advice = "" if self.fork else f". {_ADVICE}"
+        advice = "" if self.fork else f". {_advice(self.mirror)}"
         return ResumePoint(last_usable(self.checkpoints, verify, advice), self.fork) if self.checkpoints else None
 
 
@@ -84,13 +84,13 @@ def find_resume_candidates(run: RunConfig, folder: RunFolder, mirror: str | None
     """
     check_run_folder(folder, "pretraining run")
     own = checkpoints_to_resume(folder.checkpoints)
-    _check_incomplete(folder.checkpoints, own)
+    _check_incomplete(folder.checkpoints, own, mirror)
     if run.resume == "never" and (own or folder.metrics.exists()):
         raise UserError(f"run.resume is 'never', but {folder.path} already holds a run; choose another run.dir")
     if not own and mirror is None:
         check_none_saved(folder)
     parents = [] if run.parent is None else _parent_checkpoints(run.parent, folder, has_own=bool(own))
-    return ResumeCandidates(own or parents, fork=not own)
+    return ResumeCandidates(own or parents, fork=not own, mirror=mirror)
 
 
 def check_none_saved(folder: RunFolder) -> None:
@@ -102,17 +102,22 @@ def check_none_saved(folder: RunFolder) -> None:
         )
 
 
-def _check_incomplete(checkpoints: Path, complete: Sequence[Path]) -> None:
+def _check_incomplete(checkpoints: Path, complete: Sequence[Path], mirror: str | None) -> None:
     """Warn of newer checkpoints than the complete ones; raise UserError instead of starting over without any."""
     found = incomplete_checkpoints(checkpoints)
     if found and not complete:
         raise UserError(
             f"no checkpoint in {checkpoints} has a COMPLETE file: all are damaged, or their copy is incomplete. "
-            f"{_ADVICE}"
+            f"{_advice(mirror)}"
         )
     for path in found:
         if checkpoint_step(path) > checkpoint_step(complete[-1]):
             log.warning("skipping damaged checkpoint %s: it has no COMPLETE file", path)
+
+
+def _advice(mirror: str | None) -> str:
+    delete = "Delete damaged checkpoints to resume from checkpoint.mirror"
+    return f"{delete if mirror else 'Restore checkpoints from a copy'}, or choose another run.dir to start over"
 
 
 def locate_model(

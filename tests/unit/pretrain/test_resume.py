@@ -73,8 +73,8 @@ def make_run(
     return path
 
 
-def plan(run: Path, resume: str, **changes: Any) -> ResumePlan:
-    candidates = find_resume_candidates(RunConfig(dir=str(run), resume=resume), RunFolder(run))
+def plan(run: Path, resume: str, mirror: str | None = None, **changes: Any) -> ResumePlan:
+    candidates = find_resume_candidates(RunConfig(dir=str(run), resume=resume), RunFolder(run), mirror)
     return plan_resume(candidates.choose(verify), identity(**changes))
 
 
@@ -164,14 +164,28 @@ def test_paths_that_name_a_checkpoint(tmp_path: Path) -> None:
         plan(new, str(checkpoint_path(parent / "checkpoints", 4)))
 
 
+@pytest.mark.parametrize(
+    ("mirror", "advice"),
+    [
+        ("s3://bucket/run", r"Delete damaged checkpoints to resume from checkpoint\.mirror"),
+        (None, "Restore checkpoints from a copy"),
+    ],
+)
 @pytest.mark.parametrize("steps", [(4,), (2, 4)])
-def test_damaged_checkpoints_of_a_run_that_may_be_mirrored(tmp_path: Path, steps: tuple[int, ...]) -> None:
-    """Catches a user who loses a run because no message says that its mirror may have it."""
+@pytest.mark.parametrize("incomplete", [False, True])
+def test_damaged_checkpoints_of_a_run_that_may_be_mirrored(
+    tmp_path: Path, incomplete: bool, steps: tuple[int, ...], mirror: str | None, advice: str
+) -> None:
+    """Catches a user who loses a run because no message says that its mirror may have it, or because a message says so
+    without a mirror."""
     run = make_run(tmp_path / "run", steps)
-    for step in steps:
-        (checkpoint_path(run / "checkpoints", step) / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"damaged.*\. Delete damaged checkpoints to resume from checkpoint\.mirror"):
-        plan(run, "auto")
+    for checkpoint in (checkpoint_path(run / "checkpoints", step) for step in steps):
+        if incomplete:
+            (checkpoint / "COMPLETE").unlink()
+        else:
+            (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"damaged.*\. {advice}, or choose another run\.dir to start over$"):
+        plan(run, "auto", mirror)
 
 
 @pytest.mark.parametrize("gone", ["missing", "empty", "dangling"])
