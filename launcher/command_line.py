@@ -37,7 +37,14 @@ ABOUT_FLAGS = (
 
 _fill = partial(textwrap.fill, break_on_hyphens=False, break_long_words=False)  # names stay whole
 
-_SYNONYMS = {"gpu": "device", "input": "source", "num_nodes": "include"}
+_SYNONYMS = {
+    "checkpoint": "model",
+    "config": "file",
+    "gpu": "device",
+    "input": "source",
+    "model": "checkpoint",
+    "num_nodes": "include",
+}
 """Flag of another program, or of another command -> ours, where the name of a wrong one is more similar."""
 
 Command = Callable[[Any], None]
@@ -194,7 +201,7 @@ def _split(
         else:
             all_count = flags[name].is_repeated or flags[name].separator
             texts[name] = [*texts.get(name, []), value] if all_count else [value]
-            positional = [other for other in positional if other != name]
+            positional = [other for other in positional if other != name or flags[other].is_repeated]
     return texts, overrides
 
 

@@ -41,7 +41,8 @@ def find_recipe(name: str, kinds: Sequence[RecipeKind] = _KINDS) -> Recipe:
     known = all_recipes(kinds)
     found = [recipe for recipe in known if name in (recipe.name, f"{recipe.kind}/{recipe.name}")]
     if not found:
-        close = did_you_mean(name, [recipe.name for recipe in known])
+        longer = [recipe.name for recipe in known if recipe.name.startswith(name)]
+        close = did_you_mean(name, longer or [recipe.name for recipe in known])
         raise UserError(f"there is no file and no recipe '{name}'{close}")
     if len(found) > 1:
         names = " or ".join(f"{recipe.kind}/{recipe.name}" for recipe in found)
@@ -62,4 +63,6 @@ def find_config(name: str, *kinds: RecipeKind) -> str:
     except UserError:
         if Path(name).is_dir():
             raise UserError(f"{name} is a folder; expected a YAML file, or the name of a recipe") from None
+        if (file := Path(f"{name}.yaml")).is_file():
+            raise UserError(f"there is no file and no recipe '{name}'; did you mean '{file}'?") from None
         raise

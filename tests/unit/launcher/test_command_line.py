@@ -335,6 +335,7 @@ def test_an_argument_may_be_repeated() -> None:
         "listed a --json b c": ("a", "b", "c"),
         "listed --runs=a": ("a",),
         "listed --runs=a --runs b": ("a", "b"),
+        "listed --runs a b": ("a", "b"),
     }
     for line, runs in lines.items():
         assert parse_command_line(line.split(), commands)[1] == ListOptions(runs=runs, json="--json" in line)

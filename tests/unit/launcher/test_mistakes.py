@@ -86,6 +86,9 @@ COMMAND_LINE = {
     ),
     "output by URL": Mistake("export --checkpoint run --output s3://b/a", r"a path on a disk, found the URL s3://b/a"),
     "model by position": Mistake("serve task", r"argument 'task'; flags are written"),
+    "config of a comparison": Mistake("compare --config table.yaml", r"'--config'; did you mean '--file'\?"),
+    "model of a checkpoint": Mistake("evaluate --model run", r"'--model'; did you mean '--checkpoint'\?"),
+    "checkpoint of a model": Mistake("serve --checkpoint run", r"'--checkpoint'; did you mean '--model'\?"),
     "no dot": Mistake("pretrain --config run.yaml --run-dir x", r"'--run-dir'; did you mean '--run.dir'\?"),
     "flag by meaning": Mistake("plan --config run.yaml --gpu A100", r"'--gpu'; did you mean '--device'\?"),
     "flag of torchrun": Mistake("pretrain --nproc-per-node 2", r"per-node'; known: .* --num_gpus, "),
@@ -128,6 +131,8 @@ COMMAND_LINE = {
 CONFIGS = {
     "missing config": Mistake("pretrain --config no.yaml", r"cannot read the config file no.yaml: No such file"),
     "misspelt recipe as config": Mistake("pretrain --config roberta-bse", r"did you mean 'roberta-base'\?"),
+    "beginning of a recipe": Mistake("validate bert", r"'bert'; known: bert-base-fast, bert-base-wikipedia-like "),
+    "config without suffix": Mistake("validate broken", r"did you mean 'broken.yaml'\?", {"broken.yaml": ""}),
     "folder as config": Mistake("pretrain --config corpus", r"--config: corpus is a folder; expected a YAML file"),
     "empty config": Mistake(
         "pretrain --config empty.yaml",
