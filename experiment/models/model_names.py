@@ -4,12 +4,11 @@ Configs record `record_model(name)`; code that computes with a model reads `loca
 the other returns.
 """
 
-import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from experiment.errors import UserError, notify
+from experiment.errors import UserError, notify, warn_once
 from experiment.models.hub import download_model, resolve_commit
 from experiment.models.hub_names import HubName, meant_name
 from experiment.run_files.checkpoints import (
@@ -26,8 +25,6 @@ from experiment.run_files.mirror import local_checkpoint
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_life import read_life
 from experiment.storage import is_url, local_folder
-
-log = logging.getLogger(__name__)
 
 _UNFINISHED = ("running", "stopped", "failed", "killed")
 # Files that may be in the folder of a tokenizer.
@@ -84,7 +81,7 @@ def local_model(
     if is_url(name):
         return local_checkpoint(name)
     if HubName.parse(name) is not None and (Path(name) / "config.json").is_file():
-        log.warning("%s: using this folder, not a model of this name on the Hugging Face Hub", name)
+        warn_once(f"{name}: using this folder, not a model of this name on the Hugging Face Hub")
     hub = HubName.of_model(name)
     if hub is None:
         return Path(name)

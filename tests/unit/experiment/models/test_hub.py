@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars, logging
 
 from experiment import progress
-from experiment.errors import QUIET_VARIABLE, UserError
+from experiment.errors import QUIET_VARIABLE, UserError, warn_once
 from experiment.models.hub import call_hub, download_model, resolve_commit
 from experiment.models.hub_names import HubName, meant_name
 from experiment.models.model_names import local_model, local_tokenizer, record_model
@@ -157,12 +157,15 @@ def test_a_run_that_has_begun_keeps_its_commit(hub: HubServer, commit: str) -> N
 def test_a_folder_wins(
     hub: HubServer, commit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a download in place of the user's folder, and a silent choice; a run's folder needs no line."""
+    """Catches a download in place of the user's folder, a silent choice, and a warning for each use of the folder; a
+    run's folder needs none."""
+    warn_once.cache_clear()
     monkeypatch.chdir(tmp_path)
     for folder in ("org/bert-base-tiny", "tokenizer"):
         Path(folder).mkdir(parents=True)
     Path("org/bert-base-tiny/config.json").touch()
-    assert record_model(str(NAME)) == str(tmp_path / "org" / "bert-base-tiny")
+    for _ in range(2):
+        assert record_model(str(NAME)) == str(tmp_path / "org" / "bert-base-tiny")
     assert caplog.messages == [
         "org/bert-base-tiny: using this folder, not a model of this name on the Hugging Face Hub"
     ]
