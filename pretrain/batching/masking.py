@@ -32,7 +32,7 @@ class Ranges(NamedTuple):
 
 
 MAX_SPAN_WORDS = 10  # as in SpanBERT
-_SPAN_END_PROBABILITY = 0.2  # that a span shorter than the maximum ends after the current word
+_SPAN_END_PROBABILITY = 0.2  # after each word, before lengths above the maximum are redrawn
 
 
 @dataclass(frozen=True)
