@@ -59,7 +59,12 @@ class _Pool(ProcessPoolExecutor):
         semaphores that it is about to open."""
         in_main_thread = threading.current_thread() is threading.main_thread()
         with uninterrupted() if in_main_thread else nullcontext():
-            return super().submit(*call, **arguments)
+            try:
+                return super().submit(*call, **arguments)
+            except OSError:  # of a queue that is closed because another worker has been killed just now
+                if self._broken:
+                    raise BrokenProcessPool(self._broken) from None
+                raise
 
 
 @contextmanager

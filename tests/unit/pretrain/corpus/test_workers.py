@@ -46,6 +46,18 @@ def test_workers_have_the_environment_of_the_caller(monkeypatch: pytest.MonkeyPa
     assert "PYTHONSAFEPATH" not in os.environ
 
 
+def test_a_worker_is_killed_while_another_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback: the thread that notices closes the queue that the new worker is about to get."""
+
+    def submit(pool: Any, *_: object) -> None:
+        pool._broken = "a process ended"
+        raise OSError("handle is closed")
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(StoppedError, match="killed"), worker_pool(1, "") as pool:
+        pool.submit(abs, -1)
+
+
 def terminate_broken(manager: Any, cause: object) -> None:
     """`_ExecutorManagerThread.terminate_broken` of Python 3.11.4 and older: leaves the pipe of tasks open."""
     executor = manager.executor_reference()
