@@ -342,12 +342,13 @@ def _check_with_deepspeed(settings: DeepSpeedSettings) -> None:
         what = "; ".join(f"'{'.'.join(map(str, p['loc']))}': {p['msg']}, found {p['input']!r}" for p in problems)
         raise UserError(f"{settings.path}: DeepSpeed rejects it: {what or error}") from None
     fp16, steps, size = parsed.float16_config, parsed.steps_per_print, parsed.zero_config.allgather_bucket_size
-    hysteresis = fp16.hysteresis if fp16.enabled else 1
-    counts = steps is None or (isinstance(steps, int | float) and steps > 0)
+    stage, hysteresis = settings.zero_stage, fp16.hysteresis if fp16.enabled else 1
+    is_read = stage > 1 or settings.offload != "none"  # by DeepSpeed's `step`
+    counts = not is_read or steps is None or (isinstance(steps, int | float) and steps > 0)
     for key, value, valid, expected in (  # DeepSpeed's parser accepts any value
         ("fp16.hysteresis", hysteresis, hysteresis > 0, "at least 1: with less the loss scale never falls"),
         ("steps_per_print", steps, counts, "a number above 0"),
-        ("zero_optimization.allgather_bucket_size", size, size % 2 == 0, "an even number"),
+        ("zero_optimization.allgather_bucket_size", size, size % 2 == 0 or stage not in (1, 2), "an even number"),
     ):
         if not valid:
             raise UserError(f"{settings.path}: '{key}' is {json.dumps(value)}, expected {expected}")
