@@ -6,7 +6,7 @@ Packed and padded rows:
    one sequence per row.
 2. Rows, fullest first, are assigned to ranks in snake order, which balances the ranks by tokens. Each rank splits its
    rows, in that order, into as few microbatches as hold them. A padded microbatch has sequences of similar length: it
-   is as wide as the longest of all ranks.
+   is as wide as the longest of all ranks, and ends where most others would be mostly padding.
 3. A microbatch has the same shape on every rank, and packed ones have the same number of rows in all microbatches of
    a step. Rows are rounded up to one of a few numbers, so that compiled kernels see few shapes. Surplus rows are
    padding with weight zero.
@@ -15,7 +15,8 @@ Flat microbatches, which have a single row of T slots, are dealt without packing
 
 1. Sequences, longest first, are dealt to all microbatches of all ranks, round by round, so that every microbatch gets
    one of each length class: equal tokens, and equal attention FLOPs. Where that leaves some fuller than others, as a
-   few long sequences among short ones do, each sequence goes to the emptiest microbatch instead.
+   few long sequences among short ones do, each sequence goes to the emptiest microbatch instead; and where one of them
+   then has more than its capacity, by best fit.
 2. T is the fullest microbatch, rounded up to one of a few sizes. It never exceeds the capacity of a microbatch. With
    many sequences per microbatch, the fullest has hardly more tokens than the mean: more than 98 % of the slots are real
    tokens, where rows of fixed width lose up to a sixth.
@@ -203,14 +204,17 @@ def _split_packed(filled: NDArray[np.int64], layout: MicrobatchLayout) -> _Split
 
 
 def _split_padded(filled: NDArray[np.int64], layout: MicrobatchLayout) -> _Split:
-    """Split the rows of a rank into microbatches, each as wide as its first row, the longest. `filled` [R]: the longest
-    of the ranks' rows in each place, falling.
+    """Split the rows of a rank into microbatches, each as wide as its first row, the longest. If half of the rows that
+    fit, or more, are at most half as long, they get one of their own. `filled` [R]: the longest of the ranks' rows in
+    each place, falling.
     """
     bounds, rows, widths = [0], [], []
     while (first := bounds[-1]) < len(filled):
         width = min(layout.max_seq_length, next_multiple(int(filled[first]), _WIDTH_BUCKET))
         max_rows = layout.padded_rows(width)
-        bounds.append(min(first + max_rows, len(filled)))
+        fitting = filled[first : first + max_rows]
+        longer = int((2 * fitting > width).sum())
+        bounds.append(first + (longer if 0 < 2 * longer <= len(fitting) else len(fitting)))
         rows.append(min(max_rows, round_up(bounds[-1] - first, _ROW_PARTS)))
         widths.append(width)
     return np.array(bounds), np.array(rows), np.array(widths)
@@ -233,12 +237,18 @@ def deal(lengths: NDArray[np.int64], world_size: int, capacity: int) -> Assignme
     """Assign sequences with these lengths [S], at most `capacity`, to microbatches of at most `capacity` slots."""
     order = longest_first(lengths)
     falling = lengths[order]
-    fewest = max(-(-int(lengths.sum()) // capacity), int((2 * lengths > capacity).sum()))  # two do not fit in one
-    microbatches = max(1, -(-fewest // world_size))
-    dealt, tokens = _deal_level(falling, world_size * microbatches)
-    while tokens.max() > capacity:
-        microbatches += 1
-        dealt, tokens = _deal_level(falling, world_size * microbatches)
+    dealt, tokens = _deal_level(falling, next_multiple(int(lengths.sum()), world_size * capacity) // capacity)
+    if tokens.max() > capacity:
+        packed = pack(falling, capacity)
+        count = next_multiple(packed.count, world_size)
+        dealt, tokens = _deal_level(falling, count)
+        if tokens.max() > capacity:
+            dealt, tokens = packed.row, _sums(packed.row, falling, count)
+    if not _is_level(tokens):  # with one microbatch more, all may be shorter
+        more, their_tokens = _deal_level(falling, len(tokens) + world_size)
+        if len(their_tokens) * their_tokens.max() < len(tokens) * tokens.max():
+            dealt, tokens = more, their_tokens
+    microbatches = len(tokens) // world_size
     together = stable_argsort(dealt)  # by microbatch, and in it longest first
     before = np.cumsum(falling[together]) - falling[together]
     own_before = before - (np.cumsum(tokens) - tokens)[dealt[together]]
@@ -252,12 +262,19 @@ def deal(lengths: NDArray[np.int64], world_size: int, capacity: int) -> Assignme
 
 def _deal_level(falling: NDArray[np.int64], bins: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the bin [S] of each length, and the sum [bins] of the lengths in each bin."""
-    for deal_all in (_deal_in_rounds, _deal_to_emptiest):
-        dealt = deal_all(falling, bins)
-        tokens = np.bincount(dealt, weights=falling, minlength=bins).astype(np.int64)
-        if tokens.max() * bins * _SLOT_PARTS <= tokens.sum() * (_SLOT_PARTS + 1):
-            break
-    return dealt, tokens
+    dealt = _deal_in_rounds(falling, bins)
+    if not _is_level(_sums(dealt, falling, bins)):
+        dealt = _deal_to_emptiest(falling, bins)
+    return dealt, _sums(dealt, falling, bins)
+
+
+def _sums(dealt: NDArray[np.int64], lengths: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
+    return np.bincount(dealt, weights=lengths, minlength=bins).astype(np.int64)
+
+
+def _is_level(tokens: NDArray[np.int64]) -> bool:
+    """Return whether the fullest bin has hardly more tokens than the mean."""
+    return bool(tokens.max() * len(tokens) * _SLOT_PARTS <= tokens.sum() * (_SLOT_PARTS + 1))
 
 
 def _deal_in_rounds(falling: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
@@ -278,7 +295,7 @@ def _deal_in_rounds(falling: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
 
 def _deal_to_emptiest(falling: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
     """Deal each length to the bin that has least (Graham 1969, "Bounds on multiprocessing timing anomalies"). Takes
-    five times as long as rounds."""
+    many times as long as rounds."""
     by_fullness = [(0, number) for number in range(bins)]  # a heap
     dealt = np.empty_like(falling)
     for place, length in enumerate(falling.tolist()):
