@@ -11,9 +11,14 @@ S = TypeVar("S", bound=Section)
 
 
 def max_halvings(config: PretrainConfig) -> int:
-    """Return how often halving changes a config: until a microbatch is one sequence."""
+    """Return how often halving changes the computation: until a microbatch is one sequence."""
+
+    def sizes(halvings: int) -> tuple[BatchConfig, tuple[Stage, ...]]:
+        scaled = scaled_microbatch(config, -halvings)
+        return scaled.batch, scaled.stages
+
     halvings = 0
-    while scaled_microbatch(config, -halvings - 1) != scaled_microbatch(config, -halvings):
+    while sizes(halvings + 1) != sizes(halvings):
         halvings += 1
     return halvings
 

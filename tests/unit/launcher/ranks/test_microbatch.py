@@ -26,18 +26,19 @@ def test_all_stages_are_scaled(doublings: int, expected: tuple[int, int]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("stages", "ranks", "doublings", "halvings"),
+    ("stages", "tokens", "ranks", "doublings", "halvings"),
     [
-        ([], 1, 6, 3),  # 32 · 1,000 = 32,000 < 256 · 128 = 32,768
-        ([], 3, 4, 3),  # 86 sequences
-        ([], 300, 0, 3),
-        (STAGES, 2, 7, 3),  # 128 · 64 = 8,192 in the first stage
+        ([], 1000, 1, 6, 3),  # 32 · 1,000 = 32,000 < 256 · 128 = 32,768
+        ([], 1000, 3, 4, 3),  # 86 sequences
+        ([], 1000, 300, 0, 3),
+        (STAGES, 1000, 2, 7, 3),  # 128 · 64 = 8,192 in the first stage
+        ([{"steps": 5}], 128, 2, 7, 0),
     ],
 )
 def test_sizes_end_at_one_sequence_and_at_one_microbatch_per_step(
-    stages: list[dict[str, int]], ranks: int, doublings: int, halvings: int
+    stages: list[dict[str, int]], tokens: int, ranks: int, doublings: int, halvings: int
 ) -> None:
-    """Catches trials of sizes that compute the same as others, and a largest size that is missing."""
-    given = config(stages, sequences=256, max_seq_length=128, microbatch_tokens=1000)
+    """Catches trials and restarts with sizes that compute the same as others, and a largest size that is missing."""
+    given = config(stages, sequences=256, max_seq_length=128, microbatch_tokens=tokens)
     assert max_doublings(given, ranks) == doublings
     assert max_halvings(given) == halvings
