@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 40  # how long a worker keeps running after SIGTERM
 _PREFETCHED = 4  # batches per worker that wait in the rank
+_WAITS = 100  # in which a timeout is divided
 _EXIT_SECONDS = 5.0  # a worker whose pipe is closed has exited by then
 _START_SECONDS = 10.0
 _START_ATTEMPTS = 5
@@ -104,11 +105,12 @@ class BatchLoader(Iterator[RankBatch]):
 
     def __next__(self) -> RankBatch:
         step, worker = next(self._steps), next(self._turns)
-        try:
-            batch = self._ready.get(timeout=self._timeout)
-        except queue.Empty:
-            what = f"has not made the batch of step {step + 1} in {self._timeout:.0f} s"
-            raise self._failure(worker, what) from None
+        for _ in range(_WAITS):  # counted, so that a job that was suspended does not time out
+            with contextlib.suppress(queue.Empty):
+                batch = self._ready.get(timeout=self._timeout and self._timeout / _WAITS)
+                break
+        else:
+            raise self._failure(worker, f"has not made the batch of step {step + 1} in {self._timeout:.0f} s")
         if isinstance(batch, Exception):
             self._end_workers()
             what = f"{type(batch).__name__}: {batch}"

@@ -2,6 +2,7 @@ import ctypes
 import itertools
 import multiprocessing
 import os
+import queue
 import resource
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -119,6 +121,19 @@ def test_a_worker_that_dies_or_hangs_is_named(workers, number, timeout, message)
     with pytest.raises(DataWorkerError, match=rf"\(pid {started[0].pid}\) {message}"):
         next(batches)
     assert set(active_children()) <= others
+
+
+def test_a_suspended_job_has_not_timed_out():
+    """Catches a worker that is blamed when a job continues: the wait that it was suspended in finds no batch."""
+    batches = BatchLoader(LargeBatches(), 0, None, workers=1, timeout=LIMIT)
+    get = Mock(side_effect=[queue.Empty, batches._ready.get()])
+    batches._ready = Mock(get=get)
+    assert next(batches).step == 0
+    get.side_effect = queue.Empty
+    get.reset_mock()
+    with pytest.raises(DataWorkerError, match=f"has not made the batch of step 2 in {LIMIT:.0f} s"):
+        next(batches)
+    assert sum(call.kwargs["timeout"] for call in get.call_args_list) == pytest.approx(LIMIT)
 
 
 def test_a_worker_killed_within_a_batch_is_named():
