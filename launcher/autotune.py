@@ -247,6 +247,8 @@ class TrialRunner:
         config, stages = self._plan.config, len(self._plan.config.stages)
         tokens = scaled_microbatch(config, sizes[0]).batch.microbatch_tokens
         folder = open_run_folder(self._plan.folder.trials / str(tokens))
+        if self._plan.saved_model is not None:  # the files of `model.init_from` may be gone
+            config = config.model_copy(update={"model": self._plan.saved_model})
         plan = replace(self._plan, config=trial_config(config, sizes, folder), folder=folder)
         record = begin_attempt(folder, plan.slots, time.time())
         self._stop = stop = StopSignals(folder)

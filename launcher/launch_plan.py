@@ -26,7 +26,7 @@ from launcher.ranks.environment import launch_environment
 from launcher.ranks.microbatch import max_halvings, scaled_microbatch
 from launcher.ranks.placement import HostOptions, check_launcher, is_local, place_ranks
 from launcher.supervision.attempt import LaunchSettings, Layout
-from pretrain.config import PretrainConfig
+from pretrain.config import ModelConfig, PretrainConfig
 
 if TYPE_CHECKING:
     from pretrain.resolve import ResolvedRun
@@ -49,6 +49,7 @@ class LaunchPlan:
     summary: str = ""  # model and engine, in words
     identity: Mapping[str, Any] = field(default_factory=dict)  # see `pretrain.run_identity`
     held_out: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the evaluation corpora, by name
+    saved_model: ModelConfig | None = None  # section `model` to build the model from the checkpoint to continue from
 
     @property
     def local(self) -> bool:
@@ -128,7 +129,11 @@ def plan_launch(
     hosts = target_of_hosts(slots, machine, options)
     target = target_of_run(hosts, run.config, run.num_parameters, run.folder, _cache_needs(run))
     held_out = {name: corpus.fingerprint for name, corpus in run.held_out.items()}
-    return LaunchPlan(options, run.config, run.folder, slots, machine, target, _summary(run), run.identity, held_out)
+    checkpoint, source = run.resume_plan.checkpoint, run.model_source
+    saved_model = source if checkpoint is not None and source.init_from == str(checkpoint / "hf") else None
+    return LaunchPlan(
+        options, run.config, run.folder, slots, machine, target, _summary(run), run.identity, held_out, saved_model
+    )
 
 
 def local_command(options: PretrainOptions, slots: Slots, machine: Machine) -> DeepSpeedCommand:

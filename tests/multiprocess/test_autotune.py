@@ -1,6 +1,7 @@
 """`deepcloze pretrain --autotune` with real ranks, one of which runs out of memory with large microbatches."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import psutil
 import pytest
 import yaml
 
+from experiment.run_files.checkpoints import checkpoint_path
 from experiment.run_files.run_folder import RunFolder
 from launches import Start, config_file, partly_forked, patched, wait_for_exit, wait_for_file
 from rank_pool import ForkServer, RankPool
@@ -68,10 +70,15 @@ def test_a_microbatch_that_fits_is_found(
 def test_a_resumed_run_with_stages_is_tuned(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
 ) -> None:
-    """Catches trials that resume, a resume that begins anew, and a stage that keeps its microbatch."""
+    """Catches trials that resume or need the model that the run began with, a resume that begins anew, and a stage that
+    keeps its microbatch."""
+    pools[2].run(pretrain_case, run_config(tmp_path / "first", wordpiece_corpus, schedule__steps=1))
+    model = checkpoint_path(tmp_path / "first" / "checkpoints", 1) / "hf"
     stages = [{"steps": 3, "max_seq_length": 20, "microbatch_tokens": 60}, {}]
     changes = {"schedule__stages": stages, "batch__microbatch_tokens": 120}
+    changes |= {"model__config": None, "model__init_from": str(model)}
     pools[2].run(pretrain_case, run_config(tmp_path / "run", wordpiece_corpus, **changes))
+    shutil.rmtree(model)
     config = config_file(tmp_path, wordpiece_corpus, **changes)
     code, output = wait_for_exit(start_autotune(start, tmp_path, config, "--schedule.steps=8"))
     assert code == 0, output

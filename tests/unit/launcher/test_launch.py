@@ -1,6 +1,7 @@
 import base64
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -26,9 +27,10 @@ from experiment.run_files.provenance import write_provenance
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import lock_run
 from launcher import launch
+from launcher.autotune import TrialRunner
 from launcher.cli import main
 from launcher.hosts.hostfile import parse_hostfile
-from launcher.hosts.machine import DeviceKind, Devices, Machine
+from launcher.hosts.machine import DeviceKind, Devices, Machine, launch_machine
 from launcher.launch import launch_pretraining
 from launcher.launch_plan import LaunchPlan, plan_launch
 from launcher.options import PretrainOptions
@@ -40,7 +42,8 @@ from launcher.supervision import supervisor
 from launcher.supervision.attempt import LaunchSettings, Layout, Rendezvous
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.rank_processes import HeldRanks
-from pretrain.config import PretrainConfig
+from pretrain.config import ModelConfig, PretrainConfig
+from pretrain.resume import ResumePlan
 from pretrain.run import read_arguments
 
 CONFIG = """
@@ -75,8 +78,8 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
         resolved = config.model_copy(update={"run": absolute})
         offload = "nvme" if "nvme" in config.engine.ds_config else "none"
         deepspeed = SimpleNamespace(precision="fp16", zero_stage=1, offload=offload)
-        facts = {"num_parameters": 1000, "identity": {}, "held_out": {}}
-        return SimpleNamespace(config=resolved, folder=folder, deepspeed=deepspeed, **facts)
+        facts = {"num_parameters": 1000, "identity": {}, "held_out": {}, "resume_plan": ResumePlan()}
+        return SimpleNamespace(config=resolved, folder=folder, deepspeed=deepspeed, model_source=config.model, **facts)
 
     module.resolve = resolve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pretrain.resolve", module)
@@ -515,6 +518,31 @@ def test_trials_precede_the_launch_but_not_a_dry_run(
     (started,) = launches
     (text,) = started.command(Layout(started.slots), None).files.values()
     assert yaml.safe_load(text)["batch"]["microbatch_tokens"] == 16384
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "hub"])
+def test_trials_of_a_resumed_run_need_no_model_that_is_gone(
+    config: str, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Catches --autotune that refuses a run that resumes without it, and hosts that get a folder of this machine."""
+    checkpoint = checkpoint_path(Path("my-run/checkpoints").absolute(), 1)
+    resolve = sys.modules["pretrain.resolve"].resolve
+    folder = {"checkpoint": str(checkpoint / "hf"), "hub": "/home/me/.cache/huggingface/hub/bert"}[source]
+
+    def resolve_resumed(*arguments: Any) -> SimpleNamespace:
+        run: SimpleNamespace = resolve(*arguments)
+        run.resume_plan, run.model_source = ResumePlan(checkpoint, step=1), ModelConfig(init_from=folder)
+        return run
+
+    monkeypatch.setattr(sys.modules["pretrain.resolve"], "resolve", resolve_resumed)
+    trials: list[LaunchSettings] = []
+    monkeypatch.setattr("launcher.autotune.run_attempt", lambda trial, *_: trials.append(trial))
+    options = PretrainOptions(config=config, overrides={"model.config": "null", "model.init_from": "bert@0123"})
+    plan = plan_launch(options, load_config(PretrainConfig, config, options.overrides), launch_machine())
+    TrialRunner(plan, deadline=math.inf).run([0])
+    (text,) = trials[0].command(Layout(plan.slots), None).files.values()
+    model = yaml.safe_load(text)["model"]
+    assert (model["init_from"], plan.config.model.init_from) == ({"hub": "bert@0123"}.get(source, folder), "bert@0123")
 
 
 def test_trials_are_refused_with_nvme_offload(config: str) -> None:
