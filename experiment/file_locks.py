@@ -14,7 +14,7 @@ def is_path_locked(path: Path) -> bool | None:
     """Return whether a process has locked a file or folder, such as a `temporary_folder`; False if there is none, None
     if the disk cannot tell."""
     try:
-        descriptor = _open_for_lock(path)
+        descriptor = open_for_lock(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
@@ -26,7 +26,8 @@ def is_path_locked(path: Path) -> bool | None:
     return None if locked is None else not locked
 
 
-def _open_for_lock(path: Path) -> int:
+def open_for_lock(path: Path) -> int:
+    """Open a file or folder for `try_lock`. Raises OSError."""
     try:
         return os.open(path, os.O_RDWR)  # NFS needs write access
     except OSError:  # a folder, read-only, or of another user

@@ -22,7 +22,7 @@ from xxhash import xxh3_128_hexdigest
 
 from experiment.decontamination import CLEAN_SUMMARY
 from experiment.errors import UserError, describe_disk_error
-from experiment.file_locks import try_lock
+from experiment.file_locks import open_for_lock, try_lock
 from experiment.files import cache_folder, json_digest, paths_below, write_file
 from experiment.storage import Download, download_files, is_url, join, list_files, read_bytes
 from pretrain.config import CorpusConfig
@@ -94,8 +94,12 @@ class CorpusCache:
     def _make(self, source: str, description: Description, folder: Path) -> None:
         """Copy the corpus unless that is done, and lock the copy, so that no process deletes it."""
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder.parent / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        os.utime(lock)
+        try:
+            lock = open_for_lock(folder.parent / _LOCK)
+        except FileNotFoundError:
+            lock = os.open(folder.parent / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        with suppress(OSError):  # another user's
+            os.utime(lock)
         try:
             self._copy_locked(lock, source, description, folder)
         except BaseException:
@@ -107,7 +111,7 @@ class CorpusCache:
         """Wait until the copy is complete and `lock` is shared."""
         announced = False
         while True:
-            if (corpus := _locked_copy(lock, folder)) and is_verified(corpus):
+            if (corpus := _locked_copy(lock, folder)) and (is_verified(corpus) or not os.access(folder, os.W_OK)):
                 return
             # A lock that is not granted is lost, so two processes cannot wait for each other.
             locked = try_lock(lock)
@@ -160,7 +164,7 @@ class CorpusCache:
                 if expected - freed > self.limit:
                     raise CacheFullError(
                         f"corpus.cache_gib allows {_readable(self.limit)}, expected {_readable(expected - freed)} with "
-                        "what is in use"
+                        "what is in use or another user's"
                     )
                 if free + freed < missing:
                     break
@@ -240,7 +244,10 @@ def _locked_copy(lock: int, folder: Path) -> Corpus | None:
 
 
 def _evict(lock: Path, delete: bool) -> int:
-    """Delete a copy, or only measure it, unless it is in use. Returns the bytes that deleting it frees."""
+    """Delete a copy, or only measure it, unless it is in use or another user's. Returns the bytes that deleting it
+    frees."""
+    if not os.access(lock.parent, os.W_OK):
+        return 0
     descriptor = os.open(lock, os.O_RDWR)
     try:
         if not try_lock(descriptor):  # None: the copy may be in use

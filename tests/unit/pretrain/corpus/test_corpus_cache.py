@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -265,8 +266,52 @@ def test_the_copy_that_was_not_used_for_longest_is_deleted(
     third = CorpusCache(tmp_path / "cache", limit).locate(other)
     assert (first.exists(), second.exists(), third.exists()) == (False, True, True)
     assert third.is_relative_to(tmp_path / "cache")
-    with pytest.raises(UserError, match=r"^corpus.cache: .* corpus.cache_gib allows .* MiB, expected .* in use$"):
+    with pytest.raises(
+        UserError, match=r"^corpus.cache: .* corpus.cache_gib allows .* MiB, expected .* or another user's$"
+    ):
         CorpusCache(tmp_path / "cache", 10).locate(f"file://{text}")
+
+
+def give_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a folder be one of another user, for root too."""
+    original_open, original_access = os.open, os.access
+
+    def open_to_read(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if Path(path).is_relative_to(folder) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return original_open(path, flags, *arguments, **options)
+
+    def access(path: Any, mode: int) -> bool:
+        return original_access(path, mode) and not (Path(path).is_relative_to(folder) and mode & os.W_OK)
+
+    monkeypatch.setattr(os, "open", open_to_read)
+    monkeypatch.setattr(os, "access", access)
+    monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError(errno.EACCES, os.strerror(errno.EACCES))))
+
+
+def test_the_copy_of_another_user(
+    stored: str,
+    wordpiece_corpus: Path,
+    heldout_corpus: Path,
+    byte_level_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a run that is refused, or reads a slow disk, because it may not write to a copy, nor delete the least
+    recently used one."""
+    cache = CorpusCache(tmp_path / "cache")
+    theirs, ours = cache.locate(stored), cache.locate(str(heldout_corpus))
+    cache.release()
+    os.utime(theirs.parent / ".lock", (0, 0))
+    give_away(theirs.parent, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(CorpusCache, "_copy", lambda *_: pytest.fail("copies again"))
+        for source in (stored, str(wordpiece_corpus)):
+            assert CorpusCache(cache.folder).locate(source) == theirs
+    other = CorpusCache(tmp_path / "sizes").locate(str(byte_level_corpus))
+    limit = sum(sum(files_below(folder).values()) for folder in (theirs, ours, other)) - 1
+    assert CorpusCache(cache.folder, limit).locate(str(byte_level_corpus)).is_relative_to(cache.folder)
+    assert (theirs.exists(), ours.exists()) == (True, False)
 
 
 @pytest.mark.parametrize("full", ["cache", "disk"])
