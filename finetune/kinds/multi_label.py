@@ -166,17 +166,20 @@ class Kind(TaskKind[Config]):
 
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         """Return F1 of each label's yes or no: over all decisions (micro), or the mean over the labels, equal or
-        weighted by frequency; 0 for a label that neither occurs nor is predicted. accuracy: rows with exactly the right
-        labels."""
+        weighted by frequency; 0 for a label that neither occurs nor is predicted in any of the records. accuracy: rows
+        with exactly the right labels."""
         targets, predicted = self._targets(records) > 0, self._predicted(predictions) > 0
         both, exact = targets & predicted, (targets == predicted).all(axis=1)
+        known = (targets | predicted).any(axis=0).sum()
 
         def score(rows: NDArray[np.int64]) -> dict[str, float]:
             correct, support, found = (each[rows].sum(axis=0) for each in (both, targets, predicted))
             f1 = f1_of_counts(correct, support, found)
+            # A label that is missing in these rows alone says nothing: without a rare one, a resample is no worse.
+            drawn = max((support + found > 0).sum(), 1)
             return {
                 "micro_f1": float(f1_of_counts(correct.sum(), support.sum(), found.sum())),
-                "macro_f1": float(f1.mean()),
+                "macro_f1": float(f1.mean() * (known / drawn)),
                 "weighted_f1": float(f1 @ support / max(support.sum(), 1)),
                 "accuracy": float(exact[rows].mean()),
             }

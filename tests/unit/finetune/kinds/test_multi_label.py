@@ -196,8 +196,8 @@ def test_one_label_is_no_task(tmp_path: Path) -> None:
 
 
 def test_scores() -> None:
-    """Catches swapped averages, and a division by zero without labels: the values are computed by hand. a: 1 of 2
-    found; b: found; c: one too many."""
+    """Catches swapped averages, a division by zero without labels, and rows drawn by a bootstrap that are worse for the
+    labels that they lack: the values are computed by hand. a: 1 of 2 found; b: found; c: one too many."""
     records = [Record("f", {"labels": labels}) for labels in (["a", "b"], ["a"], [])]
     predictions = [{"labels": labels} for labels in (["a", "b"], [], ["c"])]
     found = KIND.scores(records, predictions)
@@ -208,6 +208,9 @@ def test_scores() -> None:
     assert found["accuracy"] == pytest.approx(1 / 3)
     nothing = KIND.scores(records[2:], [{"labels": []}])
     assert nothing == {"micro_f1": 0.0, "macro_f1": 0.0, "weighted_f1": 0.0, "accuracy": 1.0}
+    perfect = KIND.scorer(records, [{"labels": labels} for labels in (["a", "b"], ["a"], [])])
+    assert [perfect(np.array(rows))["macro_f1"] for rows in ([0, 1, 2], [1, 1, 2])] == [2 / 3] * 2, "c is unknown"
+    assert perfect(np.array([2]))["macro_f1"] == 0.0
 
 
 def test_scores_of_each_label() -> None:
