@@ -81,8 +81,14 @@ def read_status(run: str) -> RunStatus:
     total = attempts[-1].total_steps if attempts else _value(config, "schedule", "steps", int)
     recent = [line for line in times if line.start == times[-1].start]
     metric, split, score = _score(folder)
-    # The file of a finished seed stays until those before it have finished.
-    training = [found for found in others if found and found[-1].get("seed") not in folder.finished_seeds] or [events]
+    # The file of a finished seed stays until those before it have finished; that of a seed that an earlier command has
+    # trained, until it is trained again.
+    began = recent[0].time if recent else 0.0
+    training = [
+        found
+        for path, found in zip(logged[1:], others, strict=True)
+        if found and found[-1].get("seed") not in folder.finished_seeds and _last_change(path) >= began
+    ] or [events]
     losses, speeds = (
         [number for found in training if (number := last_number(found, key)) is not None]
         for key in ("loss", "tokens_per_second")
@@ -140,7 +146,7 @@ def _times_of_commands(folder: RunFolder, step: int | None, logged: Sequence[Pat
             first, total = command.get("step", 0), command.get("total_steps")  # version 0.2.0 did not record them
             lines.append(AttemptTime(number, start, first, first, total, "", {}))  # starts may be equal
         if lines and step is not None:
-            last = max(path.stat().st_mtime for path in logged if path.exists())
+            last = max(map(_last_change, logged))
             lines.append(replace(lines[-1], time=last, step=step))
     return lines
 
@@ -160,6 +166,13 @@ def _seconds_left(lines: Sequence[AttemptTime], total: int | None) -> float | No
     if lines and (end := lines[-1].end) is not None:
         return max(0.0, end - lines[-1].time)
     return estimate_left([TimedStep(line.time, line.step, line.paused) for line in lines], total)
+
+
+def _last_change(path: Path) -> float:
+    """Return when a file was last changed, as time.time(); 0 if it does not exist."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _age(checkpoint: Path) -> float | None:

@@ -339,7 +339,7 @@ def test_the_time_left_has_evaluations(folder: RunFolder) -> None:
 def test_the_progress_of_a_fine_tuning(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a fine-tuning without its total steps, time left and attempts, a time left at the speed of the steps that
     an earlier command has trained, steps of seeds that are trained at a time but not counted, and loss and speed of
-    a finished seed in place of theirs."""
+    a finished seed, or of one that an earlier command has trained, in place of theirs."""
     folder.config.write_text("training: {seeds: [1, 2, 3]}\n")
     assert (read_status(str(folder.path)).total_steps, read_status(str(folder.path)).attempts) == (None, 0)
     now = datetime(2026, 11, 20, 9, 20, tzinfo=UTC)
@@ -369,6 +369,9 @@ def test_the_progress_of_a_fine_tuning(folder: RunFolder, capsys: pytest.Capture
         (folder.seed_folder(3) / "COMPLETE").touch()
         status = read_status(str(folder.path))
         assert (status.step, status.loss, status.tokens_per_second) == (300, 0.2, 2000)
+        os.utime(folder.logs / "seed-2.jsonl", (0, now.timestamp() - 1))  # it waits: this command trains one at a time
+        status = read_status(str(folder.path))
+        assert (status.step, status.loss, status.tokens_per_second) == (300, 1.0, None)
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line for line in shown if line[0] in ("step", "time", "attempts")] == [
         ["step", "300", "of", "900"],
