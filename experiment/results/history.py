@@ -32,6 +32,7 @@ class SeedHistory:
     curves: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))  # by key; no other ones are kept
     # Tokens and seconds at the events that have a speed. Replaced together: another thread may read.
     _time: tuple[Curve, Curve] = field(default_factory=lambda: (Curve(), Curve()))
+    _start: tuple[float, float] = (0.0, 0.0)  # step and tokens: of a fork, those of its parent
 
     def extend(self, events: Sequence[Event], first_step: int) -> None:
         """Add events. first_step: where the seed starts in the file."""
@@ -57,8 +58,8 @@ class SeedHistory:
         steps, tokens, speeds = steps[known], tokens[known], speeds[known]
         if not len(tokens_curve) and len(steps):
             first_step, first = self.curves["tokens"].lowest
-            # A fork begins with the tokens of its parent, which it logs first, without a speed.
-            before = first if first_step < steps[0] else 0.0
+            if first_step < steps[0]:  # a fork logs first, without a speed, where it starts
+                self._start, before = (first_step, first), first
         taken = np.maximum(np.diff(tokens, prepend=before), 0.0)
         spent = np.cumsum(np.divide(taken, speeds, out=np.zeros_like(taken), where=speeds > 0))
         tokens_curve.extend(steps, tokens)
@@ -73,9 +74,10 @@ class SeedHistory:
     def axis(self) -> Axis:
         """The x axis. Time is taken from the log events, without evaluations, checkpoints and work lost in a crash."""
         (steps, tokens), (_, seconds) = (curve.ends for curve in self._time)
-        start = [0.0] if len(steps) else []
-        found = {"step": steps, "tokens": tokens, "seconds": seconds}
-        return {name: [*start, *values.tolist()] for name, values in found.items()}
+        if not len(steps):
+            return NO_AXIS
+        found = zip(NO_AXIS, (*self._start, 0.0), (steps, tokens, seconds), strict=True)
+        return {name: [start, *values.tolist()] for name, start, values in found}
 
 
 class History:

@@ -52,8 +52,8 @@ def test_time_is_that_of_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scores", [{}, {"eval/held/loss": 3.0}])
 def test_the_time_of_a_fork_begins_with_it(tmp_path: Path, scores: dict[str, float]) -> None:
-    """Catches the tokens of the parent, divided by the speed of the fork's first steps, also if its first event is read
-    alone."""
+    """Catches the tokens of the parent, divided by the speed of the fork's first steps, or its first evaluation near
+    the end of them, also if its first event is read alone."""
     events = [
         {"step": 100, "tokens": 1_000_000, **scores},
         {"step": 110, "tokens": 1_001_000, "tokens_per_second": 100.0},
@@ -64,7 +64,9 @@ def test_the_time_of_a_fork_begins_with_it(tmp_path: Path, scores: dict[str, flo
         folder = logged(tmp_path, event)
         grown.read()
     for history in (History.of(folder), grown):
-        assert history.seeds[None].axis["seconds"] == [0, 10, 15]
+        axis = history.seeds[None].axis
+        tokens = [1_000_000, 1_001_000, 1_002_000]
+        assert axis == {"step": [100, 110, 120], "tokens": tokens, "seconds": [0, 10, 15]}
 
 
 def test_figures(tmp_path: Path) -> None:
