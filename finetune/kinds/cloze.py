@@ -312,7 +312,10 @@ class Kind(TaskKind[Config]):
         most = max(map(len, is_correct))
         positions = [[found[place] for found in is_correct if len(found) > place] for place in range(most)]
         return {
-            "accuracy_by_article": [_accuracy_row("row", number, found) for number, found in enumerate(is_correct, 1)],
+            "accuracy_by_article": [
+                _accuracy_row("row", number + record.skipped, found)
+                for number, (record, found) in enumerate(zip(records, is_correct, strict=True), 1)
+            ],
             "accuracy_by_blank": [_accuracy_row("blank", number, found) for number, found in enumerate(positions, 1)],
         }
 

@@ -25,6 +25,7 @@ from finetune.inference import collate
 from finetune.kinds.cloze import Config, Kind, _excerpt
 from finetune.prediction.predictor import Predictor
 from finetune.resolve import load_run_config
+from finetune.results.predictions import prediction_rows
 from finetune.run import finetune, run
 from finetune.task_kind import LossOptions
 
@@ -282,6 +283,16 @@ def test_zero_shot_needs_no_training(exam: dict[str, Any], tmp_path: Path) -> No
     assert len(read(seed / "worst-test.csv")) == 16
     assert not (seed / "epochs.csv").exists()
     assert BertForMaskedLM.from_pretrained(seed / "model")
+
+
+def test_articles_have_the_numbers_of_their_predictions() -> None:
+    """Catches tables that cannot be joined after a row that is skipped."""
+    values = {"article": "a _", "options": [["x", "y"]], "answers": ["B"]}
+    records = [Record("", values), Record("", values, skipped=2)]
+    predictions = [{"answers": [answer], "probabilities": [[0.5, 0.5]]} for answer in "AB"]
+    articles = kind().breakdowns(records, predictions)["accuracy_by_article"]
+    assert [(row["row"], row["accuracy"]) for row in articles] == [(1, 0.0), (4, 1.0)]
+    assert [row["row"] for row in prediction_rows(kind(), records, predictions)] == [1, 4]
 
 
 def test_blanks_are_calibrated() -> None:
