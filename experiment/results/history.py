@@ -1,10 +1,11 @@
 """Logged metrics of a run: curves by seed and key, of bounded size. Only new lines of its files are read."""
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,15 +31,19 @@ class SeedHistory:
 
     step: int = 0  # the last one
     curves: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))  # by key; no other ones are kept
+    last: dict[str, float] = field(default_factory=dict)  # by key; NaN if the last event with it has no number
     # Tokens and seconds at the events that have a speed. Replaced together: another thread may read.
     _time: tuple[Curve, Curve] = field(default_factory=lambda: (Curve(), Curve()))
     _start: tuple[float, float] = (0.0, 0.0)  # step and tokens: of a fork, those of its parent
 
     def extend(self, events: Sequence[Event], first_step: int) -> None:
         """Add events. first_step: where the seed starts in the file."""
+        last: Event = {}
+        for event in events:
+            last |= event
         columns = {
             key: _numbers([event.get(key) for event in events])
-            for key in dict.fromkeys(chain.from_iterable(events))
+            for key in last
             if key == "step" or key in _KEYS or key.startswith(_EVALUATION)
         }
         steps = columns.pop("step") - first_step
@@ -46,6 +51,7 @@ class SeedHistory:
         for key, values in columns.items():
             known = ~np.isnan(values + steps)
             self.curves[key].extend(steps[known], values[known])
+            self.last[key] = float(_numbers([last[key]])[0])
         if "tokens" in columns and "tokens_per_second" in columns:
             self._extend_time(steps, columns["tokens"], columns["tokens_per_second"])
 
@@ -129,8 +135,9 @@ class History:
         return list(dict.fromkeys(key.removeprefix(_EVALUATION).rsplit("/", 1)[0] for key in keys))
 
     def last(self, key: str) -> float | None:
-        """Return the last number with this key; None without any."""
-        return next((curve.last[1] for curve in reversed(list(self._curves(key)))), None)
+        """Return the number of the last event with this key; None without any, or if it diverged."""
+        found = [seed.last[key] for seed in self.seeds.values() if key in seed.last]
+        return found[-1] if found and not math.isnan(found[-1]) else None
 
     def highest(self, key: str) -> float | None:
         return max((curve.highest[1] for curve in self._curves(key)), default=None)

@@ -93,7 +93,8 @@ def _held_out_lines(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[s
 
 
 def held_out_table(history: History, corpora: Sequence[str]) -> Table:
-    """Return a row per corpus: last loss, perplexity and accuracy, and the best loss with its step."""
+    """Return a row per corpus: loss, perplexity and accuracy of the last evaluation, and the best loss with its
+    step."""
     rows = []
     for corpus in corpora:
         found = [history.last(f"eval/{corpus}/{metric}") for metric in ("loss", "perplexity", "accuracy")]
@@ -102,7 +103,7 @@ def held_out_table(history: History, corpora: Sequence[str]) -> Table:
             [corpus, show(found[0], ".4f"), format_perplexity(found[1]), show(found[2], ".1%")]
             + ([f"{best[0]:.4f}", f"{best[1]:,}"] if best else [UNKNOWN, UNKNOWN])
         )
-    return _known_columns(["corpus", "loss", "perplexity", "accuracy", "best loss", "at step"], rows)
+    return _known_columns(["corpus", "loss", "perplexity", "accuracy", "best loss", "at step"], rows, kept=2)
 
 
 def training_table(history: History) -> Table:
@@ -120,8 +121,9 @@ def training_table(history: History) -> Table:
     return _known_columns(["steps", "tokens", "last loss", "tokens/s", "MFU", "data wait", "peak memory"], [row])
 
 
-def _known_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    shown = [index for index in range(len(columns)) if any(row[index] != UNKNOWN for row in rows)]
+def _known_columns(columns: Sequence[str], rows: Sequence[Sequence[str]], kept: int = 0) -> Table:
+    """kept: how many columns are shown in any case: a loss that diverged is not known."""
+    shown = [index for index in range(len(columns)) if index < kept or any(row[index] != UNKNOWN for row in rows)]
     return Table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows])
 
 

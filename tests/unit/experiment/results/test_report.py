@@ -119,7 +119,8 @@ def test_the_report_of_a_pretraining_run(tmp_path: Path) -> None:
 
 
 def test_the_tables_say_what_the_events_say(tmp_path: Path) -> None:
-    """Catches the first value instead of the last, a best loss at the wrong step, and nulls that count as values."""
+    """Catches the first value instead of the last, a best loss at the wrong step, nulls that count as values, and the
+    loss of an earlier evaluation, or none at all, of a model that has diverged."""
     history = History.of(run_with(tmp_path, EVENTS))
     assert history.corpora == ["wiki", "a/b"]
     assert held_out_table(history, history.corpora).rows == [
@@ -129,6 +130,9 @@ def test_the_tables_say_what_the_events_say(tmp_path: Path) -> None:
     table = training_table(history)
     assert table.columns == ["steps", "tokens", "last loss", "tokens/s", "data wait", "peak memory"], "MFU is unknown"
     assert table.rows == [["5", "5,000", "2.0000", "300", "1.0%", "1.00 GiB"]]
+    diverged = {f"eval/wiki/{name}": None for name in ("loss", "perplexity", "accuracy")}
+    table = held_out_table(History.of(run_with(tmp_path, [*EVENTS, {"step": 6, **diverged}])), ["wiki"])
+    assert table == Table(["corpus", "loss", "best loss", "at step"], [["wiki", "–", "2.0000", "3"]])
 
 
 def test_what_was_never_measured_is_left_out(tmp_path: Path) -> None:
