@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Self
 
 import numpy as np
@@ -142,10 +143,12 @@ class History:
     def highest(self, key: str) -> float | None:
         return max((curve.highest[1] for curve in self._curves(key)), default=None)
 
-    def best_loss(self, corpus: str) -> tuple[float, int] | None:
-        """Return the lowest loss on a held-out corpus, and its step; None without any."""
+    def best_loss(self, corpus: str) -> tuple[float, int | None] | None:
+        """Return the lowest loss on a held-out corpus, and its step; of several seeds the mean, without a step. None
+        without any."""
         found = [curve.lowest for curve in self._curves(f"{_EVALUATION}{corpus}/loss")]
-        return min(((loss, int(step)) for step, loss in found), default=None)
+        step = int(found[0][0]) if len(found) == 1 else None
+        return (fmean(loss for _, loss in found), step) if found else None
 
     def median(self, key: str) -> float | None:
         """Return the median over the log events; of a long run, over the means of equal parts of it."""

@@ -127,7 +127,8 @@ def _tokens(history: History, state: Mapping[str, Any]) -> Iterator[Fact]:
 def _losses(history: History) -> Iterator[Fact]:
     for corpus in history.corpora[:1]:
         if best := history.best_loss(corpus):
-            yield Fact("Best held-out loss", f"{best[0]:.4f}", f"{corpus}, step {best[1]:,}")
+            note = corpus if best[1] is None else f"{corpus}, step {best[1]:,}"
+            yield Fact("Best held-out loss", f"{best[0]:.4f}", note)
     if (loss := history.last("loss")) is not None:
         yield Fact("Training loss", f"{loss:.4f}", "last log event")
 

@@ -21,7 +21,8 @@ from experiment.results.report.training import optimization_plots
 from experiment.results.sweep_summary import SweepResult, metric_title, read_sweep_results, sort_results, sweep_charts
 from experiment.run_files.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 
-_OF_EVALUATION = ("masking.", "batch.max_seq_length")  # keys
+_OF_EVALUATION = ("masking.", "batch.max_seq_length", "task.kind")  # keys
+_OF_DRAWN_SPLIT = ("task.train", "task.validation_share", "task.split_seed")  # keys
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
 
@@ -43,8 +44,11 @@ def _evaluation_notes(runs: Sequence[Run]) -> list[Text]:
     for corpus in _corpora(runs):
         values: dict[str, set[str]] = {}
         for run in (run for run in runs if corpus in run.history.corpora):
-            for key, value in flatten(run.config).items():
-                if key == f"corpus.eval.{corpus}" or (key.startswith(_OF_EVALUATION) and key != "masking.schedule"):
+            config = flatten(run.config)
+            drawn = () if config.get("task.validation") else _OF_DRAWN_SPLIT
+            data = (f"corpus.eval.{corpus}", f"task.{corpus}", *drawn)
+            for key, value in config.items():
+                if key in data or (key.startswith(_OF_EVALUATION) and key != "masking.schedule"):
                     last = value[-1] if key == "masking.rate" and isinstance(value, list) else value
                     values.setdefault(key, set()).add(str(last))
         if differing := ", ".join(key for key, found in values.items() if len(found) > 1):
@@ -117,7 +121,7 @@ def _cells(run: Run, corpora: Sequence[str]) -> list[Cell]:
         Cell(UNKNOWN if step is None else f"{step:,}{_of_total(step, run.config)}", step),
         Cell(UNKNOWN if tokens is None else scaled(tokens), tokens),
         _cell(history.last("loss"), ".4f"),
-        *(Cell(f"{found[0]:.4f} at {found[1]:,}", found[0]) if found else _cell(None, "") for found in best),
+        *(_best_cell(*found) if found else _cell(None, "") for found in best),
         _score_cell(run),
         _cell(history.median("tokens_per_second"), ",.0f"),
     ]
@@ -127,12 +131,16 @@ def _cell(value: float | None, spec: str) -> Cell:
     return Cell(show(value, spec), value)
 
 
+def _best_cell(loss: float, step: int | None) -> Cell:
+    return Cell(f"{loss:.4f}{'' if step is None else f' at {step:,}'}", loss)
+
+
 def _score_cell(run: Run) -> Cell:
-    """Format the score: '0.8512 ± 0.0071 on test'."""
+    """Format the score: 'accuracy 0.8512 ± 0.0071 on test'."""
     if run.results is None or (score := main_score(run.results)) is None:
         return _cell(None, "")
     split, mean, std = score
-    return Cell(f"{mean:.4f}{'' if std is None else f' ± {std:.4f}'} on {split}", mean)
+    return Cell(f"{run.results['metric']} {mean:.4f}{'' if std is None else f' ± {std:.4f}'} on {split}", mean)
 
 
 def _of_total(step: int, config: Mapping[str, Any]) -> str:

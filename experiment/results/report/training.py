@@ -101,7 +101,7 @@ def held_out_table(history: History, corpora: Sequence[str]) -> Table:
         best = history.best_loss(corpus)
         rows.append(
             [corpus, show(found[0], ".4f"), format_perplexity(found[1]), show(found[2], ".1%")]
-            + ([f"{best[0]:.4f}", f"{best[1]:,}"] if best else [UNKNOWN, UNKNOWN])
+            + ([f"{best[0]:.4f}", show(best[1], ",")] if best else [UNKNOWN, UNKNOWN])
         )
     return _known_columns(["corpus", "loss", "perplexity", "accuracy", "best loss", "at step"], rows, kept=2)
 

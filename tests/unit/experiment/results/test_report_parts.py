@@ -15,7 +15,7 @@ from experiment.errors import UserError
 from experiment.files import read_json, write_json
 from experiment.results.charts import LOOKS, Charts
 from experiment.results.history import History
-from experiment.results.page import Fillings, Heading, Table, Text
+from experiment.results.page import Fillings, Heading, Runs, Table, Text
 from experiment.results.report import training
 from experiment.results.report.pages import write_overlay, write_report
 from experiment.results.report.run import open_run, open_runs
@@ -249,6 +249,39 @@ def test_losses_that_cannot_be_compared(tmp_path: Path, config: dict[str, Any], 
     folder.metrics.write_text('{"step": 1, "loss": 1.0, "eval/books/loss": 2.0}\n')
     runs = open_runs(name_runs([tmp_path / "a", tmp_path / "b"]))
     assert not [block for block in overlay_blocks(runs) if isinstance(block, Text)]
+
+
+@pytest.mark.parametrize(
+    ("task", "differing"),
+    [
+        ({"validation": "b.csv"}, "task.validation"),
+        ({"kind": "regression", "train": "b.csv"}, "task.kind"),
+        ({"train": "b.csv"}, None),
+        ({"validation": None}, "task.validation"),
+        ({"kind": "regression", "validation": "b.csv"}, "task.kind, task.validation"),
+    ],
+)
+def test_validation_losses_that_cannot_be_compared(tmp_path: Path, task: dict[str, Any], differing: str | None) -> None:
+    """Catches scores of different tasks in one column without their metrics or a word, and a run that looks better
+    because it has more seeds."""
+    tree = {"kind": "classification", "train": "a.csv", "validation": "a.csv"}
+    for name, seeds, metric, changed in (("a", (1, 2), "f1", tree), ("b", (1,), "accuracy", tree | task)):
+        folder = open_run_folder(tmp_path / name)
+        events = [{"seed": seed, "step": 3, "eval/validation/loss": 1 / seed} for seed in seeds]
+        folder.metrics.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+        folder.config.write_text(json.dumps({"task": changed}))
+        splits = {"test": {metric: {"values": [0.5], "mean": 0.5, "std": None, "median": 0.5}}}
+        write_json(
+            folder.results, {"task": "toy", "init": "random", "metric": metric, "seeds": seeds, "splits": splits}
+        )
+    runs = open_runs(name_runs([tmp_path / "a", tmp_path / "b"]))
+    table, *notes = (block for block in overlay_blocks(runs) if isinstance(block, Runs | Text))
+    message = "Losses and accuracies on validation may not be comparable: the runs differ in"
+    assert notes == ([] if differing is None else [Text(f"{message} {differing}.")])
+    assert [[cell.text for cell in row.cells] for row in table.rows] == [
+        ["3", "0.7500", "f1 0.5000 on test"],
+        ["3", "1.0000 at 3", "accuracy 0.5000 on test"],
+    ]
 
 
 def test_the_metric_of_tasks_has_a_chart(tmp_path: Path) -> None:
