@@ -119,6 +119,8 @@ def _read_cell(task: str, folder: RunFolder, grid: bool, files: Mapping[str, str
             folder, chosen = RunFolder(cell / best), sweep["runs"][best]["values"]
             path = folder.results
         results = read_json(path)
+        if grid:  # with task.metric in it, points choose their epochs by different ones; all cells report the same
+            results["metric"] = sweep["metric"]
         scored = [split for split, scores in results["splits"].items() if results["metric"] in scores]
         splits = [split for split in scored if split not in _FITTED_ON] or ["validation"]
         columns = {task if len(splits) == 1 else f"{task} {split}": split for split in splits}

@@ -442,9 +442,10 @@ def test_an_edit_of_a_task_reaches_no_cell(
 def test_a_grid_is_chosen_by_validation(
     write_files: Callable[..., Path], started: list[str], encoder: Path, tmp_path: Path
 ) -> None:
-    """Catches the point that is best on test, or the last one, in the table."""
-    rows = {"ours": {"init_from": str(encoder)}}
-    assert main(["compare", str(write_files(rows=rows, grid="training.lr=1e-9,1e-2", seeds=[1]))]) == 0
+    """Catches the point that is best on test, or the last one, in the table; and a metric that is not the one of the
+    other cells, with task.metric in the grid."""
+    file = str(write_files(rows={"ours": {"init_from": str(encoder)}}, grid="training.lr=1e-9,1e-2", seeds=[1]))
+    assert main(["compare", file]) == 0
     cell = read_tables(tmp_path / "compare")["ours"]["toy"]
     sweep = tmp_path / "compare" / "ours" / "toy"
     scores = {path.parent.name: json.loads(path.read_text())["splits"] for path in sorted(sweep.glob("*/results.json"))}
@@ -452,6 +453,10 @@ def test_a_grid_is_chosen_by_validation(
     assert cell["folder"] == f"ours/toy/{best}"
     assert cell["chosen"] == {"training.lr": best.removeprefix("lr=")}
     assert cell["mean"] == scores[best]["test"]["accuracy"]["mean"]
+    results = json.loads((sweep / best / "results.json").read_text())
+    (sweep / best / "results.json").write_text(json.dumps({**results, "metric": "macro_f1"}))
+    assert main(["compare", file]) == 0
+    assert read_tables(tmp_path / "compare")["ours"]["toy"]["metric"] == "accuracy"
 
 
 def test_a_config_that_the_grid_replaces_is_not_checked(
