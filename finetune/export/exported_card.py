@@ -26,7 +26,7 @@ from experiment.results.model_card import (
     usage_section,
 )
 from experiment.run_files.checkpoints import state_around
-from experiment.run_files.provenance import describe_devices, read_origin
+from experiment.run_files.provenance import describe_devices, forked_from, read_origin
 
 _AVERAGED = "hf-ema"
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths
@@ -87,7 +87,7 @@ def _make_card(source: Path, title: str) -> str:
         architecture=architecture | {key: config.get(key) for key in _SHAPE},
         state=state,
         corpora=list(_corpora(state)),
-        training=_training(state) if state else {},
+        training=_training(state, forked_from(ancestors or []) is not None) if state else {},
         changes=list(_changes(attempts)),
         held_out=list(_held_out(state, held_out)),
         hardware=[attempt_row(attempt, describe_devices(attempt.get("hardware", {}))) for attempt in attempts],
@@ -132,13 +132,14 @@ def _corpus_row(corpus: Mapping[str, Any]) -> list[str]:
     return [corpus["name"], *counts, corpus["fingerprint"], corpus["source"]]
 
 
-def _training(state: Mapping[str, Any]) -> dict[str, Any]:
+def _training(state: Mapping[str, Any], is_fork: bool) -> dict[str, Any]:
     config, progress = state["config"], state["progress"]
+    since = " since the fork" if is_fork else ""  # steps and tokens are those of its parent, too
     facts = {
         "steps": progress["step"],
         "tokens": progress["tokens"],
-        "hours": f"{progress['seconds'] / 3600:.2f}",
-        "steps without an update": progress["skipped_steps"] or None,
+        f"hours{since}": f"{progress['seconds'] / 3600:.2f}",
+        f"steps without an update{since}": progress["skipped_steps"] or None,
         "precision": state.get("precision"),
         "seed": config["run"]["seed"],
     }

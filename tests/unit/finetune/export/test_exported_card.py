@@ -53,6 +53,22 @@ def test_a_card_names_the_settings_that_a_resume_has_changed(tmp_path: Path) -> 
     assert "/data/" not in card
 
 
+@pytest.mark.parametrize(("relation", "since"), [("fork", " since the fork"), ("init_from", "")])
+def test_the_hours_of_a_fork_are_its_own(tmp_path: Path, relation: str, since: str) -> None:
+    """Catches steps and tokens of a fork and its parent beside the hours of the fork alone."""
+    checkpoint = shutil.copytree(OLD, tmp_path / OLD.name)
+    path = checkpoint / "hf" / "deepcloze.json"
+    ancestor = {"relation": relation, "folder": "/runs/parent", "run_id": "a", "step": 1}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ancestors": [ancestor]}))
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["progress"] |= {"seconds": 5400.0, "skipped_steps": 3}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    write_card(checkpoint / "hf", tmp_path, "title")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    for row in ("| steps | 2 |", f"| hours{since} | 1.50 |", f"| steps without an update{since} | 3 |"):
+        assert row in card
+
+
 def test_a_model_of_another_origin_has_a_card(tmp_path: Path) -> None:
     """Catches an export that fails for a folder without a head, a tokenizer or a run, and a snippet that cannot run."""
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
