@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, named_best
+from experiment.run_files.checkpoints import BEST, checkpoint_step, complete_checkpoints, named_best
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,9 @@ def apply_retention(checkpoints: Path, keep: Retention, newest: int, before: int
     best = named_best(checkpoints)  # an earlier one than `keep.best` if that could not be saved
     by_step = {checkpoint_step(path): path for path in complete_checkpoints(checkpoints)}
     damaged = [step for step in by_step if before is not None and before < step < newest]
-    for step in [*damaged, *keep.superseded(by_step.keys() - damaged, newest)]:
+    for step in damaged:
+        abandon(by_step[step])
+    for step in keep.superseded(by_step.keys() - damaged, newest):
         if by_step[step] != best:
             discard(by_step[step])
 
@@ -51,6 +53,13 @@ def remove_leftovers(checkpoints: Path) -> None:
     """Delete leftovers of interrupted saves and deletions."""
     for leftover in checkpoints.glob(".step-*.partial"):
         _delete(leftover)
+
+
+def abandon(checkpoint: Path) -> None:
+    """Delete a checkpoint that the run does not continue from, also if `RUN/checkpoints/best` names it."""
+    if named_best(checkpoint.parent) == checkpoint:
+        (checkpoint.parent / BEST).unlink()
+    discard(checkpoint)
 
 
 def discard(checkpoint: Path) -> None:

@@ -368,10 +368,12 @@ def test_damaged_checkpoints_that_a_run_has_passed_are_deleted(
     tmp_path: Path, keep: Retention, left: list[int]
 ) -> None:
     """Catches damaged checkpoints that count as kept once the run has saved a later one, so that further damage loses
-    the run."""
+    the run; and a damaged one that stays named the best."""
     make(tmp_path, 10, 20, 25, 30, 40, 45, 50)  # it had fallen back to 20; 50 is damaged too
+    write_best(tmp_path, 40)
     apply_retention(tmp_path, keep, newest=45, before=25)
     assert steps(tmp_path) == left
+    assert not (tmp_path / "best").exists()
 
 
 def test_a_checkpoint_is_renamed_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
