@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Retention:
     keep_last: int
-    keep_every: int | None = None  # also keep every step that is a multiple of this
+    keep_every: int | None = None  # also keep every step that is a multiple of this, but 0
     best: int | None = None  # also keep the best one, of this step
     uploading: int | None = None  # also keep the one that is being copied to the mirror
 
@@ -27,7 +27,7 @@ class Retention:
         return [
             step
             for step in sorted(step for step in steps if step <= newest)[: -self.keep_last]
-            if step not in (self.best, self.uploading) and (self.keep_every is None or step % self.keep_every != 0)
+            if step not in (self.best, self.uploading) and (not self.keep_every or step == 0 or step % self.keep_every)
         ]
 
 

@@ -215,12 +215,13 @@ def test_if_all_checkpoints_are_damaged_the_run_does_not_start_over(tmp_path: Pa
         (Retention(1, best=20), [20, 60]),
         (Retention(1, keep_every=30, best=60), [30, 60]),
         (Retention(1, uploading=40), [40, 60]),
-        (Retention(9), [10, 20, 30, 40, 50, 60]),
+        (Retention(9), [0, 10, 20, 30, 40, 50, 60]),
     ],
 )
 def test_retention(tmp_path: Path, keep: Retention, left: list[int]) -> None:
-    """Catches a newest checkpoint that is deleted, one that is being uploaded, and milestones that are not kept."""
-    make(tmp_path, 10, 20, 30, 40, 50, 60)
+    """Catches a newest checkpoint that is deleted, one that is being uploaded, and milestones that are not kept; and
+    initial weights, saved to rewind to, that are kept forever."""
+    make(tmp_path, 0, 10, 20, 30, 40, 50, 60)
     (tmp_path / ".step-00000070.partial").mkdir()
     apply_retention(tmp_path, keep, newest=60)
     assert steps(tmp_path) == left
