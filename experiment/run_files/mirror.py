@@ -29,7 +29,7 @@ from experiment.run_files.checkpoints import (
     verify,
 )
 from experiment.run_files.provenance import parse_provenance, read_provenance
-from experiment.run_files.retention import Retention, discard
+from experiment.run_files.retention import Retention, abandon, discard
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import (
     DamagedError,
@@ -177,7 +177,8 @@ class Mirror:
         """Copy the run to a folder: the newest undamaged checkpoint, the best one, and the run's files.
 
         is_ahead: the folder is behind, see `check_owner`: its files are replaced, and only checkpoints of later steps
-        than its own are copied. Else it has no checkpoints, and its files stay.
+        than its own are copied; with them, its own are deleted that differ from those of the same steps in the mirror.
+        Else it has no checkpoints, and its files stay.
 
         An interrupted copy is repeated. Raises UserError if all are damaged, and OSError.
         """
@@ -191,12 +192,14 @@ class Mirror:
                 log.warning("skipping damaged checkpoint %s: %s", name, error)
             return name in copies
 
-        own, found = complete_checkpoints(folder.checkpoints), list(self.complete())
+        own, found = complete_checkpoints(folder.checkpoints), self.complete()
         later = [name for name in found if not own or checkpoint_step(name) > checkpoint_step(own[-1])]
         if later and not any(copy(name) for name in reversed(later)) and not own:
             raise UserError(f"all {len(later)} checkpoints in {self.url} are damaged")
+        stale = [path for path in own if copies and found.get(path.name) not in (None, (path / COMPLETE).read_bytes())]
+        kept = [path for path in own if path not in stale]
         best = self.best() if copies else None
-        if best in found and best not in copies and folder.checkpoints / best not in own:
+        if best in found and best not in copies and folder.checkpoints / best not in kept:
             copy(best)
         contents = {}
         for path in _run_files(folder) if copies or not own else [folder.provenance]:  # own metrics reach further
@@ -208,8 +211,10 @@ class Mirror:
         provenance = contents.pop(folder.provenance, None)
         for path, content in contents.items():
             write_file(path, content)
-        named = [folder.checkpoints / BEST] if best in copies or folder.checkpoints / str(best) in own else []
+        named = [folder.checkpoints / BEST] if best in copies or folder.checkpoints / str(best) in kept else []
         copied = [folder.checkpoints / name for name in copies]
+        for path in stale:
+            abandon(path)
         # If this is interrupted, it is repeated in a folder that had checkpoints until it has the newest one. An empty
         # folder resumes from what it has, which must be the newest.
         for path in (*named, *reversed(copied)) if own else (*copied, *named):

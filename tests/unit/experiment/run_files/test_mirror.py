@@ -14,6 +14,7 @@ from experiment.run_files.checkpoints import (
     mark_complete,
     replace_state,
     verify,
+    write_best,
 )
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.provenance import read_provenance, write_provenance
@@ -207,6 +208,30 @@ def test_a_damaged_best_checkpoint_is_not_needed(mirror: Mirror, tmp_path: Path)
     mirror.restore(folder, lambda: None)
     assert complete_checkpoints(folder.checkpoints) == [folder.checkpoints / "step-00000004"]
     assert not (folder.checkpoints / "best").exists()
+
+
+@pytest.mark.parametrize(
+    ("damaged", "left", "best"),
+    [(None, (1, 2, 4), "step-00000002\n"), (2, (1, 4), None), (4, (1, 2, 3), "step-00000003\n")],
+)
+def test_a_folder_that_was_behind_has_the_checkpoints_of_the_mirror(
+    mirror: Mirror, tmp_path: Path, damaged: int | None, left: tuple[int, ...], best: str | None
+) -> None:
+    """Catches abandoned checkpoints that take the place of those of the same steps, as the best one and later in the
+    mirror; and the loss of them all if the mirror's are damaged."""
+    folder, complete = RunFolder(tmp_path / "behind"), mirror.complete()
+    save(folder, 1)
+    for step in (2, 3):
+        replace_state(save(folder, step), {"step": step, "is": "abandoned"})
+    write_best(folder.checkpoints, 3)
+    if damaged is not None:
+        write_bytes(f"{mirror.url}/step-{damaged:08d}/hf/config.json", b"damaged")
+    mirror.restore(folder, lambda: None, is_ahead=True)
+    found = complete_checkpoints(folder.checkpoints)
+    assert [path.name for path in found] == names(*left)
+    assert all((path / "COMPLETE").read_bytes() == complete[path.name] for path in found) == (damaged != 4)
+    named = folder.checkpoints / "best"
+    assert (named.read_text() if named.exists() else None) == best
 
 
 def test_nothing_is_restored_from_an_empty_mirror(bucket: str, tmp_path: Path) -> None:
