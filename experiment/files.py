@@ -310,9 +310,11 @@ def call_after_syncs(function: Callable[[], None]) -> None:
     _of_thread.on_sync = function
 
 
-def fsync_tree(folder: Path) -> None:
-    """Wait until a folder and everything in it are on disk."""
-    fsync(*paths_below(folder), folder)
+def fsync_tree(folder: Path, on_progress: Callable[[], None] = lambda: None) -> None:
+    """Wait until a folder and everything in it are on disk. Calls `on_progress` after each file and folder."""
+    for path in (*paths_below(folder), folder):
+        fsync(path)
+        on_progress()
 
 
 def names_in(folder: Path) -> list[str]:

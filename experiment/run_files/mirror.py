@@ -241,7 +241,7 @@ class Mirror:
         url, partial = join(self.url, checkpoint.name), checkpoint.with_name(f".{checkpoint.name}.partial")
         log.info("copying %s to %s", url, checkpoint.parent)
         fetch(url, partial, lambda _: True, on_progress)
-        fsync_tree(partial)
+        fsync_tree(partial, on_progress)
         return partial
 
 

@@ -185,6 +185,14 @@ def test_only_changed_files_are_copied_again(mirror: Mirror, run: RunFolder, mon
     assert len(copied) == 1 + 4
 
 
+def test_waiting_for_the_disk_shows_progress(mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that is killed as hung while a slow disk writes a large checkpoint that was just copied."""
+    seen = list[str]()
+    monkeypatch.setattr("os.fsync", lambda descriptor: seen.append("synced"))
+    assert mirror.repair(run.checkpoints / "step-00000004", lambda: seen.append("progress"))
+    assert seen[-4:] == ["synced", "progress"] * 2
+
+
 def test_damaged_checkpoints_are_skipped(mirror: Mirror, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches damage in object storage that reaches a run."""
     write_bytes(f"{mirror.url}/step-00000004/hf/config.json", b"damaged")
