@@ -337,7 +337,14 @@ def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
     checksums: dict[str, str] = read_json(checkpoint / COMPLETE)
     write_json(checkpoint / COMPLETE, {name: checksums[name] for name in checksums if name != _STATE}, indent=1)
     write_json(checkpoint / _STATE, state, indent=1)
-    write_json(checkpoint / COMPLETE, checksums | {_STATE: checksum(checkpoint / _STATE)}, indent=1)
+    list_state(checkpoint)
+
+
+def list_state(checkpoint: Path) -> None:
+    """Finish a `replace_state` that was interrupted: a copy has only the files that COMPLETE lists."""
+    checksums: dict[str, str] = read_json(checkpoint / COMPLETE)
+    if _STATE not in checksums:
+        write_json(checkpoint / COMPLETE, checksums | {_STATE: checksum(checkpoint / _STATE)}, indent=1)
 
 
 def mark_complete(checkpoint: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:

@@ -27,6 +27,7 @@ from experiment.run_files.checkpoints import (
     files_below,
     is_checkpoint_name,
     verify,
+    verify_name,
 )
 from experiment.run_files.provenance import parse_provenance, read_provenance
 from experiment.run_files.retention import Retention, abandon, discard
@@ -242,6 +243,8 @@ class Mirror:
         log.info("copying %s to %s", url, checkpoint.parent)
         fetch(url, partial, lambda _: True, on_progress)
         fsync_tree(partial, on_progress)
+        if problem := verify_name(partial, has_state=True):
+            raise DamagedError(f"{url} is damaged: {problem}")
         return partial
 
 

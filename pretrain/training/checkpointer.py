@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from experiment.run_files.checkpoints import (
     checkpoint_path,
     complete_checkpoints,
     last_usable,
+    list_state,
     read_state,
     replace_state,
     verify,
@@ -111,6 +113,9 @@ class Checkpointer:
         folder, plan = self.run.folder, self.run.resume_plan
         saved_step = plan.step if plan.resumes else None
         url = self.run.config.checkpoint.mirror
+        if saved_step is not None and self.group.world.rank == 0:
+            with suppress(OSError):  # the disk may be full
+                list_state(checkpoint_path(folder.checkpoints, saved_step))
         self._uploads = MirrorUploads(Mirror(url), folder, self.alert) if url and self.group.world.rank == 0 else None
         if self._uploads is not None:
             self._uploads.begin()

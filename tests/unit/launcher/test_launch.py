@@ -283,7 +283,7 @@ def test_a_run_is_restored_before_its_plan(
     write_provenance(lost, {}, [])
     checkpoint = checkpoint_path(lost.checkpoints, 1)
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text("{}")
+    (checkpoint / "state.json").write_text('{"step": 1}')
     mark_complete(checkpoint)
     mirror = Mirror(f"file://{tmp_path}/mirror")
     mirror.upload_run_files(lost)

@@ -33,6 +33,12 @@ def save(folder: RunFolder, step: int) -> Path:
     return checkpoint
 
 
+def mark_again(checkpoint: Path) -> Path:
+    (checkpoint / "COMPLETE").unlink()
+    mark_complete(checkpoint)
+    return checkpoint
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     """A run with checkpoints of steps 1 to 4; the second is the best."""
@@ -193,17 +199,22 @@ def test_waiting_for_the_disk_shows_progress(mirror: Mirror, run: RunFolder, mon
     assert seen[-4:] == ["synced", "progress"] * 2
 
 
-def test_damaged_checkpoints_are_skipped(mirror: Mirror, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Catches damage in object storage that reaches a run."""
+def test_damaged_checkpoints_are_skipped(
+    mirror: Mirror, run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches damage in object storage that reaches a run, and a copy without its state from which none can resume."""
+    (run.checkpoints / "step-00000004" / "state.json").unlink()
+    mirror.upload(mark_again(run.checkpoints / "step-00000004").rename(run.checkpoints / "step-00000005"))
     write_bytes(f"{mirror.url}/step-00000004/hf/config.json", b"damaged")
     folder = RunFolder(tmp_path / "restored")
     mirror.restore(folder, lambda: None)
     assert [path.name for path in complete_checkpoints(folder.checkpoints)] == names(2, 3)
     assert f"step-00000004: {mirror.url}/step-00000004/hf/config.json is damaged: found checksum" in caplog.text
+    assert f"step-00000005: {mirror.url}/step-00000005 is damaged: its state.json is missing" in caplog.text
     for step in (1, 2, 3):
         write_bytes(f"{mirror.url}/step-{step:08d}/COMPLETE", b"{}")
     again = RunFolder(tmp_path / "again")
-    with pytest.raises(UserError, match=r"^all 4 checkpoints in .* are damaged$"):
+    with pytest.raises(UserError, match=r"^all 5 checkpoints in .* are damaged$"):
         mirror.restore(again, lambda: None)
     assert not again.metrics.exists(), "another mirror may be named"
     assert not again.provenance.exists()

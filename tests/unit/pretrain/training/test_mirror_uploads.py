@@ -4,7 +4,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +14,9 @@ import pytest
 from experiment import storage
 from experiment.errors import UserError
 from experiment.files import write_json
+from experiment.run_files import checkpoints as checkpoints_on_disk
 from experiment.run_files import mirror as mirror_module
-from experiment.run_files.checkpoints import mark_complete, write_best
+from experiment.run_files.checkpoints import mark_complete, read_state, replace_state, write_best
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.provenance import read_provenance, write_provenance
 from experiment.run_files.retention import Retention
@@ -61,6 +62,25 @@ def store(tmp_path: Path) -> str:
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+def make_checkpointer(
+    run: RunFolder, mirror: Mirror, patch: pytest.MonkeyPatch, plan: ResumePlan, alert: Any = print
+) -> Any:
+    """A checkpointer that copies checkpoints, and saves none."""
+    settings = SimpleNamespace(checkpoint=SimpleNamespace(mirror=mirror.url))
+    resolved = SimpleNamespace(folder=run, resume_plan=plan, config=settings)
+    others: Any = dict.fromkeys(["engine", "model", "stream", "interval", "clock", "times", "provenance"])
+    group: Any = SimpleNamespace(world=World())
+    patch.setattr(checkpointer, "BackgroundSave", lambda *_: None)
+    return Checkpointer(resolved, group=group, **others, alert=alert)  # type: ignore
 
 
 def steps(mirror: Mirror) -> list[int]:
@@ -310,18 +330,9 @@ def test_a_mirror_that_cannot_be_written_is_found_at_the_start(
     alerts, mirror = list[Alert](), Mirror(f"{store}/run")
     write_provenance(run, {}, [])
     run.config.touch()
-    settings = SimpleNamespace(checkpoint=SimpleNamespace(mirror=mirror.url))
-    resolved = SimpleNamespace(folder=run, resume_plan=ResumePlan(), config=settings)
-    others: Any = dict.fromkeys(["engine", "model", "stream", "interval", "clock", "times", "provenance"])
-    group: Any = SimpleNamespace(world=World())
-
-    def refuse(path: Path, url: str) -> None:
-        raise DeniedError("access denied")
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointer, "BackgroundSave", lambda *_: None)
-        patch.setattr(mirror_module, "upload", refuse)
-        made: Any = Checkpointer(resolved, group=group, **others, alert=alerts.append)  # type: ignore
+        patch.setattr(mirror_module, "upload", failing(DeniedError("access denied")))
+        made = make_checkpointer(run, mirror, patch, ResumePlan(), alerts.append)
         wait_until(lambda: alerts)
     assert "access denied" in alerts[0].text
     made._uploads.begin()
@@ -331,6 +342,21 @@ def test_a_mirror_that_cannot_be_written_is_found_at_the_start(
     made._uploads.update(Retention(keep_last=1), 1)
     made._uploads.close()
     assert mirror.provenance() == read_provenance(run)
+
+
+def test_a_copy_has_the_state_that_an_interrupted_attempt_has_replaced(
+    store: str, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a copy without state.json, from which no run can resume."""
+    checkpoint, mirror = save(run, 1), Mirror(f"{store}/run")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints_on_disk, "list_state", failing(OSError("the disk is full")))
+        with pytest.raises(OSError, match="the disk is full"):
+            replace_state(checkpoint, {"step": 1, "is": "new"})
+    make_checkpointer(run, mirror, monkeypatch, ResumePlan(checkpoint, step=1))._uploads.close()
+    mirror.upload(checkpoint)
+    mirror.restore(RunFolder(tmp_path / "other"), lambda: None)
+    assert read_state(tmp_path / "other" / "checkpoints" / checkpoint.name) == {"step": 1, "is": "new"}
 
 
 def test_a_run_without_checkpoints_does_not_wait_for_its_mirror(
