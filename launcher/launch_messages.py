@@ -6,7 +6,14 @@ from statistics import fmean
 
 from experiment.errors import end_line, inform, notify
 from experiment.formatting import counted, describe_duration
-from experiment.run_files.checkpoints import BEST, checkpoint_candidates, checkpoint_path, completed_saves
+from experiment.run_files.checkpoints import (
+    BEST,
+    checkpoint_candidates,
+    checkpoint_path,
+    checkpoint_step,
+    completed_saves,
+)
+from experiment.run_files.goodput import reached_checkpoints, read_attempt_times
 from experiment.run_files.metrics_file import read_events, read_last_events
 from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.hostfile import Slots
@@ -69,8 +76,8 @@ def announce_stop(folder: RunFolder, before: set[tuple[int, int]]) -> None:
 def announce_failure(folder: RunFolder) -> None:
     """Print where the same command would resume a failed run, and where its logs are."""
     end_line()
-    if found := completed_saves(folder.checkpoints):
-        step, _ = max(found)
+    if found := reached_checkpoints(folder, read_attempt_times(folder)):
+        step = checkpoint_step(found[-1])
         inform(f"the newest checkpoint is of step {step:,}: the same command resumes from it; logs: {folder.logs}")
     else:
         inform(f"no checkpoint was saved; logs: {folder.logs}")

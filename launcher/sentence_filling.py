@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from experiment.config import read_recorded
 from experiment.errors import UserError, describe_disk_error, notify
-from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
+from experiment.run_files.checkpoints import checkpoint_step, weights_digest
 from experiment.run_files.fillings import (
     CheckpointFillings,
     FilledSentence,
@@ -28,7 +28,7 @@ from experiment.run_files.fillings import (
     read_fillings,
     spread,
 )
-from experiment.run_files.goodput import read_attempt_times
+from experiment.run_files.goodput import reached_checkpoints, read_attempt_times
 from experiment.run_files.run_folder import RunFolder
 from experiment.unspaced_scripts import HAN, WIDE
 
@@ -76,8 +76,8 @@ def _printed_problems(without: str) -> Iterator[None]:
 def _checkpoints(folder: RunFolder) -> dict[Path, str]:
     """Return the weights digest of each complete checkpoint. Skips checkpoints that are being deleted or copied, and
     those of steps that the run trains again."""
-    found, times = {}, read_attempt_times(folder)
-    for path in complete_checkpoints(folder.checkpoints, times[-1].step if times else None):
+    found = {}
+    for path in reached_checkpoints(folder, read_attempt_times(folder)):
         with suppress(OSError, ValueError):
             found[path] = weights_digest(path)
     return found

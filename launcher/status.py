@@ -22,8 +22,8 @@ from experiment.errors import UserError, describe_disk_error, notify
 from experiment.files import read_json
 from experiment.formatting import FILE_WIDTH, UNKNOWN, describe_duration, shorten, show, table_console
 from experiment.results.main_score import main_score
-from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
-from experiment.run_files.goodput import AttemptTime, add_up, last_lines, read_attempt_times
+from experiment.run_files.checkpoints import checkpoint_step
+from experiment.run_files.goodput import AttemptTime, add_up, last_lines, reached_checkpoints, read_attempt_times
 from experiment.run_files.metrics_file import last_number, read_last_events
 from experiment.run_files.provenance import read_provenance
 from experiment.run_files.run_folder import RunFolder, is_run, open_folder, runs_in
@@ -69,7 +69,7 @@ def read_status(run: str) -> RunStatus:
     events, *others = map(read_last_events, logged)
     config, times = read_recorded(folder.config), read_attempt_times(folder)
     seeds = _value(config, "training", "seeds", list)
-    checkpoints = complete_checkpoints(folder.checkpoints, times[-1].step if times else None)
+    checkpoints = reached_checkpoints(folder, times)
     saved = checkpoint_step(checkpoints[-1]) if checkpoints else None
     # Scores of `deepcloze watch` come later, and a checkpoint may be newer than the last event.
     steps = [max(event["step"] for event in found) for found in (events, *others) if found]

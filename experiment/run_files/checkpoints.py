@@ -41,14 +41,9 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
-def complete_checkpoints(checkpoints: Path, last_step: int | None = None) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first. Does not verify them. Raises OSError.
-
-    last_step: that the run has finished, if known: checkpoints of later steps are damaged, or it would have resumed
-    from them, and are left out.
-    """
-    found = [path for path in _named_checkpoints(checkpoints) if (path / COMPLETE).exists()]
-    return [path for path in found if last_step is None or checkpoint_step(path) <= last_step]
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first. Does not verify them. Raises OSError."""
+    return [path for path in _named_checkpoints(checkpoints) if (path / COMPLETE).exists()]
 
 
 def checkpoints_to_resume(checkpoints: Path, waits: Sequence[float] = _WAITS) -> list[Path]:

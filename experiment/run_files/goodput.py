@@ -15,12 +15,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
 from experiment.files import parse_records, write_text
 from experiment.process.own_process import START_VARIABLE
+from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
 from experiment.run_files.run_folder import RunFolder
 
 USEFUL = "useful"  # training steps for the first time
@@ -97,6 +99,13 @@ def read_attempt_times(folder: RunFolder) -> list[AttemptTime]:
         return [line for line in found if 0 <= line.start <= _LATEST]
     except FileNotFoundError:
         return []
+
+
+def reached_checkpoints(folder: RunFolder, lines: Sequence[AttemptTime]) -> list[Path]:
+    """Return the complete checkpoints up to the step of the last line, oldest first: later ones are damaged, or the run
+    would have resumed from them. Without lines, returns all. Raises OSError."""
+    found = complete_checkpoints(folder.checkpoints)
+    return [path for path in found if not lines or checkpoint_step(path) <= lines[-1].step]
 
 
 def record_end(folder: RunFolder, start: float, now: Callable[[], float] = time.time) -> None:

@@ -29,7 +29,7 @@ from experiment.run_files.downstream import (
     result_file,
     write_result,
 )
-from experiment.run_files.goodput import read_attempt_times
+from experiment.run_files.goodput import reached_checkpoints, read_attempt_times
 from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.provenance import read_provenance, wandb_id
 from experiment.run_files.run_folder import RunFolder, open_run_folder
@@ -196,13 +196,11 @@ class Watch:
     def _next_checkpoint(self, done: bool) -> tuple[Path, str, int] | None:
         """Return the oldest checkpoint that is due, its weights, and the newest step."""
         found = {checkpoint_step(path): path for path in complete_checkpoints(self._run.checkpoints)}
-        times = read_attempt_times(self._run)
         for step in sorted(self._waiting - found.keys()):
             notify(f"watch: {self._task.name}: step {step}: skipped: the checkpoint was deleted before it was scored")
         unscored = {}
-        for step, path in found.items():
-            if times and step > times[-1].step:  # damaged: the run has resumed from an earlier one
-                continue
+        for path in reached_checkpoints(self._run, read_attempt_times(self._run)):
+            step = checkpoint_step(path)
             try:
                 weights = weights_digest(path)
             except OSError as error:

@@ -12,8 +12,7 @@ from experiment.config import read_recorded
 from experiment.errors import UserError, notify
 from experiment.results.history import History
 from experiment.results.report.tasks import read_task_results
-from experiment.run_files.checkpoints import complete_checkpoints
-from experiment.run_files.goodput import AttemptTime, read_attempt_times
+from experiment.run_files.goodput import AttemptTime, reached_checkpoints, read_attempt_times
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_life import READERS, Life, read_life
 
@@ -40,8 +39,7 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints up to the last finished step. Raises OSError."""
-        times = self.attempt_times
-        return complete_checkpoints(self.folder.checkpoints, times[-1].step if times else None)
+        return reached_checkpoints(self.folder, self.attempt_times)
 
 
 OpenRuns = Callable[[Mapping[str, RunFolder]], Sequence[Run]]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiment.run_files.checkpoints import checkpoint_path, completed_saves, mark_complete, write_best
+from experiment.run_files.goodput import ActivityTimer
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
 from launcher.launch_messages import announce_checks, announce_done, announce_failure, announce_stop, has_diverged
@@ -131,10 +132,15 @@ def test_a_stopped_run_says_what_it_could_not_save(run: RunFolder, capsys: pytes
 def test_a_failed_run_says_where_it_would_resume(
     run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a failure after which nobody knows how much is lost, and what to look at."""
+    """Catches a failure after which nobody knows how much is lost, and what to look at; and the step of a damaged
+    checkpoint."""
     announce_failure(run)
     assert capsys.readouterr().err == (
         f"deepcloze: the newest checkpoint is of step 1,200: the same command resumes from it; logs: {run.path}/logs\n"
     )
+    shutil.copytree(checkpoint_path(run.checkpoints, 1200), checkpoint_path(run.checkpoints, 1190))
+    ActivityTimer(0.0).open(run, step=1190, total_steps=None)  # the other one is damaged
+    announce_failure(run)
+    assert "the newest checkpoint is of step 1,190: " in capsys.readouterr().err
     announce_failure(open_run_folder(str(tmp_path / "other")))
     assert capsys.readouterr().err == f"deepcloze: no checkpoint was saved; logs: {tmp_path}/other/logs\n"
