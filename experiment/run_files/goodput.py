@@ -181,13 +181,24 @@ class ActivityTimer:
         self._folder: RunFolder | None = None
         self._lines: list[AttemptTime] = []  # of this attempt, in the file
 
-    def open(self, folder: RunFolder, step: int, total_steps: int | None, seconds_left: float | None = None) -> None:
+    def open(
+        self,
+        folder: RunFolder,
+        step: int,
+        total_steps: int | None,
+        seconds_left: float | None = None,
+        finished: bool = False,
+    ) -> None:
         """Record this attempt in the run folder, from now on. `step`: finished steps; `seconds_left`: of a time budget.
-        Only rank 0 does."""
+        Only rank 0 does. If the run is finished, only if the last line is of another step, as after the newest
+        checkpoint was copied from a mirror: else the time since its end would count as downtime."""
         self._end = None if seconds_left is None else self._now() + seconds_left
         self._folder, self._step, self._reached, self._total_steps = folder, step, step, total_steps
         with suppress(OSError):  # a file that cannot be read now stays as it is
             self._earlier = last_lines(read_attempt_times(folder))
+            if finished and all(attempt.step == step for attempt in self._earlier[-1:]):
+                self._folder = None
+                return
             self._rewrite()
         self._reached = max([step, *(attempt.reached for attempt in self._earlier)])
         self.record()

@@ -91,9 +91,8 @@ class Trainer:
         )
         tracker = None
         if world.rank == 0:
-            if not finished:  # else the time since its end would count as downtime
-                left = config.schedule.seconds_left(self._progress.seconds)
-                times.open(run.folder, self._progress.step, stream.steps, left)
+            left = config.schedule.seconds_left(self._progress.seconds)
+            times.open(run.folder, self._progress.step, stream.steps, left, finished)
             tracker = open_run_tracker(run, provenance, self._progress, stream, evaluates_first, times)
         self._reporter = Reporter(run, model.flops, engine, self._interval, times, nodes, tracker)
         clock = TrainingClock(self._progress.seconds)

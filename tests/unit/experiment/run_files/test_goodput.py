@@ -25,6 +25,7 @@ from experiment.run_files.goodput import (
     attempt_start,
     last_lines,
     process_start,
+    reached_checkpoints,
     read_attempt_times,
     record_end,
 )
@@ -243,6 +244,25 @@ def test_what_happens_in_each_step_adds_no_line(clock: Clock, folder: RunFolder)
     assert len(read_attempt_times(folder)) == before
     train(timer, clock, 10, 10, log_every=10)
     assert len(read_attempt_times(folder)) == before + 1
+
+
+def test_an_attempt_that_has_nothing_to_train(clock: Clock, folder: RunFolder) -> None:
+    """Catches the time since the end of a run counted as down; and newer checkpoints of another folder, copied to this
+    one, that are taken for damaged ones forever."""
+    first = clock.timer(start=clock.now)
+    first.open(folder, step=0, total_steps=5)
+    first.begin_training()
+    train(first, clock, 1, 5)
+    before = read_attempt_times(folder)
+    clock.pass_seconds(40)
+    clock.timer(start=clock.now).open(folder, step=5, total_steps=5, finished=True)
+    assert read_attempt_times(folder) == before
+    newest = folder.checkpoints / "step-00000009"
+    newest.mkdir(parents=True)
+    (newest / "COMPLETE").touch()
+    assert reached_checkpoints(folder, before) == []
+    clock.timer(start=clock.now).open(folder, step=9, total_steps=9, finished=True)
+    assert reached_checkpoints(folder, read_attempt_times(folder)) == [newest]
 
 
 def test_a_line_says_what_the_attempt_does(clock: Clock, folder: RunFolder) -> None:
