@@ -144,8 +144,9 @@ def parse_provenance(text: bytes, name: str) -> dict[str, Any]:
             raise TypeError
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{name} is damaged: expected an object with 'run_id', 'ancestors' and 'attempts'. If it is deleted, the "
-            "run gets another id, and its earlier attempts are forgotten"
+            f"{name} is damaged: expected an object with 'run_id', 'ancestors' and 'attempts'. If it is deleted, a "
+            "pretraining run with checkpoints takes it from the newest one; any other run gets another id, and its "
+            "earlier attempts are forgotten"
         ) from None
     return dict(record)
 
