@@ -67,7 +67,7 @@ class HubData(NamedTuple):
         return f"{PREFIX}{self.name}{'' if self.revision is None else f'@{self.revision}'}:{self.split}"
 
 
-def public_name(path: str) -> str:
+def public_data_name(path: str) -> str:
     """Return the name of a file or folder, without the local folders above it, or of a data set of the Hub."""
     return path if path.startswith(PREFIX) and not HubData.parse(path).is_folder else Path(path).name
 

@@ -136,7 +136,9 @@ class History:
         return list(dict.fromkeys(key.removeprefix(_EVALUATION).rsplit("/", 1)[0] for key in keys))
 
     def last(self, key: str) -> float | None:
-        """Return the number of the last event with this key; None without any, or if it diverged."""
+        """Return the last number with this key; None without any, or if the last evaluation has none."""
+        if not key.startswith(_EVALUATION):
+            return next((curve.last[1] for curve in reversed(list(self._curves(key)))), None)
         found = [seed.last[key] for seed in self.seeds.values() if key in seed.last]
         return found[-1] if found and not math.isnan(found[-1]) else None
 

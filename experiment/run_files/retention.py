@@ -35,13 +35,13 @@ def apply_retention(checkpoints: Path, keep: Retention, newest: int, before: int
     """Delete the checkpoints that need not be kept, and the leftovers of interrupted saves and deletions.
 
     newest: step of the checkpoint just saved, see `Retention.superseded`. before: step of the undamaged one before it,
-    if any; those between them are damaged, or the run would have resumed from them. Warns about checkpoints that cannot
-    be deleted (open on a network file system, immutable); the next call tries again.
+    if any; those between them are damaged, or the run would have resumed from them, unless one is the best. Warns about
+    checkpoints that cannot be deleted (open on a network file system, immutable); the next call tries again.
     """
     remove_leftovers(checkpoints)
     best = named_best(checkpoints)  # an earlier one than `keep.best` if that could not be saved
     by_step = {checkpoint_step(path): path for path in complete_checkpoints(checkpoints)}
-    damaged = [step for step in by_step if before is not None and before < step < newest]
+    damaged = [step for step in by_step if before is not None and before < step < newest and step != keep.best]
     for step in damaged:
         abandon(by_step[step])
     for step in keep.superseded(by_step.keys() - damaged, newest):

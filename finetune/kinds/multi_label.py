@@ -69,6 +69,9 @@ class Config(TaskConfig):
         columns = self.columns.labels
         if isinstance(columns, tuple) and not 2 <= len(set(columns)) == len(columns) == len(self.labels or columns):
             raise ValueError("columns.labels: expected two or more different columns, as many as in `labels`, if set")
+        places = zip(columns, self.known_labels, strict=True) if isinstance(columns, tuple) else ()
+        if moved := [column for column, label in places if column != label and column in (self.labels or ())]:
+            raise ValueError(f"columns.labels: {moved[0]} has the name of a label, but not its place in `labels`")
         return self
 
 

@@ -21,7 +21,7 @@ from experiment.config.field_types import SequenceLength
 from experiment.errors import UserError
 from experiment.files import checksum, read_json, write_json
 from experiment.formatting import counted
-from experiment.hub_data import public_name
+from experiment.hub_data import public_data_name
 from experiment.models.model_folder import load_model_config
 from experiment.models.transformers_models import has_masked_lm_head
 from experiment.run_files.checkpoints import find_model_folder
@@ -74,7 +74,7 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
     """Call when the model and its tokenizer are in the folder. Of the data files, only the names are written: the
     folder may be published. An earlier task file in it is replaced."""
     config = task.kind.config
-    names = {split: public_name(path) for split, path in config.files().items()}
+    names = {split: public_data_name(path) for split, path in config.files().items()}
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != TASK_FILE)
     value = {
         "task": config.with_files(names).model_dump(mode="json"),

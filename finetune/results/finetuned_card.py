@@ -12,7 +12,7 @@ from typing import Any
 from experiment.config import flatten
 from experiment.files import write_text
 from experiment.formatting import UNKNOWN, escape_markdown, markdown_table, show
-from experiment.hub_data import public_name
+from experiment.hub_data import public_data_name
 from experiment.results.model_card import (
     CARD_FILE,
     MODEL,
@@ -54,9 +54,11 @@ def write_seed_card(
     scores = [(title, split, *score) for split, found in record.scores.items() for score in found.items()]
     device = hardware["gpus"][0] if run.task.device.torch_device.type == "cuda" else describe_cpu(hardware)
     tables = {name: split.table for name, split in run.task.splits.items()}
-    names = {split: public_name(str(table.path)) for split, table in tables.items()}
+    names = {split: public_data_name(str(table.path)) for split, table in tables.items()}
     if run.training.fit_on == "train+validation":
-        names["train"] = " + ".join(public_name(path) for path in (task.train, task.validation) if path is not None)
+        names["train"] = " + ".join(
+            public_data_name(path) for path in (task.train, task.validation) if path is not None
+        )
     text = render_card(
         Path(__file__).with_suffix(".md.j2"),
         title,

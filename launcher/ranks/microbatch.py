@@ -12,13 +12,8 @@ S = TypeVar("S", bound=Section)
 
 def max_halvings(config: PretrainConfig) -> int:
     """Return how often halving changes the computation: until a microbatch is one sequence."""
-
-    def sizes(halvings: int) -> tuple[BatchConfig, tuple[Stage, ...]]:
-        scaled = scaled_microbatch(config, -halvings)
-        return scaled.batch, scaled.stages
-
     halvings = 0
-    while sizes(halvings + 1) != sizes(halvings):
+    while scaled_microbatch(config, -halvings - 1).stages != scaled_microbatch(config, -halvings).stages:
         halvings += 1
     return halvings
 

@@ -13,8 +13,8 @@ from experiment.config import Metavar, Section
 from experiment.config.field_types import LocalPath, PathName, PathOrUrl, Separator
 
 SourceName = str | Path | tuple[str | Path, ...]
-"""Input: a path, URL, glob, archive::members, hub:NAME[@REVISION][:SPLIT] or python-docs; several in a tuple or
-with commas."""
+"""Input: a path, URL, glob, archive::members, hub:OWNER/NAME[/CONFIGURATION][@REVISION][:SPLIT] or python-docs; several
+in a tuple or with commas."""
 
 
 def _regular_expression(pattern: str) -> str:
@@ -134,7 +134,7 @@ class CorpusOptions(TextOptions):
 
     source: Annotated[SourceName | None, Metavar("PATH[,PATH…]", separator=",")] = None
     """Files, folders, globs and URLs of .txt, .jsonl, .csv, .tsv or .parquet, plain or compressed (.gz, .zst); members
-    of an archive as a.zip::*.txt; hub:NAME[@REVISION][:SPLIT]; or python-docs."""
+    of an archive as a.zip::*.txt; hub:OWNER/NAME[/CONFIGURATION][@REVISION][:SPLIT]; or python-docs."""
 
     tokenizer: Annotated[PathOrUrl | None, Metavar("DIR")] = None
     """Hugging Face tokenizer folder, or a folder with just a vocab.txt; its URL; a checkpoint or run; or

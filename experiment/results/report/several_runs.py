@@ -21,8 +21,11 @@ from experiment.results.report.training import optimization_plots
 from experiment.results.sweep_summary import SweepResult, metric_title, read_sweep_results, sort_results, sweep_charts
 from experiment.run_files.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 
-_OF_EVALUATION = ("masking.", "batch.max_seq_length", "task.kind")  # keys
-_OF_DRAWN_SPLIT = ("task.train", "task.validation_share", "task.split_seed")  # keys
+_OF_ROWS = tuple(f"task.{key}" for key in ("kind", "labels", "header", "quoting", "on_bad_lines"))  # keys
+_OF_DRAWN_SPLIT = tuple(
+    f"task.{key}" for key in ("train", "validation_share", "split_seed", "columns.", "dialogue.group")
+)
+_OF_EVALUATION = ("masking.", "batch.max_seq_length", *_OF_ROWS)  # beginnings of keys
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
 
@@ -45,10 +48,11 @@ def _evaluation_notes(runs: Sequence[Run]) -> list[Text]:
         values: dict[str, set[str]] = {}
         for run in (run for run in runs if corpus in run.history.corpora):
             config = flatten(run.config)
-            drawn = () if config.get("task.validation") else _OF_DRAWN_SPLIT
-            data = (f"corpus.eval.{corpus}", f"task.{corpus}", *drawn)
+            is_drawn = corpus == "validation" and not config.get("task.validation")
+            keys = (*_OF_EVALUATION, *(_OF_DRAWN_SPLIT if is_drawn else ()))
             for key, value in config.items():
-                if key in data or (key.startswith(_OF_EVALUATION) and key != "masking.schedule"):
+                is_file = key in (f"corpus.eval.{corpus}", f"task.{corpus}")
+                if is_file or (key.startswith(keys) and key != "masking.schedule"):
                     last = value[-1] if key == "masking.rate" and isinstance(value, list) else value
                     values.setdefault(key, set()).add(str(last))
         if differing := ", ".join(key for key, found in values.items() if len(found) > 1):

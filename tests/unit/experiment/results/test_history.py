@@ -71,13 +71,13 @@ def test_the_time_of_a_fork_begins_with_it(tmp_path: Path, scores: dict[str, flo
 
 def test_figures(tmp_path: Path) -> None:
     """Catches nulls, text and numbers that no double holds among the figures, the last event in place of the best, and
-    the last number of a run that has diverged since."""
+    an earlier score of a run that has diverged since. A loss is null if no step since the last event had one."""
     odd = {"loss": 10**400, "grad_norm": "high", "lr": {}, "mfu": float("nan"), "eval/b/loss": [1]}
     events = [{"step": 1, "eval/b/loss": 2.0, "memory": 3}, {"step": 2, "loss": 4.0, "memory": 2}, {"step": 3, **odd}]
     folder = logged(tmp_path / "run", *events, {"step": 4, "loss": None, "eval/a/loss": 1.0})
     history = History.of(folder)
     assert (history.step, history.corpora) == (4, ["b", "a"])
-    assert (history.last("loss"), history.highest("memory"), history.median("memory")) == (None, 3, 2.5)
+    assert (history.last("loss"), history.highest("memory"), history.median("memory")) == (4.0, 3, 2.5)
     assert (history.last("memory"), history.last("eval/a/loss"), history.last("eval/b/loss")) == (2, 1.0, None)
     append(folder.metrics, {"step": 5, "loss": 3.0, "eval/a/loss": None})
     history.read()

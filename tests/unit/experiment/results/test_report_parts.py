@@ -258,13 +258,14 @@ def test_losses_that_cannot_be_compared(tmp_path: Path, config: dict[str, Any], 
         ({"kind": "regression", "train": "b.csv"}, "task.kind"),
         ({"train": "b.csv"}, None),
         ({"validation": None}, "task.validation"),
+        ({"labels": ["x"]}, "task.labels"),
         ({"kind": "regression", "validation": "b.csv"}, "task.kind, task.validation"),
     ],
 )
 def test_validation_losses_that_cannot_be_compared(tmp_path: Path, task: dict[str, Any], differing: str | None) -> None:
     """Catches scores of different tasks in one column without their metrics or a word, and a run that looks better
     because it has more seeds."""
-    tree = {"kind": "classification", "train": "a.csv", "validation": "a.csv"}
+    tree = {"kind": "classification", "train": "a.csv", "validation": "a.csv", "labels": None}
     for name, seeds, metric, changed in (("a", (1, 2), "f1", tree), ("b", (1,), "accuracy", tree | task)):
         folder = open_run_folder(tmp_path / name)
         events = [{"seed": seed, "step": 3, "eval/validation/loss": 1 / seed} for seed in seeds]

@@ -20,6 +20,7 @@ from experiment.run_files.checkpoints import (
     find_model_folder,
     last_usable,
     mark_complete,
+    named_best,
     read_state,
     replace_state,
     verify,
@@ -375,6 +376,15 @@ def test_damaged_checkpoints_that_a_run_has_passed_are_deleted(
     apply_retention(tmp_path, keep, newest=45, before=25)
     assert steps(tmp_path) == left
     assert not (tmp_path / "best").exists()
+
+
+def test_the_best_checkpoint_is_kept_although_its_save_seemed_to_fail(tmp_path: Path) -> None:
+    """Catches the loss of a checkpoint whose rename took effect on a network file system, but returned an error."""
+    make(tmp_path, 10, 20, 25, 30)
+    write_best(tmp_path, 25)
+    apply_retention(tmp_path, Retention(1, best=25), newest=30, before=20)
+    assert steps(tmp_path) == [25, 30]
+    assert named_best(tmp_path) == checkpoint_path(tmp_path, 25)
 
 
 def test_a_checkpoint_is_renamed_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,12 @@ def test_columns_of_another_file_have_the_order_or_the_names_of_the_labels(
         override_task(saved, {"columns.labels": "[b, a]"})
 
 
+def test_a_column_with_the_name_of_another_label_is_rejected() -> None:
+    """Catches scores of two labels that have changed places."""
+    with pytest.raises(ValueError, match=r"columns\.labels: a has the name of a label, but not its place"):
+        Config(columns=MultiLabelColumns(labels=("a", "x", "y")), labels=("b", "a", "c"))
+
+
 @pytest.mark.parametrize(("columns", "labels"), [(("a",), None), (("a", "a"), None), (("a", "b"), ("a", "b", "c"))])
 def test_columns_and_labels_are_as_many(columns: tuple[str, ...], labels: tuple[str, ...] | None) -> None:
     """Catches a traceback of rows that do not fit the labels."""
