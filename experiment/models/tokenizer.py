@@ -152,7 +152,8 @@ def _as_in_file(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> "PreTrain
         return tokenizer
     if _runs_python(tokenizer):  # a tokenizer.json cannot have it
         return tokenizer
-    settings = {"model_input_names": tokenizer.model_input_names, **tokenizer.special_tokens_map}
+    settings = {"padding_side": tokenizer.padding_side, "model_input_names": tokenizer.model_input_names}
+    settings |= tokenizer.special_tokens_map
     exact = general.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **settings)
     file, loaded = exact.backend_tokenizer, tokenizer.backend_tokenizer
     if isinstance(file.normalizer, BertNormalizer) and isinstance(loaded.normalizer, BertNormalizer):
@@ -160,10 +161,15 @@ def _as_in_file(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> "PreTrain
             setattr(file.normalizer, flag, getattr(loaded.normalizer, flag))
     if isinstance(file.pre_tokenizer, ByteLevel) and isinstance(loaded.pre_tokenizer, ByteLevel):
         file.pre_tokenizer.add_prefix_space = loaded.pre_tokenizer.add_prefix_space
-    if _probe(file) == _probe(loaded):
+    if getattr(file.model, "dropout", None):  # for training with it: ids would be drawn
+        file.model.dropout = None
+    try:
+        if _probe(file) == _probe(loaded):
+            return tokenizer
+    except Exception:  # the type that tokenizers raises where a model has no unknown token
         return tokenizer
     warn_once(
-        f"tokenizer: using the normalizer, pre-tokenizer and model of {path}: those of {type(tokenizer).__name__} in "
+        f"tokenizer: using all of {path}: the normalizer, pre-tokenizer and model of {type(tokenizer).__name__} in "
         "transformers 5 give text other ids than the model was trained with"
     )
     return exact

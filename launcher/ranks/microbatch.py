@@ -12,8 +12,13 @@ S = TypeVar("S", bound=Section)
 
 def max_halvings(config: PretrainConfig) -> int:
     """Return how often halving changes the computation: until a microbatch is one sequence."""
+
+    def sizes(halvings: int) -> tuple[BatchConfig, tuple[Stage, ...]]:
+        scaled = scaled_microbatch(config, -halvings)
+        return scaled.batch, scaled.stages  # evaluations have the size of `batch`
+
     halvings = 0
-    while scaled_microbatch(config, -halvings - 1).stages != scaled_microbatch(config, -halvings).stages:
+    while sizes(halvings + 1) != sizes(halvings):
         halvings += 1
     return halvings
 

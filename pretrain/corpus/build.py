@@ -9,6 +9,7 @@ A build that was killed is resumed from the records. The bytes of a corpus depen
 sampling only, not on workers, machines, time, paths or interruptions.
 """
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -244,8 +245,10 @@ def _check_existing(plan: BuildPlan, run_tasks: TaskRunner) -> dict[Part, Manife
     print(f"{plan.folder} already exists, built from the same documents with the same tokenizer")
     cleanings, decontaminated = read_cleanings(plan.sources)
     for part, manifest in manifests.items():
-        if decontaminated not in (None, manifest.decontaminated):  # cleaned again, with the same result
-            folder, manifests[part] = plan.folder_of(part), replace(manifest, decontaminated=decontaminated)
+        folder = plan.folder_of(part)
+        is_new = decontaminated not in (None, manifest.decontaminated)  # cleaned again, with the same result
+        if is_new and os.access(folder, os.W_OK):
+            manifests[part] = replace(manifest, decontaminated=decontaminated)
             write_cleanings(folder, cleanings)
             write_manifest(folder, manifests[part])
             print(f"{folder}: recorded what its documents are decontaminated against now")

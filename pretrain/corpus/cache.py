@@ -7,6 +7,7 @@ A copy is complete when all its shards have the sizes of the manifest, because e
 An interrupted copy continues, at the byte where it was interrupted.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -116,6 +117,8 @@ class CorpusCache:
             # A lock that is not granted is lost, so two processes cannot wait for each other.
             locked = try_lock(lock)
             if locked or (locked is None and not _complete(folder)):  # None: a complete copy may be in use
+                if not os.access(folder, os.W_OK):  # another user's: nothing is deleted to make space for it
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
                 self._copy(source, description, folder)
                 with suppress(OSError):
                     fcntl.flock(lock, fcntl.LOCK_SH)

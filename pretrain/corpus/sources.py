@@ -37,6 +37,7 @@ from pretrain.corpus.options import SourceName
 PYTHON_DOCS = "python-docs"
 _MAGIC = re.compile(r"[*?[]")  # of a pattern
 MAX_ITEMS = 100  # of --source, whose documents are counted for each
+_LOST_AND_FOUND = "lost+found"  # of a disk; only root can read it
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 
 
@@ -154,7 +155,7 @@ class _Finder:
         for directory, inside, names in os.walk(folder, onerror=refuse, followlinks=True):
             if self.output is not None and self.output.resolve().is_relative_to(Path(directory).resolve()):
                 raise UserError(f"{self.key} {folder}: the output {self.output} is in this folder; name one outside it")
-            visible = sorted(name for name in inside if not name.startswith("."))
+            visible = sorted(name for name in inside if not name.startswith(".") and name != _LOST_AND_FOUND)
             inside[:] = [name for name in visible if _is_new(os.path.join(directory, name), seen)]
             paths = (os.path.join(directory, name).removeprefix("./") for name in names if name[0] != ".")
             found += filter(_is_file, paths)
@@ -261,6 +262,8 @@ def _check_readable(pattern: str) -> None:
     if glob.has_magic(parent):
         _check_readable(parent)
     for folder in glob.iglob(os.path.join(pattern if name == "**" else parent, ""), recursive=True):
+        if os.path.basename(folder.rstrip("/")) == _LOST_AND_FOUND:
+            continue
         with suppress(FileNotFoundError, NotADirectoryError):
             if glob.has_magic(name):
                 os.scandir(folder.rstrip("/") or "/").close()

@@ -169,7 +169,7 @@ def test_ids_are_those_of_tokenizer_json(
     warn_once.cache_clear()
     tokenizer = load_tokenizer(tmp_path)
     assert caplog.messages == [
-        f"tokenizer: using the normalizer, pre-tokenizer and model of {tmp_path}/tokenizer.json: those of {name} in "
+        f"tokenizer: using all of {tmp_path}/tokenizer.json: the normalizer, pre-tokenizer and model of {name} in "
         "transformers 5 give text other ids than the model was trained with"
     ]
     for number in range(2):
@@ -181,6 +181,18 @@ def test_ids_are_those_of_tokenizer_json(
         fingerprint, tokenizer = tokenizer_fingerprint(tokenizer), load_tokenizer(saved)
         assert tokenizer_fingerprint(tokenizer) == fingerprint
     assert len(caplog.messages) == 1
+
+
+def test_a_tokenizer_without_an_unknown_token_can_be_used(tmp_path: Path) -> None:
+    """Catches a closed vocabulary, such as that of DNA, that is refused because no other text can be encoded."""
+    roles = {role: token for role, token in BERT_TOKENS.items() if role != "unk_token"}
+    vocabulary = {token: number for number, token in enumerate([*roles.values(), *"acgt"])}
+    file = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    file.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    file.add_special_tokens([*roles.values()])
+    file.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**roles, "tokenizer_class": "BertTokenizer"}))
+    assert load_any_tokenizer(tmp_path, needed=()).tokenize("a c") == ["a", "c"]
 
 
 @pytest.mark.parametrize("name", ["BertTokenizer", "PreTrainedTokenizerFast"])

@@ -314,6 +314,21 @@ def test_the_copy_of_another_user(
     assert (theirs.exists(), ours.exists()) == (True, False)
 
 
+def test_an_incomplete_copy_of_another_user(
+    stored: str, heldout_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches copies that are deleted to make space for one that cannot be written."""
+    cache = CorpusCache(tmp_path / "cache")
+    theirs, ours = cache.locate(stored), cache.locate(str(heldout_corpus))
+    cache.release()
+    limit = sum(files_below(theirs).values())
+    (theirs / "manifest.json").unlink()  # their run was killed
+    give_away(theirs.parent, monkeypatch)
+    with pytest.raises(UserError, match="Permission denied"):
+        CorpusCache(cache.folder, limit).locate(stored)
+    assert ours.exists()
+
+
 @pytest.mark.parametrize("full", ["cache", "disk"])
 def test_no_copy_is_deleted_if_that_is_not_enough(
     wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str

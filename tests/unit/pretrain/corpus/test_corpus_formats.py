@@ -320,12 +320,12 @@ def test_a_folder_that_cannot_be_read(
 ) -> None:
     """Catches a corpus without the files below it, which nothing tells, and a pattern that is refused because of a
     folder where it does not look."""
-    for name in ("a/b", "closed/b", "closed"):
+    for name in ("a/b", "a", "closed/b", "closed"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "a.txt").write_text("text\n")
 
     def refuse(function: Any, path: Any) -> Any:  # root may read all folders
-        if str(path).startswith(f"{tmp_path}/closed"):
+        if str(path).startswith((f"{tmp_path}/closed", f"{tmp_path}/lost+found")):
             raise PermissionError(13, "Permission denied", path)
         return function(path)
 
@@ -337,6 +337,11 @@ def test_a_folder_that_cannot_be_read(
             find_sources(f"{tmp_path}{pattern}")
     else:
         assert find_sources(f"{tmp_path}{pattern}")
+    (tmp_path / "closed").rename(tmp_path / "lost+found")  # of the disk
+    monkeypatch.undo()
+    for function in (os.scandir, os.lstat):
+        monkeypatch.setattr(os, function.__name__, partial(refuse, function))
+    assert find_sources(f"{tmp_path}{pattern}")
 
 
 def tar_of(members: dict[str, bytes]) -> bytes:
