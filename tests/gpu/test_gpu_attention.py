@@ -199,6 +199,5 @@ def test_dropout_depends_on_the_seed_and_the_backward_pass_repeats_it(name: str,
     assert not torch.equal(outputs[0], outputs[2])
     weighted = (outputs[0].float() * weights.detach().transpose(1, 2).float()).sum()
     weighted.backward()
-    assert value.grad is not None
     # The output is a linear function of the values, so its derivative times the values is the output.
     assert (value.grad.float() * value.float()).sum().item() == pytest.approx(weighted.item(), rel=0.05, abs=1.0)

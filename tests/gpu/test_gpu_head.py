@@ -41,7 +41,6 @@ def test_values_and_gradients_are_those_of_torch(rows: int, hidden: int, vocabul
     loss, _ = fused_cross_entropy.linear_cross_entropy(*inputs, labels)
     with torch.no_grad():
         _, correct = fused_cross_entropy.linear_cross_entropy(*inputs, labels)
-    assert correct is not None
     (1e-3 * loss).backward()
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     logits = F.linear(*exact)
@@ -51,8 +50,6 @@ def test_values_and_gradients_are_those_of_torch(rows: int, hidden: int, vocabul
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     assert abs(correct.item() - int((logits.argmax(1) == labels).sum())) <= 0.01 * rows
     for one, other in zip(inputs, exact, strict=True):
-        assert one.grad is not None
-        assert other.grad is not None
         assert float((one.grad - other.grad).norm() / other.grad.norm()) < tolerance
 
 

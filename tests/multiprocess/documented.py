@@ -225,7 +225,6 @@ class Terminal:
         wait_until(lambda: self._answers() or self._server_ended())
 
     def _server_ended(self) -> bool:
-        assert self._server is not None
         assert self._server.poll() is None, (self._folder / "server.log").read_text(encoding="utf-8")
         return False
 

@@ -257,7 +257,6 @@ def chosen_case(world: World, tree: Tree) -> tuple[str, str]:
         return str(error), ""
     finally:
         logging.getLogger().removeHandler(handler)
-    assert point is not None
     return point.checkpoint.name, logged.getvalue() if world.rank == 0 else ""
 
 

@@ -57,5 +57,4 @@ def test_a_run_survives_its_terminal_and_can_be_followed(
     assert "step 4/5000" in followed
     assert "run the same command again to resume" in followed.splitlines()[-1]
     reported = read_outcome(folder)
-    assert reported is not None
     assert reported.outcome is Outcome.STOPPED

@@ -82,7 +82,6 @@ def assert_named(
     code, output = wait_for_exit(launch)
     assert code == 1, output
     reported = read_outcome(folder)
-    assert reported is not None
     assert (reported.outcome, reported.cause) == (Outcome.FAILED, Cause.HUNG), output
     pids = [json.loads(folder.rank_record(rank).read_text(encoding="utf-8"))["pid"] for rank in range(2)]
     expected = f"{HOST}, rank 1 (process {pids[1]}) hangs: {found}"

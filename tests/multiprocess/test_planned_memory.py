@@ -54,7 +54,6 @@ def _train(world: World, tree: Tree) -> None:
 
     run = resolve(build_config(PretrainConfig, tree), world.size)
     flops = flops_model(meta_model(run.model_config))
-    assert flops is not None
     stream = open_stream(run, world, run_layout(run, "packed"), flops.attention_ratio)
     engine, _ = build_engine(world, tree)
     for step in range(STEPS):

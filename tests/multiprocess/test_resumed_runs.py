@@ -207,14 +207,11 @@ def test_a_run_of_which_only_checkpoints_were_copied(
     tree["run"]["dir"] = str(copied.path)
     assert pools[1].run(pretrain_case, tree) == ["done"]
     after = read_provenance(copied)
-    assert before is not None
-    assert after is not None
     assert (after["run_id"], after["ancestors"]) == (before["run_id"], before["ancestors"])
     assert [attempt["step"] for attempt in after["attempts"]] == [0, 1]
     shutil.copytree(copied.checkpoints, tmp_path / "twin" / "checkpoints")
     tree["run"]["dir"] = str(tmp_path / "twin")
     assert pools[1].run(pretrain_case, tree) == ["done"]
     twin = read_provenance(RunFolder(tmp_path / "twin"))
-    assert twin is not None
     assert twin["run_id"] != before["run_id"]
     assert is_fork_of([{"relation": "fork", "run_id": before["run_id"], "step": 2}], str(tmp_path / "twin"))

@@ -46,7 +46,6 @@ def gather_case(world: World, numel: int) -> list[list[float]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BUFFER_BYTES", 96)
         memory = open_shared_memory()
-        assert memory is not None
         parts = [torch.zeros(numel, dtype=torch.bfloat16) for _ in range(world.size)]
         for number in range(3):
             parts[world.rank].copy_(torch.arange(numel) + 100 * world.rank + number)
@@ -67,7 +66,6 @@ def slow_reader_case(world: World) -> list[list[float]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BUFFER_BYTES", 96)
         memory = open_shared_memory()
-        assert memory is not None
         if world.rank == 0:
             barrier = memory._barrier
             patch.setattr(memory, "_barrier", lambda: (barrier(), time.sleep(0.005)))

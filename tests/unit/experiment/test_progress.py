@@ -93,9 +93,7 @@ def test_output_that_nobody_reads_ends_no_run(code: str) -> None:
     """Catches a run that fails because `tee` or `head`, which read its output, have ended."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stderr=pipe, cwd=REPOSITORY) as process:
-        assert process.stderr is not None
         process.stderr.close()
-        assert process.stdin is not None
         process.stdin.write(b"\n")
         process.stdin.close()
         assert process.wait(LIMIT) == 0

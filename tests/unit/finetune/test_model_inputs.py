@@ -77,9 +77,7 @@ def test_predictions_of_xlnet_do_not_depend_on_the_batch(xlnet: Path) -> None:
 
 def test_token_types_of_xlnet_are_the_tokenizers(xlnet: Path) -> None:
     """Catches segments that XLNet cannot tell apart because its config has no type_vocab_size."""
-    types = make_encoder(xlnet).encode("word1 word2", "word3").token_type_ids
-    assert types is not None
-    assert types.tolist() == [0, 0, 0, 1, 1, 2]
+    assert make_encoder(xlnet).encode("word1 word2", "word3").token_type_ids.tolist() == [0, 0, 0, 1, 1, 2]
 
 
 def test_models_without_token_types_get_none(encoder: Path, tmp_path: Path) -> None:
@@ -139,5 +137,4 @@ def test_the_saved_folder_gives_the_inputs_of_training(
         assert tokens.input_ids.tolist().count(trained.tokenizer.sep_token_id) == (3 if special else 2)
     found = inputs_of_saved(folder, trained, tmp_path / "saved", text, "word2")
     assert found["input_ids"] == tokens.input_ids.tolist()
-    assert tokens.token_type_ids is not None
     assert found["token_type_ids"] == tokens.token_type_ids.tolist()

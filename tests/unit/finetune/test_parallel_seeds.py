@@ -117,7 +117,6 @@ def test_a_seed_that_fails_ends_the_command(config_file: Path, tmp_path: Path, p
     with pytest.raises(SystemExit, match=r"^deepcloze: seed [12](, step| failed).*training diverged"):  # exit code 1
         run_here(config_file, **flags)
     outcome = read_outcome(RunFolder(tmp_path / "run"))
-    assert outcome is not None
     assert outcome.outcome is Outcome.FAILED
     assert outcome.message.startswith("seed ")
     assert not children_with(tmp_path / "run")
@@ -148,7 +147,6 @@ def test_a_seed_that_outlives_its_command_is_waited_for(config_file: Path, tmp_p
     command = [sys.executable, "-m", "finetune.parallel_seeds", str(folder.config), "1"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE) as process:
         wait_until(lambda: is_locked(folder), process)
-        assert process.stdin is not None
         process.stdin.close()  # as the system does when the command is killed
         with lock_run(folder):
             assert process.wait() == 75

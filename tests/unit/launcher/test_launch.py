@@ -158,7 +158,6 @@ def failed_hosts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 def first_command(launch: LaunchSettings) -> DeepSpeedCommand:
     """The command of the first attempt, on this machine."""
-    assert launch.held is not None
     return launch.held.command
 
 

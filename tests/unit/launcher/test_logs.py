@@ -94,8 +94,6 @@ def test_a_pager_may_be_closed(logged: RunFolder) -> None:
     logged.rank_log(0).write_text("line\n" * 100_000)
     command = [sys.executable, "-m", "launcher", "logs", str(logged.path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[3])
-    assert process.stdout is not None
-    assert process.stderr is not None
     assert process.stdout.readline() == b"line\n"
     process.stdout.close()
     assert process.stderr.read() == b""

@@ -83,7 +83,6 @@ def test_a_lost_host_of_many_is_left_out(
     assert (len(first["hosts"]), first["cause"]) == (count, Cause.LOST_HOST)
     assert second["hosts"].keys() == slots.keys() - {LOST}
     ((layout, rendezvous),) = seen
-    assert rendezvous is not None
     assert (len(layout.slots), rendezvous.address, rendezvous.port) == (count - 1, "10.0.0.1", 4567)
 
 

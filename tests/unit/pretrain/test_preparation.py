@@ -339,7 +339,6 @@ def test_a_damaged_checkpoint_is_copied_from_the_mirror(
         assert (problem, (checkpoint / "state.json").read_bytes()) == (None, before)
         assert f"the checkpoint {checkpoint} was damaged: state.json has checksum" in caplog.text
         return
-    assert problem is not None
     assert problem.startswith("state.json has checksum")
     assert (checkpoint / "state.json").read_bytes() == b"{}"
     assert ("cannot be copied again" in caplog.text) == (fault in ("damaged", *errors))

@@ -86,7 +86,6 @@ def test_an_exception_decides_what_the_launcher_does(
         raise error
 
     exit_code, reported = end_of(train, tmp_path)
-    assert reported is not None
     assert (exit_code, reported.outcome, reported.cause) == (code, outcome, cause)
     assert reported.message.count("\n") == 0, "the rest has been logged"
     assert str(error).partition("\n")[0] in reported.message
@@ -100,7 +99,6 @@ def test_a_lack_of_memory_on_a_cpu_halves_the_microbatch(tmp_path: Path) -> None
         return Outcome.DONE
 
     code, reported = end_of(train, tmp_path)
-    assert reported is not None
     assert (code, reported.cause) == (1, Cause.OUT_OF_MEMORY)
 
 
@@ -157,7 +155,6 @@ def test_of_ranks_that_fail_at_once_one_is_reported_whole(folder: RunFolder, mon
         process.join(60)
     assert [process.exitcode for process in ranks] == [0] * 8
     outcome = read_outcome(folder)
-    assert outcome is not None
     assert outcome[1].endswith("x" * 100_000)
 
 
@@ -223,7 +220,6 @@ def test_a_run_that_deepspeed_starts_has_its_folder_alone(
         run_rank(train, RankRecorder(folder, 0))
     assert exited.value.args[0] == (Outcome.REFUSED if in_use else Outcome.FAILED).exit_code
     reported = read_outcome(folder)
-    assert reported is not None
     assert reported.outcome is (Outcome.DONE if in_use else Outcome.FAILED)
     assert folder.stop.exists() == in_use
     assert (f"another deepcloze process is using {folder.path}" in capfd.readouterr().err) == in_use

@@ -208,7 +208,6 @@ def test_schedule_tokens_is_the_length_of_the_run(open_run_stream: OpenStream) -
     """Catches a token count without special tokens, stages, batch warmup or the mixture."""
     wanted = {"tokens": 150_000, "batch_warmup_steps": 30, "stages": STAGES}
     stream = open_run_stream(schedule=wanted)
-    assert stream.steps is not None
     tokens = sum(stream[step].tokens for step in range(stream.steps))
     assert tokens == pytest.approx(150_000, rel=0.02)
     with pytest.raises(UserError, match=r"schedule\.tokens: the first 2 of schedule\.stages take about"):
@@ -219,7 +218,6 @@ def test_schedule_tokens_is_the_length_of_the_run(open_run_stream: OpenStream) -
 def test_epochs_end_with_the_last_sequence(open_run_stream: OpenStream, warmup: int) -> None:
     """Catches a run by epochs that is a batch too short or too long, with and without batch warmup."""
     stream = open_run_stream(mixed=False, schedule={"epochs": 2.0, "batch_warmup_steps": warmup})
-    assert stream.steps is not None
     seen = [origin for step in range(stream.steps) for origin in origins(stream[step])]
     sequences = len(stream.makers[0].corpora[0].index)
     assert sorted(seen) == [(0, epoch, sequence) for epoch in range(2) for sequence in range(sequences)]
@@ -322,7 +320,6 @@ def test_a_fork_ends_after_its_parents_step(
     """Catches a fork that trains nothing and counts as done because its length in epochs or tokens is a total."""
     run = resolve_run(wordpiece_corpus, heldout_corpus, False, {"schedule": length})
     steps = open_stream(run, World(), run_layout(run, "packed")).steps
-    assert steps is not None
 
     def open_fork(step: int) -> TrainingStream:
         fork = dataclasses.replace(run, resume_plan=ResumePlan(tmp_path, step, fork=True))
@@ -347,7 +344,6 @@ def test_the_tokens_of_a_fork_are_those_that_its_parent_leaves(
         return open_stream(dataclasses.replace(run, resume_plan=plan), World(), run_layout(run, "packed"))
 
     stream = open_with(planned)
-    assert stream.steps is not None
     own = [stream[step].tokens for step in range(8, stream.steps)]
     assert sum(own[:-1]) - 500 < 5_000 < sum(own) + 500  # lengths are means
     assert open_with(dataclasses.replace(planned, step=stream.steps - 1, fork=False)).steps == stream.steps
@@ -371,7 +367,6 @@ def test_epochs_are_those_of_all_stages(open_run_stream: OpenStream) -> None:
     tokens = sum(stream[step].tokens for step in range(16))
     assert tokens / stream.tokens_per_epoch(16)["text"] == pytest.approx(stream.epochs, rel=0.02)
     whole = open_run_stream(mixed=False, schedule={"epochs": 2.0})
-    assert whole.steps is not None
     assert sum(whole[step].tokens for step in range(whole.steps)) == 2 * whole.tokens_per_epoch(whole.steps)["text"]
     assert set(open_run_stream(**changing_batches()).tokens_per_epoch(0)) == {"text", "text-heldout"}, "before step 1"
     assert open_run_stream(**changing_batches()).epochs is None, "of a mixture"

@@ -59,15 +59,12 @@ def run() -> Iterator[Run]:
     environ |= {"OMP_NUM_THREADS": "2"}
     command, pipe = [sys.executable, "-c", SERVER], subprocess.PIPE
     with subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, text=True) as server:
-        stdin, stdout = server.stdin, server.stdout
-        assert stdin is not None
-        assert stdout is not None
 
         def run_code(code: str) -> list[str]:
-            print(repr(CODE + code), file=stdin, flush=True)
+            print(repr(CODE + code), file=server.stdin, flush=True)
             words: list[str] = []
             while words[-3:-1] != ["exit", "code"]:
-                line = stdout.readline()
+                line = server.stdout.readline()
                 assert line
                 words += line.split()
             assert words[-1] == "0"

@@ -64,7 +64,6 @@ def test_further_signals_change_nothing(number: signal.Signals, tmp_path: Path) 
     """Catches a second Ctrl-C that leaves processes on other hosts, or with another exit code than the first one."""
     command = [sys.executable, "-c", COMMAND, str(tmp_path)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
     seen = []
     for line in process.stdout:
         seen.append(line.strip())

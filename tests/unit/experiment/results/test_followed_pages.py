@@ -44,8 +44,7 @@ def log(path: Path, *steps: int, **figures: Any) -> RunFolder:
 class Browser:
     """What a browser has of a page."""
 
-    def __init__(self, page: FollowedPage | None) -> None:
-        assert page is not None
+    def __init__(self, page: FollowedPage) -> None:
         self._page = page
         self.version = -1
         self.parts: dict[str, dict[str, Any]] = {}
@@ -246,7 +245,6 @@ def test_a_page_that_takes_long_is_shown_later(tmp_path: Path, held: threading.E
     page = FollowedPages([RunFolder(tmp_path / "slow")], Waits(runs=LIMIT, page=0.01, stuck=0.01)).page("")
     browser = Browser(page)
     assert (browser.title, "reading" in browser.html) == ("report", True)
-    assert page is not None
     assert b"<header>" in page.html()
     held.set()
     wait_until(lambda: browser.ask() and "training" in browser.lines)

@@ -15,7 +15,7 @@ from experiment.errors import UserError
 from experiment.files import read_json, write_json
 from experiment.results.charts import LOOKS, Charts
 from experiment.results.history import History
-from experiment.results.page import Fillings, Heading, Runs, Table, Text
+from experiment.results.page import Heading, Runs, Table, Text
 from experiment.results.report import training
 from experiment.results.report.pages import write_overlay, write_report
 from experiment.results.report.run import open_run, open_runs
@@ -331,7 +331,6 @@ def test_the_runs_of_a_sweep(tmp_path: Path) -> None:
     }
     write_json(tmp_path / "sweep.json", {"metric": "loss", "lower_is_better": True, "runs": runs})
     _, table, *_ = sweep_blocks(RunFolder(tmp_path), open_runs)
-    assert isinstance(table, Table)
     rows = [["lr=2", "done", "2", "1.0000"], ["lr=1", "done", "1", "2.0000"], ["lr=3", "failed", "3", "–"]]
     assert table.rows == rows
     assert "Best first" in write_report(tmp_path).read_text(encoding="utf-8")
@@ -534,7 +533,6 @@ def test_fillings_are_shown_by_sentence(tmp_path: Path) -> None:
     """Catches a table by checkpoint, in which nobody sees what the model has learned."""
     assert filling_blocks(RunFolder(tmp_path)) == []
     *_, block = filling_blocks(make_run(tmp_path / "run", steps=100))
-    assert isinstance(block, Fillings)
     assert len(block.fillings) == 4
     first = block.fillings[0]
     assert (first.before, first.answer, first.after) == ("the default value is ", "none", ", which disables the cache.")

@@ -82,7 +82,6 @@ def test_a_reserved_outcome_is_written_on_a_full_disk(
     small_disk.fill(new_files=False)
     write(folder, Outcome.STOPPED, message)
     found = read_outcome(folder)
-    assert found is not None
     assert found[0] is Outcome.STOPPED
     assert message.startswith(found[1])
     assert found[1]

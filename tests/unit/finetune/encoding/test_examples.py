@@ -38,9 +38,7 @@ def test_pairs_have_separators_and_token_types(encoder: Path) -> None:
     """Catches pairs glued into one segment: the second text must have token type 1."""
     made = encode(encoder, ("word0 word1", "word2"))
     assert ids(made, 0) == [2, 5, 6, 3, 7, 3]
-    types = made.examples[0].sequences[0].token_type_ids
-    assert types is not None
-    assert types.tolist() == [0, 0, 0, 0, 1, 1]
+    assert made.examples[0].sequences[0].token_type_ids.tolist() == [0, 0, 0, 0, 1, 1]
 
 
 def test_the_longer_text_of_a_pair_is_cut_and_counted(encoder: Path) -> None:
@@ -77,7 +75,6 @@ def test_a_batch_is_padded_to_its_longest_example(encoder: Path) -> None:
     batch = collate(KIND, examples, Padding(0, "right", 0), device=torch.device("cpu"))
     assert batch.inputs["input_ids"].tolist() == [[2, 6, 3, 0, 0], [2, 5, 6, 7, 3]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert batch.targets is not None
     assert batch.targets.tolist() == [0, 0]
 
 

@@ -291,8 +291,6 @@ def test_a_masked_language_model(
     assert [line.split()[0] for line in printed.out.splitlines()[1:]] == ["PyTorch", "ONNX"]
     assert printed.err == ""
     original, served = load_served_model(encoder, "fp32"), load_served_model(exported, "fp32")
-    assert original.filler is not None
-    assert served.filler is not None
     masked = ["word1 [MASK] word2", "[MASK] word3 word4 [MASK]"]
     assert_same(served.filler.fill(masked, top_k=3), original.filler.fill(masked, top_k=3))
     record = original.filler.option_record(masked[1], [["word1", "word2 word5"], ["word8", "word9"]], "text")
@@ -317,7 +315,6 @@ def test_a_model_that_depends_on_padding(
     """Catches texts of different lengths that int8 computes in one batch, and a snippet that pads them."""
     exported = export_onnx(convolutions, int8=True)
     filler = load_served_model(exported, "auto").filler
-    assert filler is not None
     masked = ["word1 [MASK]", "[MASK] word2 word3 word4 word5 word6 word7"]
     assert filler.fill(masked) == [filler.fill([text])[0] for text in masked]
     assert 'texts = ["A text."]  # ' in (exported / "README.md").read_text()

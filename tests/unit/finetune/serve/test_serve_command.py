@@ -221,7 +221,6 @@ def test_a_server_that_reloads_ends(folders: dict[str, Path]) -> None:
 
     state = ServingState(first, load, Limits(64, 1024, 64, 60.0), 0.001)
     with TestClient(make_app(state, None)) as client:
-        assert client.portal is not None
         client.portal.call(state.reload)
         assert begun.wait(LIMIT)
     downloaded.set()

@@ -201,8 +201,6 @@ def start_guard(launch: str, silence_seconds: float = host_guard.SILENCE_SECONDS
     """A guard without ssh, which has replied."""
     code = f"from launcher.hosts import host_guard\nhost_guard.SILENCE_SECONDS = {silence_seconds}\nhost_guard.main()"
     guard = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert guard.stdin is not None
-    assert guard.stdout is not None
     request = {"launch": launch, "environment": ENVIRONMENT, "head": "localhost"}
     guard.stdin.write(json.dumps(request).encode() + b"\n")
     guard.stdin.flush()
@@ -216,7 +214,6 @@ def test_a_lost_launcher_ends_the_processes(run: str, process: "subprocess.Popen
     guard = start_guard(f"{run}-1", silence_seconds=host_guard.SILENCE_SECONDS if killed else 2.0)
     own = start_process(f"{run}-1")
     if killed:
-        assert guard.stdin is not None
         guard.stdin.close()
     assert own.wait(LIMIT) == -9
     guard.wait(LIMIT)

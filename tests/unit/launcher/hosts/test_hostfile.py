@@ -146,7 +146,6 @@ def test_a_node_list_of_thousands_of_hosts() -> None:
 def test_slots_of_a_slurm_job(variables: dict[str, str], slots: list[int]) -> None:
     """Catches one rank on a node with eight GPUs, and GPUs counted as CPU tasks."""
     hosts = allocated_hosts({"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_PROCID": "0", **variables})
-    assert hosts is not None
     assert list(hosts.items()) == list(zip(("n1", "n2", "n3"), slots, strict=True))
 
 
@@ -187,7 +186,6 @@ def test_a_pbs_job_lists_a_host_once_for_each_process(tmp_path: Path) -> None:
     """Catches duplicate hosts, and an order other than that of the file, whose first host is rank 0's."""
     (tmp_path / "nodes").write_text("n2\nn2\nn1\nn2\nn1\n", encoding="utf-8")
     hosts = allocated_hosts({"PBS_NODEFILE": str(tmp_path / "nodes")})
-    assert hosts is not None
     assert list(hosts.items()) == [("n2", 3), ("n1", 2)]
 
 
@@ -205,7 +203,6 @@ def test_the_hostfile_of_the_mpi_operator(tmp_path: Path, variable: str, text: s
     """Catches a launcher pod that trains alone."""
     (tmp_path / "hostfile").write_text(text, encoding="utf-8")
     hosts = allocated_hosts({variable: str(tmp_path / "hostfile")})
-    assert hosts is not None
     assert list(hosts.items()) == [("job-worker-0.job.svc", 2), ("job-worker-1.job.svc", 2)]
 
 

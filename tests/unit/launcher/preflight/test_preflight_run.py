@@ -52,7 +52,6 @@ def test_a_healthy_machine_passes_and_nothing_is_left(target: Target, tmp_path: 
 
 
 def test_a_run_folder_keeps_its_files(target: Target) -> None:
-    assert target.folder is not None
     logs = RunFolder(target.folder).logs
     logs.mkdir(parents=True)
     (logs / "rank-0.log").touch()
@@ -69,7 +68,6 @@ def test_a_host_without_room_for_the_corpora_fails(target: Target, tmp_path: Pat
 
 def test_folders_of_killed_preflights_are_removed(target: Target) -> None:
     """Catches folders that pile up, and one of a preflight that still runs which is removed."""
-    assert target.folder is not None
     logs = RunFolder(target.folder).logs
     for name in (".preflight-node-1-left", ".preflight-node-2-running"):
         (logs / name).mkdir(parents=True)

@@ -139,7 +139,6 @@ def test_c4_quality_of_chinese_with_the_documented_keys() -> None:
     """Catches advice with which long lines are removed, or texts of sentences that end in 。."""
     page = (Path(__file__).parents[4] / "docs" / "cleaning.md").read_text(encoding="utf-8")
     advice = re.search(r"`c4_quality` takes .*? for such text set (.*?)\.\s", page, re.DOTALL)
-    assert advice is not None
     keys = {key: value for pair in re.findall("`(.+?)`", advice[1]) for key, value in yaml.safe_load(pair).items()}
     text = "".join(f"第{number}句话说的是海里的龙虾。" for number in range(100, 200))
     assert len(text) > 1_200

@@ -348,8 +348,6 @@ def test_sigkill_leaves_no_workers(tmp_path: Path, source: Path, vocabulary_fold
     )
     command = [sys.executable, "-c", script, str(source), str(vocabulary_folder), str(tmp_path / "killed")]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
     assert "split\n" in iter(process.stdout.readline, "")
     process.stdin.write("\n")
     process.stdin.flush()

@@ -315,11 +315,9 @@ def test_segmented_corpus(tmp_path: Path, chinese: Path, source: Path) -> None:
     lengths = np.array([len(row) for row in rows["input_ids"]])
     starts = np.cumsum(lengths) - lengths
     read = corpus.read_word_starts(starts, lengths)
-    assert read is not None
     assert read.tolist() == [flag for row in rows["word_starts"] for flag in row]
     assert corpus.manifest.tokens_per_word == lengths.sum() / read.sum(), "words separated by white space"
     inner = corpus.read_word_starts(starts + 3, lengths - 4)
-    assert inner is not None
     assert inner.tolist() == [flag for row in rows["word_starts"] for flag in row[3:-1]]
 
     tokenizer = load_tokenizer(chinese)

@@ -21,9 +21,7 @@ class Optimizer:
 
 
 def scaler_of(scale: float = 16.0, window: int = 2, min_scale: float = 4.0, hysteresis: int = 1) -> Fp16LossScaler:
-    scaler = install_loss_scaler(Optimizer(DynamicLossScaler(scale, window, min_scale, hysteresis, False)))
-    assert scaler is not None
-    return scaler
+    return install_loss_scaler(Optimizer(DynamicLossScaler(scale, window, min_scale, hysteresis, False)))
 
 
 def scales(scaler: Fp16LossScaler, overflows: list[bool]) -> list[tuple[float, float]]:

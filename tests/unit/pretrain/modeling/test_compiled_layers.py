@@ -179,7 +179,6 @@ def repair_case(_: World, cache: Path) -> list[str]:
     ranks = [_Compiler(cache) for _ in range(2)]
     for number, rank in enumerate(ranks):
         rank._recover(RuntimeError("damaged"))
-        assert rank._trial is not None
         (rank._trial / f"compiled by rank {number}").touch()
         rank._keep_trial()
     return [path.name for path in cache.iterdir()]

@@ -30,7 +30,6 @@ def test_sums_of_many_slots_in_bf16_are_accurate() -> None:
     OneHotEmbedding.apply(ids, weight).backward(  # type: ignore[no-untyped-call]
         torch.ones(1, 65536, 8, dtype=torch.bfloat16)
     )
-    assert weight.grad is not None
     assert weight.grad[:, 0].tolist() == [65536, 0]
 
 

@@ -64,7 +64,6 @@ STAGES = [{"steps": 7, "max_seq_length": 16, "sequences": 50, "microbatch_tokens
 def test_tokens_are_those_of_the_batches(open_work: OpenWork, sections: dict[str, Any]) -> None:
     """Catches a count that is off in the last epoch, a short last batch, a mixture, a stage or a warmup of batches."""
     stream, stages = open_work(**sections)
-    assert stream.steps is not None
     ends = [*stream.first_steps[1:], stream.steps]
     for stage, maker, end in zip(stages, stream.makers, ends, strict=True):
         assert (stage.first_step, stage.steps) == (maker.order.sizes.first_step, end - stage.first_step)  # type: ignore[attr-defined]
