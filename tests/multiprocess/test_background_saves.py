@@ -4,6 +4,7 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,16 +181,19 @@ def test_three_failed_saves_in_a_row_stop_a_run(
     assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
 
 
-def full_disk_case(world: World, tree: Tree, disk: SmallDisk) -> str:
-    """A run whose disk is full when it saves step 4, and has room again before step 6."""
+def disturbed_case(
+    world: World, tree: Tree, begin: Callable[[], object], end: Callable[[], object] | None = None
+) -> str:
+    """A run for which `begin` is called at step 3. `end`: at step 5, when the save that has begun after `begin` is
+    over."""
 
     def after_log(trainer: Any, step: int) -> None:
         if world.rank == 0 and step == 3:
-            disk.fill()
-        elif world.rank == 0 and step == 5:
+            begin()
+        elif world.rank == 0 and step == 5 and end is not None:
             saves = trainer._checkpointer.saves
             wait_until(lambda: saves.is_part_done or saves.problem)  # perhaps the ranks have agreed on it already
-            disk.free()
+            end()
 
     with _after_log(after_log):
         return pretrain_case(world, tree)
@@ -201,25 +205,10 @@ def test_training_continues_while_the_disk_is_full(
     """Catches a run that a full disk stops or changes, and remains of a failed save."""
     run = small_disk.path / "run"
     tree = run_config(run, wordpiece_corpus, checkpoint__every_steps=4, schedule__steps=6)
-    assert pools[2].run(full_disk_case, tree, small_disk) == ["done", "done"]
+    assert pools[2].run(disturbed_case, tree, small_disk.fill, small_disk.free) == ["done", "done"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     saved = [saved_tensors(checkpoint_path(folder / "checkpoints", 6)) for folder in (run, undisturbed)]
     assert_same_tensors(*saved)
-
-
-def read_only_case(world: World, tree: Tree, disk: SmallDisk) -> str:
-    """A run that may not write checkpoints when it saves step 4, and may again before step 6."""
-
-    def after_log(trainer: Any, step: int) -> None:
-        if world.rank == 0 and step == 3:
-            disk.set_writable(False)
-        elif world.rank == 0 and step == 5:
-            saves = trainer._checkpointer.saves
-            wait_until(lambda: saves.is_part_done or saves.problem)
-            disk.set_writable(True)
-
-    with _after_log(after_log):
-        return pretrain_case(world, tree)
 
 
 def test_training_continues_without_permission_to_write(
@@ -230,21 +219,11 @@ def test_training_continues_without_permission_to_write(
     run.mkdir()
     (run / "checkpoints").symlink_to(small_disk.path, target_is_directory=True)
     tree = run_config(run, wordpiece_corpus, checkpoint__every_steps=4)
-    assert pools[2].run(read_only_case, tree, small_disk) == ["done", "done"]
+    writable = (partial(small_disk.set_writable, value) for value in (False, True))
+    assert pools[2].run(disturbed_case, tree, *writable) == ["done", "done"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert "Read-only file system" in RunFolder(run).rank_log(0).read_text(encoding="utf-8")
     assert_same_run(run, undisturbed, 6)
-
-
-def removed_case(world: World, tree: Tree, checkpoints: Path) -> str:
-    """A run whose checkpoints are deleted while one may be in flight."""
-
-    def after_log(_: Any, step: int) -> None:
-        if world.rank == 0 and step == 3:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-
-    with _after_log(after_log):
-        return pretrain_case(world, tree)
 
 
 def test_training_continues_without_the_folder(
@@ -252,7 +231,8 @@ def test_training_continues_without_the_folder(
 ) -> None:
     """Catches a run that cannot save again because a folder is missing."""
     tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=2)
-    assert pools[2].run(removed_case, tree, tmp_path / "checkpoints") == ["done", "done"]
+    remove = partial(shutil.rmtree, tmp_path / "checkpoints", ignore_errors=True)
+    assert pools[2].run(disturbed_case, tree, remove) == ["done", "done"]
     assert verify(checkpoint_path(tmp_path / "checkpoints", 6)) is None
 
 
