@@ -21,7 +21,7 @@ from fork_server import look_up_versions_once
 from frozen_imports import freeze_imports
 from hub_server import HubServer, hub_server, use_hub
 from rank_pool import ForkServer, RankPool
-from s3_server import environment, moto_server, new_bucket
+from s3_server import Proxy, environment, moto_server, new_bucket, proxy
 from small_disk import SmallDisk, mounted_small_disk
 from triton_interpreter import interpret_kernels
 
@@ -300,6 +300,20 @@ def bucket(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.fixture
+def faulty(bucket: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy that stands between this process and the bucket from now on."""
+    import s3fs
+
+    from experiment import storage
+
+    monkeypatch.setattr(storage, "_WAITS", (0.01, 0.02))
+    with proxy(s3_port) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{between.port}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield between
+
+
+@pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A server in place of the Hugging Face Hub, with an empty cache, for this process."""
     from experiment import storage
@@ -308,3 +322,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with hub_server() as server:
         use_hub(monkeypatch, server.url, tmp_path / "hub-cache")
         yield server
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    """Headless Chromium; skips without it."""
+    from headless_chromium import start_browser
+
+    driver = start_browser()
+    yield driver
+    driver.quit()

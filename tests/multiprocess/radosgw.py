@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from s3_server import KEYS, accepts, free_port
+from rank_pool import free_port
+from s3_server import KEYS, accepts
 from waiting import wait_until
 
 _PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")

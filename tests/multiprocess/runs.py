@@ -74,6 +74,19 @@ def run_config(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **chan
     return tree
 
 
+def small_tree(folder: Path, corpus: Path, /, **sections: Any) -> Tree:
+    """Config of a run of two steps, to be checked rather than run. `sections`: to add, or to replace."""
+    tree = {
+        "run": {"dir": str(folder)},
+        "model": {"config": SHALLOW},
+        "corpus": {"train": str(corpus)},
+        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
+        "schedule": {"steps": 2},
+        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
+    }
+    return tree | sections
+
+
 def pretrain_case(
     world: World,
     tree: Mapping[str, Any],
@@ -129,15 +142,14 @@ class _StopAfter(StopRequest):
         return "requested by the test" if self._left <= 0 else None
 
 
-def planned(tree: Tree, ranks: int) -> tuple[int | None, int | None]:
-    """The steps and the tokens that `deepcloze plan` states."""
+def planned(tree: Tree, ranks: int) -> Any:
+    """The plan that `deepcloze plan` states."""
     from pretrain.plan.cost import Device, Rates
     from pretrain.plan.plan import plan_run
     from pretrain.resolve import resolve
 
     run = resolve(build_config(PretrainConfig, tree), ranks)
-    plan = plan_run(run, [ranks], Device("cpu", None, None), Rates(None, 0.4, 25e9, None, None))
-    return plan.stream.steps, plan.tokens
+    return plan_run(run, [ranks], Device("cpu", None, None), Rates(None, 0.4, 25e9, None, None))
 
 
 def build_engine(world: World, tree: Tree, seed: int | None = None, compiled: bool = False) -> tuple[Any, Any]:

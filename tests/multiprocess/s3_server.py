@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 
+from rank_pool import free_port
 from waiting import wait_until
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -29,13 +30,6 @@ def new_bucket() -> str:
     name = f"bucket-{os.urandom(4).hex()}"
     s3fs.S3FileSystem().mkdir(name)
     return f"s3://{name}"
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
 
 
 def accepts(port: int) -> bool:

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.plan.cost import Device, Rates
-from pretrain.plan.memory import RankMemory
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import TINY, Tree, run_config
+from runs import TINY, Tree, planned, run_config
 
 MODELS = {
     "5M": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
@@ -71,17 +69,6 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def planned(tree: Tree, ranks: int) -> RankMemory:
-    from experiment.config import build_config
-    from pretrain.config import PretrainConfig
-    from pretrain.plan.plan import plan_run
-    from pretrain.resolve import resolve
-
-    run = resolve(build_config(PretrainConfig, tree), ranks)
-    plan = plan_run(run, [ranks], Device("cpu", None, None), Rates(None, 0.4, 25e9, None, None))
-    return plan.chosen.memory
-
-
 SLOW_BF16 = pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
     reason="without AVX-512, 28M in bf16 takes minutes",
@@ -108,7 +95,7 @@ def test_the_planned_memory_is_the_growth_of_a_rank(
         batch__max_seq_length=64,
         batch__microbatch_tokens=1536,
     )
-    expected = planned(tree, 2)
+    expected = planned(tree, 2).chosen.memory
     pools[2].kill()  # what earlier tests have left in its memory would be used first
     measured = pools[2].run(growth_case, tree)
     pools[2].kill()  # malloc keeps the settings

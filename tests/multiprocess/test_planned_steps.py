@@ -15,7 +15,7 @@ def test_a_run_takes_the_planned_steps_and_tokens(
     """Catches a plan that counts other batches than the run trains on. Whole epochs are planned in
     `test_one_epoch_trains_on_every_token_once`, stages and mixtures in `test_tokens_are_counted_by_corpus`."""
     tree = run_config(tmp_path, wordpiece_corpus) | {"schedule": {"tokens": 2500, "warmup_steps": 2}}
-    steps_and_tokens = planned(tree, ranks=2)
+    plan = planned(tree, ranks=2)
     assert pools[2].run(pretrain_case, tree) == ["done"] * 2
     last = step_events(tmp_path)[-1]
-    assert (last["step"], last["tokens"]) == steps_and_tokens
+    assert (last["step"], last["tokens"]) == (plan.stream.steps, plan.tokens)

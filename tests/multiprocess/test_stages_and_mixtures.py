@@ -78,8 +78,8 @@ def test_tokens_are_counted_by_corpus(
     """Catches tokens that are counted per rank, per interval, or under the other corpus's name, and a plan that counts
     other batches than the run trains on."""
     last = step_events(uninterrupted)[-1]
-    steps_and_tokens = planned(changing_config(tmp_path, wordpiece_corpus, heldout_corpus), ranks=2)
-    assert (last["step"], last["tokens"]) == steps_and_tokens
+    plan = planned(changing_config(tmp_path, wordpiece_corpus, heldout_corpus), ranks=2)
+    assert (last["step"], last["tokens"]) == (plan.stream.steps, plan.tokens)
     first, second = last["tokens/text"], last["tokens/text-heldout"]
     assert first + second == last["tokens"]
     assert first / last["tokens"] == pytest.approx(2 / 3, abs=0.1)

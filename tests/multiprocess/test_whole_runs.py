@@ -70,14 +70,14 @@ def test_one_epoch_trains_on_every_token_once(
     """Catches a short last batch that is dropped, filled up or miscounted, also in a plan."""
     tree = run_config(tmp_path, wordpiece_corpus, "fp32_zero2", batch__sequences=250, batch__microbatch_tokens=2000)
     tree["schedule"] = {"epochs": 1.0}
-    steps_and_tokens = planned(tree, ranks=2)
+    plan = planned(tree, ranks=2)
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     corpus = open_corpus(wordpiece_corpus)
     sequences = len(open_index(corpus, 38, tmp_path))
     assert sequences % 250 != 0
     assert logged(tmp_path, "step") == list(range(1, -(-sequences // 250) + 1))
     assert logged(tmp_path, "tokens")[-1] == corpus.tokens + 2 * sequences
-    assert (logged(tmp_path, "step")[-1], logged(tmp_path, "tokens")[-1]) == steps_and_tokens
+    assert (logged(tmp_path, "step")[-1], logged(tmp_path, "tokens")[-1]) == (plan.stream.steps, plan.tokens)
 
 
 def test_init_from_and_evaluate_agree_with_the_run(

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launcher.cli import main
-from runs import sampled
+from runs import sampled, small_tree
 
 CONTENTS: dict[str, bytes | None] = {
     "empty": b"",
@@ -57,14 +57,8 @@ def files(tmp_path: Path, model_folder: Path, wordpiece_corpus: Path, monkeypatc
     shutil.copytree(model_folder, tmp_path / "model")
     shutil.copytree(wordpiece_corpus, tmp_path / "corpus")
     shutil.copy("ds_configs/fp32_zero1.json", tmp_path / "ds.json")
-    tree = {
-        "run": {"dir": str(tmp_path / "run")},
-        "model": {"init_from": str(tmp_path / "model")},
-        "corpus": {"train": str(tmp_path / "corpus")},
-        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
-        "schedule": {"steps": 2},
-        "engine": {"ds_config": str(tmp_path / "ds.json")},
-    }
+    sections = {"model": {"init_from": str(tmp_path / "model")}, "engine": {"ds_config": str(tmp_path / "ds.json")}}
+    tree = small_tree(tmp_path / "run", tmp_path / "corpus", **sections)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path
 
@@ -191,16 +185,8 @@ def test_a_damaged_source(
         (tmp_path / name).mkdir()
     else:
         (tmp_path / name).write_bytes(ROWS[content])
-    command = [
-        "corpus",
-        "--source",
-        str(tmp_path / name),
-        "--tokenizer",
-        str(wordpiece),
-        "--output",
-        str(tmp_path / "c"),
-    ]
-    assert_refused(capfd, *command, "--workers=1", valid=True)
+    command = f"corpus --source {tmp_path / name} --tokenizer {wordpiece} --output {tmp_path}/c --workers=1"
+    assert_refused(capfd, *command.split(), valid=True)
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "output", "corpus", "checkpoint", "new tokenizer"])
@@ -211,30 +197,14 @@ def test_a_file_in_place_of_a_folder(files: Path, capfd: pytest.CaptureFixture[s
         here = {name: str(files / given) if name == what else str(files / name) for name in ("corpus", "checkpoint")}
         tokenizer = files / given if what == "tokenizer" else files / "corpus" / "tokenizer"
         if what == "new tokenizer":
-            command = [
-                "tokenizer",
-                "--source",
-                str(files / "file"),
-                "--output",
-                str(files / given),
-                "--vocab_size",
-                "60",
-            ]
+            command = f"tokenizer --source {files}/file --output {files / given} --vocab_size 60"
         elif what in ("tokenizer", "output"):
             output = files / given if what == "output" else files / "new"
-            command = [
-                "corpus",
-                "--source",
-                str(files / "file"),
-                "--tokenizer",
-                str(tokenizer),
-                "--output",
-                str(output),
-            ]
+            command = f"corpus --source {files}/file --tokenizer {tokenizer} --output {output}"
         else:
-            model = here["checkpoint"] if what == "checkpoint" else str(files / "model")
-            command = ["evaluate", "--checkpoint", model, "--corpus", here["corpus"]]
-        assert_refused(capfd, *command)
+            model = here["checkpoint"] if what == "checkpoint" else files / "model"
+            command = f"evaluate --checkpoint {model} --corpus {here['corpus']}"
+        assert_refused(capfd, *command.split())
 
 
 @pytest.fixture

@@ -29,25 +29,14 @@ from experiment.storage import (
     upload,
     write_bytes,
 )
-from s3_server import Fault, Proxy, free_port, proxy, response
+from rank_pool import free_port
+from s3_server import Fault, Proxy, proxy, response
 
 CONTENT = os.urandom(3 << 20)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 BUSY = response("503 Slow Down", "SlowDown", "Please reduce your request rate.")
 SLOW = response("408 Request Timeout", "RequestTimeout", "The connection was not read from or written to in time.")
 EXPIRED = response("403 Forbidden", "ExpiredToken", "The provided token has expired.")
-
-
-@pytest.fixture
-def faulty(bucket: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy that stands between this process and the bucket from now on."""
-    import s3fs
-
-    monkeypatch.setattr(storage, "_WAITS", (0.01, 0.02))
-    with proxy(s3_port) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{between.port}")
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield between
 
 
 def put(bucket: str, **files: bytes) -> None:

@@ -17,6 +17,7 @@ from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
 from pretrain.config import CheckpointConfig, PretrainConfig
 from pretrain.schedule_config import ScheduleConfig
+from runs import small_tree
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 Reject = Callable[..., str]
@@ -26,15 +27,7 @@ Reject = Callable[..., str]
 def config(tmp_path: Path, wordpiece_corpus: Path) -> Path:
     """A valid config file."""
     path = tmp_path / "run.yaml"
-    tree = {
-        "run": {"dir": str(tmp_path / "run")},
-        "model": {"config": {"model_type": "bert", **TINY, "max_position_embeddings": 64}},
-        "corpus": {"train": str(wordpiece_corpus)},
-        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
-        "schedule": {"steps": 2},
-        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
-    }
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(small_tree(tmp_path / "run", wordpiece_corpus)))
     return path
 
 

@@ -20,6 +20,7 @@ from pretrain.modeling.build import build_model
 from pretrain.resolve import resolve
 from pretrain.training.checkpoint_tensors import write_hugging_face_folder
 from pretrain.training_progress import TrainingProgress, progress_to_json
+from runs import small_tree
 from tiny_models import tiny_fields
 
 TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -27,15 +28,7 @@ TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_at
 
 def config_of(run: Path, corpus: Path, /, **sections: dict[str, Any]) -> PretrainConfig:
     """A run of two steps. `sections`: to add, or to replace."""
-    tree = {
-        "run": {"dir": str(run)},
-        "model": {"config": TINY},
-        "corpus": {"train": str(corpus)},
-        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
-        "schedule": {"steps": 2},
-        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
-    }
-    return build_config(PretrainConfig, tree | sections)
+    return build_config(PretrainConfig, small_tree(run, corpus, **sections))
 
 
 @pytest.mark.parametrize(("unit", "space", "warned"), [("word", "", True), ("word", " ", False), ("token", "", False)])

@@ -17,7 +17,6 @@ from transformers import AutoConfig
 
 from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.task_kind import find_kind
-from headless_chromium import start_browser
 from runs import sampled
 from waiting import wait_until
 
@@ -37,13 +36,6 @@ RECORDS = {
     "question_answering": {"question": "word1", "context": "word2 word3 word4"},
     "cloze": {"article": "word1 _ word2 _", "options": '[["word3", "word4"], ["word5", "word6", "word7"]]'},
 }
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    driver = start_browser()
-    yield driver
-    driver.quit()
 
 
 Start = Callable[..., PageServer]

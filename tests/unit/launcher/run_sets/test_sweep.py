@@ -37,6 +37,7 @@ from launcher.run_sets.run_set import PlannedRun, RunSet
 from launcher.run_sets.sweep import SweepPlan, grid_points, parse_grid, plan_sweep, run_sweep
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
+from runs import small_tree
 from waiting import wait_until
 
 ROOT = Path(__file__).parents[4]
@@ -101,16 +102,8 @@ def test_long_values_make_names_that_file_systems_accept() -> None:
 @pytest.fixture
 def pretraining(tmp_path: Path, wordpiece_corpus: Path, heldout_corpus: Path) -> Path:
     path = tmp_path / "run.yaml"
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
-    tree = {
-        "run": {"dir": str(tmp_path / "run")},
-        "model": {"config": {"model_type": "bert", **sizes, "max_position_embeddings": 64}},
-        "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(heldout_corpus)}},
-        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
-        "schedule": {"steps": 2},
-        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
-    }
-    path.write_text(yaml.safe_dump(tree))
+    corpora = {"train": str(wordpiece_corpus), "eval": {"held": str(heldout_corpus)}}
+    path.write_text(yaml.safe_dump(small_tree(tmp_path / "run", wordpiece_corpus, corpus=corpora)))
     return path
 
 

@@ -27,7 +27,7 @@ from pretrain.corpus.build_plan import ARGUMENTS, plan_build
 from pretrain.corpus.job_array import array_share, build_share
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
-from s3_server import free_port
+from rank_pool import free_port
 from waiting import LIMIT, wait_until
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is not installed")

@@ -4,14 +4,13 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from experiment import storage
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.run_files import checkpoints as checkpoints_on_disk
@@ -29,7 +28,7 @@ from pretrain.training.checkpointer import Checkpointer
 from pretrain.training.mirror_uploads import MirrorUploads
 from pretrain.training_progress import TrainingProgress
 from pretrain.world import World
-from s3_server import Fault, Proxy, proxy, response
+from s3_server import Fault, Proxy, response
 from waiting import wait_until
 
 
@@ -42,21 +41,9 @@ def save(folder: RunFolder, step: int) -> Path:
 
 
 @pytest.fixture
-def faulty(bucket: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy between this process and the bucket."""
-    import s3fs
-
-    monkeypatch.setattr(storage, "_WAITS", ())
-    with proxy(s3_port) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{between.port}")
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield between
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> str:
-    """The URL of a folder: requests to moto's server take longer."""
-    return f"file://{tmp_path}/store"
+def mirror(tmp_path: Path) -> Mirror:
+    """In a folder: requests to moto's server take longer."""
+    return Mirror(f"file://{tmp_path}/store/run")
 
 
 @pytest.fixture
@@ -87,9 +74,8 @@ def steps(mirror: Mirror) -> list[int]:
     return [int(name[-8:]) for name in mirror.complete()]
 
 
-def test_new_checkpoints_are_copied_and_old_ones_deleted(store: str, run: RunFolder) -> None:
+def test_new_checkpoints_are_copied_and_old_ones_deleted(mirror: Mirror, run: RunFolder) -> None:
     """Catches a mirror without the newest or the best checkpoint, or with all."""
-    mirror = Mirror(f"{store}/run")
     uploads = MirrorUploads(mirror, run, lambda alert: None)
     for step in (1, 2, 3, 4):
         save(run, step)
@@ -101,11 +87,11 @@ def test_new_checkpoints_are_copied_and_old_ones_deleted(store: str, run: RunFol
 
 
 def test_the_best_checkpoint_is_kept_until_the_mirror_has_the_new_one(
-    store: str, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mirror: Mirror, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a mirror without any best checkpoint, or that names one that it lacks: while uploads are slower than
     saves, and after the save of the new best one has failed."""
-    mirror, upload, order = Mirror(f"{store}/run"), Mirror.upload, list[int]()
+    upload, order = Mirror.upload, list[int]()
 
     def save_next(step: int, best: int) -> None:
         save(run, step)
@@ -138,12 +124,11 @@ def test_the_best_checkpoint_is_kept_until_the_mirror_has_the_new_one(
 
 
 def test_checkpoints_of_an_earlier_attempt_are_copied(
-    store: str, run: RunFolder, caplog: pytest.LogCaptureFixture
+    mirror: Mirror, run: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a mirror that lacks what was saved just before a crash, or gets what need not be kept or is damaged."""
     for step in (1, 2, 3):
         save(run, step)
-    mirror = Mirror(f"{store}/run")
     uploads = MirrorUploads(mirror, run, lambda alert: None)
     caplog.set_level(logging.INFO)
     uploads.update(Retention(keep_last=1), 2, is_new=False)  # the run did not resume from step 3
@@ -152,10 +137,9 @@ def test_checkpoints_of_an_earlier_attempt_are_copied(
     assert caplog.text.count("copied") == 1
 
 
-def test_checkpoints_that_the_run_did_not_resume_from(store: str, run: RunFolder) -> None:
+def test_checkpoints_that_the_run_did_not_resume_from(mirror: Mirror, run: RunFolder) -> None:
     """Catches a damaged checkpoint that takes the place of good ones, and an abandoned one that a new host resumes
     from."""
-    mirror = Mirror(f"{store}/run")
     for step in (100, 200):
         save(run, step)
         mirror.upload(run.checkpoints / f"step-{step:08d}")
@@ -169,10 +153,9 @@ def test_checkpoints_that_the_run_did_not_resume_from(store: str, run: RunFolder
     assert steps(mirror) == [150]
 
 
-def test_incomplete_checkpoints_are_deleted(store: str, run: RunFolder, tmp_path: Path) -> None:
+def test_incomplete_checkpoints_are_deleted(mirror: Mirror, run: RunFolder, tmp_path: Path) -> None:
     """Catches a bucket that grows with every attempt that ends during an upload; and a run that deletes what is
     another run's."""
-    mirror = Mirror(f"{store}/run")
     write_provenance(run, {}, [])
     for step in (7, 8):
         write_bytes(f"{mirror.url}/step-{step:08d}/state.json", b"{}")
@@ -194,7 +177,7 @@ def test_incomplete_checkpoints_are_deleted(store: str, run: RunFolder, tmp_path
 
 
 def test_the_newest_checkpoint_does_not_wait_for_older_ones(
-    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a long run whose new mirror gets all old checkpoints before the one that was just saved."""
     order, upload = list[int](), Mirror.upload
@@ -209,14 +192,14 @@ def test_the_newest_checkpoint_does_not_wait_for_older_ones(
     monkeypatch.setattr(Mirror, "upload", record)
     for step in (1, 2, 3):
         save(run, step)
-    uploads = MirrorUploads(Mirror(f"{store}/run"), run, lambda alert: None)
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
     uploads.update(Retention(keep_last=9), 3, is_new=False)
     uploads.close()
     assert order == [3, 4, 2, 1]
 
 
 def test_a_mirror_does_not_grow_while_uploads_are_slower_than_saves(
-    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches retention that waits until training ends."""
     held, upload = list[int](), Mirror.upload
@@ -231,15 +214,14 @@ def test_a_mirror_does_not_grow_while_uploads_are_slower_than_saves(
 
     monkeypatch.setattr(Mirror, "upload", record)
     save(run, 1)
-    uploads = MirrorUploads(Mirror(f"{store}/run"), run, lambda alert: None)
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
     uploads.update(Retention(keep_last=2), 1)
     uploads.close()
     assert held == [0, 1, 2, 2, 2, 2]
 
 
-def test_an_upload_does_not_hold_up_training(store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_does_not_hold_up_training(mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an `update` that waits, and uploads that never catch up with saves."""
-    mirror = Mirror(f"{store}/run")
     go = threading.Event()
     original = Mirror.upload
 
@@ -286,7 +268,7 @@ def test_failures_alert_and_are_tried_again(
     ("error", "logged"), [(StorageError("timed out"), ["timed out"]), (DeniedError("denied"), ["denied", "denied"])]
 )
 def test_an_outage_does_not_fill_the_log(
-    store: str,
+    mirror: Mirror,
     run: RunFolder,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -306,7 +288,7 @@ def test_an_outage_does_not_fill_the_log(
 
     monkeypatch.setattr(mirror_uploads, "_MOST_RETRY_SECONDS", 0.04)
     monkeypatch.setattr(Mirror, "check_owner", check)
-    uploads = MirrorUploads(Mirror(f"{store}/run"), run, on_alert, retry_seconds=0.01)
+    uploads = MirrorUploads(mirror, run, on_alert, retry_seconds=0.01)
     for step in (1, 2):
         save(run, step)
         uploads.update(Retention(keep_last=1), step)
@@ -323,11 +305,11 @@ def test_an_outage_does_not_fill_the_log(
 
 
 def test_a_mirror_that_cannot_be_written_is_found_at_the_start(
-    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a run that trains for hours before it warns that its mirror may only be read; and one that ends without
     checkpoints, for which the mirror then refuses a new run or another parent."""
-    alerts, mirror = list[Alert](), Mirror(f"{store}/run")
+    alerts = list[Alert]()
     write_provenance(run, {}, [])
     run.config.touch()
     with monkeypatch.context() as patch:
@@ -345,10 +327,10 @@ def test_a_mirror_that_cannot_be_written_is_found_at_the_start(
 
 
 def test_a_copy_has_the_state_that_an_interrupted_attempt_has_replaced(
-    store: str, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mirror: Mirror, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a copy without state.json, from which no run can resume."""
-    checkpoint, mirror = save(run, 1), Mirror(f"{store}/run")
+    checkpoint = save(run, 1)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints_on_disk, "list_state", failing(OSError("the disk is full")))
         with pytest.raises(OSError, match="the disk is full"):
@@ -360,7 +342,7 @@ def test_a_copy_has_the_state_that_an_interrupted_attempt_has_replaced(
 
 
 def test_a_run_without_checkpoints_does_not_wait_for_its_mirror(
-    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches minutes at the end of a run that has nothing to copy, because the storage is down."""
     alerts, made = list[Alert](), list[RunFolder]()
@@ -370,7 +352,7 @@ def test_a_run_without_checkpoints_does_not_wait_for_its_mirror(
         raise StorageError("timed out")
 
     monkeypatch.setattr(Mirror, "check_owner", fail)
-    uploads = MirrorUploads(Mirror(f"{store}/run"), run, alerts.append, retry_seconds=3)
+    uploads = MirrorUploads(mirror, run, alerts.append, retry_seconds=3)
     uploads.begin()
     wait_until(lambda: alerts)
     uploads.close(seconds=20)
@@ -380,9 +362,9 @@ def test_a_run_without_checkpoints_does_not_wait_for_its_mirror(
     assert "lacks checkpoints" not in caplog.text
 
 
-def test_nothing_is_copied_to_the_mirror_of_another_run(store: str, run: RunFolder, tmp_path: Path) -> None:
+def test_nothing_is_copied_to_the_mirror_of_another_run(mirror: Mirror, run: RunFolder, tmp_path: Path) -> None:
     """Catches two runs that both found the mirror empty when they started, and mix their checkpoints in it."""
-    mirror, alerts, other = Mirror(f"{store}/run"), list[Alert](), RunFolder(tmp_path / "other")
+    alerts, other = list[Alert](), RunFolder(tmp_path / "other")
     for step, folder in enumerate((run, other), start=1):
         write_provenance(folder, {}, [])
         save(folder, step)
@@ -394,9 +376,9 @@ def test_nothing_is_copied_to_the_mirror_of_another_run(store: str, run: RunFold
     mirror.check_owner(run)
 
 
-def test_checkpoints_of_another_folder_are_not_deleted(store: str, run: RunFolder, tmp_path: Path) -> None:
+def test_checkpoints_of_another_folder_are_not_deleted(mirror: Mirror, run: RunFolder, tmp_path: Path) -> None:
     """Catches a host that returns while the storage is down, and then deletes what another one has trained since."""
-    mirror, alerts, other = Mirror(f"{store}/run"), list[Alert](), RunFolder(tmp_path / "other")
+    alerts, other = list[Alert](), RunFolder(tmp_path / "other")
     write_provenance(run, {"host": "a"}, [])
     other.path.mkdir()
     shutil.copy(run.provenance, other.provenance)
@@ -414,10 +396,9 @@ def test_checkpoints_of_another_folder_are_not_deleted(store: str, run: RunFolde
 
 
 def test_no_checkpoint_is_copied_that_the_mirror_need_not_keep(
-    store: str, run: RunFolder, caplog: pytest.LogCaptureFixture
+    mirror: Mirror, run: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches gigabytes that are copied, then deleted, by a folder that has got newer checkpoints from the mirror."""
-    mirror = Mirror(f"{store}/run")
     for step in (1, 7, 8, 9):
         save(run, step)
     for step in (7, 8, 9):
@@ -442,7 +423,7 @@ def test_no_checkpoint_is_copied_that_the_mirror_need_not_keep(
     ],
 )
 def test_the_last_upload_is_tried_again(
-    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int
+    mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int
 ) -> None:
     """Catches a run that ends during an outage of the network and leaves its last checkpoint on a disk that will be
     lost; and a run that waits for what does not pass."""
@@ -455,7 +436,6 @@ def test_the_last_upload_is_tried_again(
             raise error
 
     monkeypatch.setattr(Mirror, "check_owner", fail_twice)
-    mirror = Mirror(f"{store}/run")
     uploads = MirrorUploads(mirror, run, lambda alert: None, retry_seconds=0.01)
     save(run, 1)
     uploads.update(Retention(keep_last=1), 1)
@@ -464,7 +444,7 @@ def test_the_last_upload_is_tried_again(
 
 
 def test_no_attempt_is_announced_for_after_the_end(
-    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a run that waits for the end of its time without another attempt, which its warning promised."""
 
@@ -473,30 +453,30 @@ def test_no_attempt_is_announced_for_after_the_end(
         raise StorageError("timed out")
 
     monkeypatch.setattr(Mirror, "check_owner", fail)
-    uploads = MirrorUploads(Mirror(f"{store}/run"), run, lambda alert: None, retry_seconds=3600)
+    uploads = MirrorUploads(mirror, run, lambda alert: None, retry_seconds=3600)
     save(run, 1)
     uploads.update(Retention(keep_last=1), 1)
     start = time.monotonic()
     uploads.close(seconds=600)
     assert time.monotonic() - start < 100
-    assert f"checkpoints cannot be copied to {store}/run: timed out" in caplog.messages
+    assert f"checkpoints cannot be copied to {mirror.url}: timed out" in caplog.messages
 
 
 def test_the_wait_at_the_end_is_limited(
-    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a run that never ends because its bucket does not answer."""
     caplog.set_level(logging.INFO)
     go = threading.Event()
     monkeypatch.setattr(Mirror, "complete", lambda self: go.wait(60) and {})
-    uploads = MirrorUploads(Mirror(f"{store}/run"), run, lambda alert: None)
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
     save(run, 1)
     uploads.update(Retention(keep_last=1), 1)
     start = time.monotonic()
     uploads.close(seconds=0.2)
     assert time.monotonic() - start < 50
-    assert f"waiting for the last upload to {store}/run, at most 0 s" in caplog.messages
-    assert f"the mirror {store}/run lacks checkpoints: not done after 0 s; the next start copies them" in caplog.text
+    assert f"waiting for the last upload to {mirror.url}, at most 0 s" in caplog.messages
+    assert f"the mirror {mirror.url} lacks checkpoints: not done after 0 s; the next start copies them" in caplog.text
     go.set()
 
 
