@@ -11,7 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from documented import PAGES, configs
-from experiment.config import build_config, flatten
+from experiment.config import build_config, dump_config, flatten, load_config
 from experiment.config.json_schema import json_schema
 from experiment.config.recipes import all_recipes
 from experiment.config.yaml_dialect import read_yaml
@@ -53,12 +53,18 @@ def changed(kind: str, changes: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("recipe", all_recipes(), ids=lambda recipe: f"{recipe.kind}-{recipe.name}")
-def test_recipes_are_valid(recipe: Any) -> None:
-    """Catches an editor that marks mistakes in a recipe."""
+def test_recipes_are_valid(recipe: Any, tmp_path: Path) -> None:
+    """Catches a recipe that does not match the config or in which an editor marks mistakes, and a written config that
+    does not read back the same."""
     tree = read_yaml(recipe.path.read_text(encoding="utf-8"))
+    overrides = {}
     if recipe.kind == "finetune":  # to be set by the user
+        overrides = {"model.init_from": "model"}
         tree["model"].setdefault("init_from", "model")
     validator(recipe.kind).validate(tree)
+    loaded = load_config(CONFIGS[recipe.kind], recipe.path, overrides)
+    (tmp_path / "config.yaml").write_text(dump_config(loaded))
+    assert load_config(CONFIGS[recipe.kind], tmp_path / "config.yaml") == loaded
 
 
 @pytest.mark.parametrize(("task", "validators"), [({}, ["required"]), ({"task": None}, ["type"])])

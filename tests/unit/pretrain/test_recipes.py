@@ -1,4 +1,4 @@
-"""Every recipe is a valid config."""
+"""Models and DeepSpeed files of recipes; `test_new_config.py` tests whether they are valid configs."""
 
 from pathlib import Path
 
@@ -12,22 +12,12 @@ from pretrain.engine.deepspeed_settings import load_settings
 RECIPES = sorted((Path(__file__).resolve().parents[3] / "pretrain" / "recipes").glob("*.yaml"))
 
 
-def test_there_are_recipes() -> None:
-    """Catches a renamed folder, with which the other tests would test nothing."""
-    assert {"demo.yaml", "continue.yaml"} <= {path.name for path in RECIPES}
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_valid(path: Path) -> None:
-    """Catches a renamed key, a value that is no longer valid, and a DeepSpeed file that does not exist."""
-    config = load_config(PretrainConfig, path)
-    load_settings(config.engine.ds_config)
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_models_of_recipes_fit_their_sequences(path: Path) -> None:
-    """Catches a misspelled field of the model, and a max_seq_length above its position limit."""
+    """Catches a misspelled field of the model, a max_seq_length above its position limit, and a DeepSpeed file that
+    does not exist."""
     config = load_config(PretrainConfig, path)
+    load_settings(config.engine.ds_config)
     if config.model.config is None:
         assert config.model.init_from is not None
         return

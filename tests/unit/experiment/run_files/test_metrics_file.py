@@ -104,7 +104,8 @@ def test_a_full_disk_leaves_no_half_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, truncating: str, written: int | None
 ) -> None:
     """Catches a partial record to which the next one is appended once there is space again, a position that is wrong
-    after several failed writes, and a record that `append` has accepted and a later failure removes.
+    after several failed writes, a record that `append` has accepted and a later failure removes, and the remains of
+    the last record in a closed file.
 
     written: bytes of the record that reach the file before the write fails; None: all, then the write raises.
     """
@@ -134,25 +135,9 @@ def test_a_full_disk_leaves_no_half_record(
         appended.append(b"written\n")
         expected.append(b"written")
         assert path.read_bytes().splitlines() == expected
-
-
-def test_a_failed_close_leaves_no_half_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches the remains of the last record, if it could not be written, in a closed file."""
-    path = tmp_path / "m.jsonl"
-    appended = AppendFile(path)
-    appended.append(b"first\n")
-    file = appended._file
-
-    class Broken:
-        def write(self, record: bytes) -> int:
-            return file.write(record[:4])
-
-        def truncate(self, size: int) -> int:
-            raise OSError(errno.EIO, "No space left")
-
-    monkeypatch.setattr(appended, "_file", Broken())
+    monkeypatch.setattr(appended, "_file", FullDisk())
     with pytest.raises(OSError, match="No space left"):
-        appended.append(b"second\n")
+        appended.append(b"failed\n")
     monkeypatch.setattr(appended, "_file", file)
     appended.close()
-    assert path.read_bytes() == b"first\n"
+    assert path.read_bytes().splitlines() == expected

@@ -557,18 +557,6 @@ def test_scores_do_not_replace_the_input(trained_run: Path, tmp_path: Path, caps
     assert source.read_text().startswith("[")
 
 
-def test_damaged_weights(trained_run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a traceback of safetensors, which has an error class of its own, also where there is no checksum."""
-    model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
-    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:50])
-    assert predict(model, texts, tmp_path / "out.csv") == 2
-    assert "model.safetensors is damaged, or was changed after training" in capsys.readouterr().err
-    saved = json.loads((model / TASK_FILE).read_text())
-    (model / TASK_FILE).write_text(json.dumps({**saved, "checksums": {}}))
-    assert predict(model, texts, tmp_path / "out.csv") == 2
-    assert f"cannot load the weights in {model}" in capsys.readouterr().err
-
-
 def test_a_pipe_is_rejected(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches an empty output and exit code 0: the second reading of a pipe finds nothing."""
     os.mkfifo(tmp_path / "rows.tsv")

@@ -100,7 +100,7 @@ def test_a_value_of_another_type_is_rejected(model: Path, value: object, found: 
 
 def test_damaged_weights_are_rejected(model: Path, tmp_path: Path) -> None:
     """Catches a flipped sign in the weights, which changes predictions silently; files that the user has changed are
-    used if the user says so."""
+    used if the user says so; and a traceback of safetensors, which has an error class of its own."""
     folder = tmp_path / "copy"
     shutil.copytree(model, folder)
     weights = folder / "model.safetensors"
@@ -113,6 +113,9 @@ def test_damaged_weights_are_rejected(model: Path, tmp_path: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved.pop("checksums").keys()
     (folder / TASK_FILE).write_text(json.dumps(saved))
     Predictor.load(folder)
+    weights.write_bytes(damaged[:50])
+    with pytest.raises(UserError, match=f"cannot load the weights in {folder}"):
+        Predictor.load(folder)
 
 
 def test_weights_that_are_not_finite_are_rejected(model: Path) -> None:

@@ -310,26 +310,21 @@ def test_trials_of_a_killed_launcher_are_removed(folder: RunFolder) -> None:
     assert [path.exists() for path in (*written, *of_others)] == [False, False, True, True]
 
 
-def test_the_output_of_an_earlier_launch_is_removed(folder: RunFolder) -> None:
-    """Catches `deepcloze logs` that shows what a launch in the background printed long ago."""
-    folder.launch_output.write_text("earlier")
-    attempt(folder, "write_outcome(folder, Outcome.DONE)")
-    assert not folder.launch_output.exists()
-
-
 def test_a_stop_file_created_by_the_user_is_kept(folder: RunFolder):
     """Catches the launcher removing a STOP file it did not create, before the ranks have seen it."""
     attempt(folder, "folder.stop.touch()")
     assert folder.stop.exists()
 
 
+FAILS_ONCE = (
+    "first = not (folder.path / 'second').exists(); (folder.path / 'second').touch()\n"
+    "write_outcome(folder, Outcome.FAILED if first else Outcome.DONE, 'lost a rank', Cause.LOST_RANK)"
+)
+
+
 def test_a_launch_is_restarted(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a run that stays down after a failure that does not happen again, or that hides it."""
-    body = (
-        "first = not (folder.path / 'second').exists(); (folder.path / 'second').touch()\n"
-        "write_outcome(folder, Outcome.FAILED if first else Outcome.DONE, 'lost a rank', Cause.LOST_RANK)"
-    )
-    assert supervise(replace(one_launch(folder, body), max_restarts=1)).outcome is Outcome.DONE
+    assert supervise(replace(one_launch(folder, FAILS_ONCE), max_restarts=1)).outcome is Outcome.DONE
     assert "lost a rank\nrestarting" in capsys.readouterr().err
     first, second = launches(folder)
     assert (first["outcome"], first["cause"], first["message"]) == ("failed", "lost_rank", "lost a rank")
@@ -390,12 +385,6 @@ def test_a_signal_to_all_processes_stops_ranks_that_import(folder: RunFolder, be
     record = "folder.rank_record(0).write_text('{}')" if begun else "pass"
     body = f"{record}; os.kill(os.getppid(), signal.SIGTERM); sys.exit(1)"
     assert attempt(folder, body).outcome is outcome
-
-
-FAILS_ONCE = (
-    "first = not (folder.path / 'second').exists(); (folder.path / 'second').touch()\n"
-    "write_outcome(folder, Outcome.FAILED if first else Outcome.DONE, 'lost a rank', Cause.LOST_RANK)"
-)
 
 
 def break_disk(
