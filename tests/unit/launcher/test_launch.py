@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -86,17 +86,26 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
     return seen
 
 
-def test_a_dry_run_reads_a_run_that_is_active(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback, or a checkpoint called damaged, because the run has deleted it in the meantime."""
+def before_resolve(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Call `action` before each `resolve`."""
     resolve = sys.modules["pretrain.resolve"].resolve
-    failures = iter([FileNotFoundError(2, "No such file", "state.json"), UserError("all 2 checkpoints are damaged")])
 
     def resolve_later(*arguments: Any, **options: Any) -> SimpleNamespace:
-        if error := next(failures, None):
-            raise error
+        action()
         return resolve(*arguments, **options)
 
     monkeypatch.setattr(sys.modules["pretrain.resolve"], "resolve", resolve_later)
+
+
+def test_a_dry_run_reads_a_run_that_is_active(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback, or a checkpoint called damaged, because the run has deleted it in the meantime."""
+    failures = iter([FileNotFoundError(2, "No such file", "state.json"), UserError("all 2 checkpoints are damaged")])
+
+    def fail() -> None:
+        if error := next(failures, None):
+            raise error
+
+    before_resolve(monkeypatch, fail)
     dry_run = PretrainOptions(config=config, dry_run=True, overrides={"run.dir": "active"})
     with pytest.raises(FileNotFoundError):
         launch_pretraining(dry_run)
@@ -321,14 +330,10 @@ def test_ranks_start_while_the_launch_is_checked(
 ) -> None:
     """Catches a start of seconds that waits for checks of seconds, and ranks that wait but are not the planned ones."""
     monkeypatch.setattr("launcher.hosts.machine.free_port", lambda: 29501)
-    resolve = sys.modules["pretrain.resolve"].resolve
-
-    def resolve_afterwards(*arguments: Any, **options: Any) -> SimpleNamespace:
-        assert len(held) == 1
-        return resolve(*arguments, **options)
-
-    monkeypatch.setattr(sys.modules["pretrain.resolve"], "resolve", resolve_afterwards)
+    held_before = list[int]()
+    before_resolve(monkeypatch, lambda: held_before.append(len(held)))
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, overrides={"run.dir": "2024 01"}))
+    assert held_before == [1]
     (started,) = launches
     assert held == [shlex.join(first_command(started).argv), "ended"]
     first, second = (command.argv for command in (first_command(started), started.command(Layout(started.slots), None)))
@@ -337,13 +342,7 @@ def test_ranks_start_while_the_launch_is_checked(
 
 def edit_during_checks(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the user write another run folder to the config file while the launch is checked."""
-    resolve = sys.modules["pretrain.resolve"].resolve
-
-    def resolve_afterwards(*arguments: Any, **options: Any) -> SimpleNamespace:
-        Path(config).write_text(CONFIG.replace("my-run", "next-run"))
-        return resolve(*arguments, **options)
-
-    monkeypatch.setattr(sys.modules["pretrain.resolve"], "resolve", resolve_afterwards)
+    before_resolve(monkeypatch, lambda: Path(config).write_text(CONFIG.replace("my-run", "next-run")))
 
 
 def test_a_config_that_is_edited_during_the_checks_is_refused(
@@ -621,19 +620,14 @@ def test_if_only_this_machine_passes_it_runs_without_ssh(
     assert held == [], "before preflight, the ranks were to run on two hosts"
 
 
-def test_a_dead_machine_is_waited_for_before_preflight_only(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_machine_is_waited_for_before_preflight_only(
+    config: str, launches: list[LaunchSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a launch that waits again when the ranks are about to start."""
     Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
-    seen: list[object] = []
-
-    def end(start: LaunchSettings) -> LaunchResult:
-        seen.append(start.dead_owner)
-        return LaunchResult(Outcome.DONE)
-
     monkeypatch.setattr(launch, "check_unlocked", lambda _: 7)
-    monkeypatch.setattr(launch, "supervise", end)
     launch_pretraining(PretrainOptions(config=config, hostfile="hosts"))
-    assert seen == [7]
+    assert [started.dead_owner for started in launches] == [7]
 
 
 def test_a_run_that_is_active_is_refused_before_it_is_read(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

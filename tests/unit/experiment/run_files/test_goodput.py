@@ -42,6 +42,15 @@ class Clock:
     def timer(self, start: float) -> ActivityTimer:
         return ActivityTimer(start, lambda: self.compiled, clock=lambda: self.now - 500, now=lambda: self.now)
 
+    def begin(
+        self, folder: RunFolder, step: int = 0, total_steps: int | None = None, start: float | None = None
+    ) -> ActivityTimer:
+        """The timer of an attempt that begins to train. start: default: now."""
+        timer = self.timer(self.now if start is None else start)
+        timer.open(folder, step=step, total_steps=total_steps)
+        timer.begin_training()
+        return timer
+
     def pass_seconds(self, seconds: float) -> None:
         self.now += seconds
 
@@ -101,14 +110,10 @@ def test_every_second_is_counted_once(clock: Clock, folder: RunFolder) -> None:
 
 def test_steps_after_a_kill_are_redone_and_the_time_between_is_down(clock: Clock, folder: RunFolder) -> None:
     """Catches steps that count as useful twice, and a kill that loses more than one logging interval."""
-    first = clock.timer(start=clock.now)
-    first.open(folder, step=0, total_steps=100)
-    first.begin_training()
+    first = clock.begin(folder, total_steps=100)
     train(first, clock, 1, 25, log_every=10)  # killed: steps 21 to 25 are not recorded
     clock.pass_seconds(40)
-    second = clock.timer(start=clock.now)
-    second.open(folder, step=10, total_steps=100)
-    second.begin_training()
+    second = clock.begin(folder, step=10, total_steps=100)
     train(second, clock, 11, 30, log_every=10)
     assert spent(folder) == {USEFUL: 2 * 20.0 + 2 * 10, REDONE: 2 * 10.0, DATA: 40.0, DOWN: 5 * 3 + 40.0}
     goodput = add_up(read_attempt_times(folder))
@@ -117,9 +122,7 @@ def test_steps_after_a_kill_are_redone_and_the_time_between_is_down(clock: Clock
 
 def test_the_end_of_the_processes_is_counted(clock: Clock, folder: RunFolder) -> None:
     """Catches seconds between the last line and the end of the processes that are in no activity: here 12 %."""
-    timer = clock.timer(start=990.0)
-    timer.open(folder, step=0, total_steps=5)
-    timer.begin_training()
+    timer = clock.begin(folder, total_steps=5, start=990.0)
     train(timer, clock, 1, 2)
     timer.end_training()
     clock.pass_seconds(1)
@@ -134,9 +137,7 @@ def test_the_end_of_the_processes_is_counted(clock: Clock, folder: RunFolder) ->
 
 def test_what_a_killed_attempt_did_last_is_not_known(clock: Clock, folder: RunFolder) -> None:
     """Catches steps that a kill has lost and that count as ending, and the end of another attempt."""
-    timer = clock.timer(start=990.0)
-    timer.open(folder, step=0, total_steps=5)
-    timer.begin_training()
+    timer = clock.begin(folder, total_steps=5, start=990.0)
     train(timer, clock, 1, 2)
     before = spent(folder)
     clock.pass_seconds(2.5)
@@ -149,9 +150,7 @@ def test_what_a_killed_attempt_did_last_is_not_known(clock: Clock, folder: RunFo
 def test_a_clock_that_is_set_back_between_two_attempts(clock: Clock, folder: RunFolder) -> None:
     """Catches the earlier attempt in place of the last one, and negative times."""
     for steps in (10, 20):
-        timer = clock.timer(start=clock.now)
-        timer.open(folder, step=0, total_steps=steps)
-        timer.begin_training()
+        timer = clock.begin(folder, total_steps=steps)
         train(timer, clock, 1, steps)
         clock.pass_seconds(-500)
     attempts = last_lines(read_attempt_times(folder))
@@ -161,16 +160,12 @@ def test_a_clock_that_is_set_back_between_two_attempts(clock: Clock, folder: Run
 
 def test_steps_after_a_rewind_are_redone(clock: Clock, folder: RunFolder) -> None:
     """Catches a rewind within an attempt, or before a crash, whose steps count as useful again."""
-    first = clock.timer(start=clock.now)
-    first.open(folder, step=0, total_steps=None)
-    first.begin_training()
+    first = clock.begin(folder)
     train(first, clock, 1, 8)
     with first.during(STARTING):
         clock.pass_seconds(1)
     train(first, clock, 5, 6)
-    second = clock.timer(start=clock.now)
-    second.open(folder, step=4, total_steps=None)
-    second.begin_training()
+    second = clock.begin(folder, step=4)
     train(second, clock, 5, 9)
     assert spent(folder) == {STARTING: 1.0, USEFUL: 16.0 + 2, REDONE: 4.0 + 8, DATA: 8.0 + 2 + 5}
 
@@ -178,9 +173,7 @@ def test_steps_after_a_rewind_are_redone(clock: Clock, folder: RunFolder) -> Non
 def test_a_file_that_is_being_copied_or_damaged_is_read(clock: Clock, folder: RunFolder) -> None:
     """Catches a crash, or figures that do not add up, where the last line is cut off anywhere."""
     for attempt in range(2):
-        timer = clock.timer(start=clock.now)
-        timer.open(folder, step=0, total_steps=None)
-        timer.begin_training()
+        timer = clock.begin(folder)
         train(timer, clock, 1, 3 + attempt)
     whole = folder.goodput.read_bytes()
     for end in range(len(whole)):
@@ -223,9 +216,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(clock: Clock, folder: Run
 def test_the_file_stays_small(clock: Clock, folder: RunFolder) -> None:
     """Catches a file that grows for weeks, and a shortened one that has lost an attempt or the recent lines."""
     for start, steps in ((0, 5), (0, 1200)):
-        timer = clock.timer(start=clock.now)
-        timer.open(folder, step=start, total_steps=None)
-        timer.begin_training()
+        timer = clock.begin(folder, step=start)
         train(timer, clock, 1, steps)
     lines = read_attempt_times(folder)
     assert 50 < len(lines) < 1000
@@ -236,9 +227,7 @@ def test_the_file_stays_small(clock: Clock, folder: RunFolder) -> None:
 
 def test_what_happens_in_each_step_adds_no_line(clock: Clock, folder: RunFolder) -> None:
     """Catches several writes to the disk in each step."""
-    timer = clock.timer(start=clock.now)
-    timer.open(folder, step=0, total_steps=None)
-    timer.begin_training()
+    timer = clock.begin(folder)
     before = len(read_attempt_times(folder))
     train(timer, clock, 1, 9, log_every=10)
     assert len(read_attempt_times(folder)) == before
@@ -249,9 +238,7 @@ def test_what_happens_in_each_step_adds_no_line(clock: Clock, folder: RunFolder)
 def test_an_attempt_that_has_nothing_to_train(clock: Clock, folder: RunFolder) -> None:
     """Catches the time since the end of a run counted as down; and newer checkpoints of another folder, copied to this
     one, that are taken for damaged ones forever."""
-    first = clock.timer(start=clock.now)
-    first.open(folder, step=0, total_steps=5)
-    first.begin_training()
+    first = clock.begin(folder, total_steps=5)
     train(first, clock, 1, 5)
     before = read_attempt_times(folder)
     clock.pass_seconds(40)
@@ -267,9 +254,7 @@ def test_an_attempt_that_has_nothing_to_train(clock: Clock, folder: RunFolder) -
 
 def test_a_line_says_what_the_attempt_does(clock: Clock, folder: RunFolder) -> None:
     """Catches a status that shows training while the run evaluates."""
-    timer = clock.timer(start=clock.now)
-    timer.open(folder, step=7, total_steps=9)
-    timer.begin_training()
+    timer = clock.begin(folder, step=7, total_steps=9)
     with timer.during(EVALUATING):
         (line,) = last_lines(read_attempt_times(folder))
         assert (line.activity, line.step, line.total_steps) == ("evaluating", 7, 9)

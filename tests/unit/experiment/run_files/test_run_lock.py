@@ -9,8 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +30,7 @@ from experiment.run_files.run_lock import (
     lock_run,
     lock_until_exit,
 )
+from launcher.supervision.rank_processes import polled
 from waiting import wait_until
 
 FAST = LockTimes(renew=0.05)
@@ -47,23 +47,15 @@ def be_elsewhere(folder: RunFolder) -> None:
     folder.owner.write_text(json.dumps({"host": "elsewhere", "boot": "1", "pid": 7, "id": "1"}))
 
 
-@contextmanager
-def renewed(folder: RunFolder) -> Iterator[None]:
+def renewed(folder: RunFolder) -> AbstractContextManager[None]:
     """The file of the owner is renewed, as by a process that lives."""
-    ended = threading.Event()
 
-    def renew() -> None:
-        while not ended.wait(0.02):
-            os.utime(folder.owner)
+    def renew() -> bool:
+        os.utime(folder.owner)
+        return False
 
-    os.utime(folder.owner)
-    thread = threading.Thread(target=renew)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    renew()
+    return polled(renew, 0.02, "renew")
 
 
 def test_a_live_process_on_another_machine_is_respected(folder: RunFolder) -> None:

@@ -137,10 +137,12 @@ def supervise_endings(
     look_seconds: float = 0.0,
     watched: list[Collection[str]] | None = None,
     halvings: list[int] | None = None,
+    silent: Sequence[str] | None = (),
     **settings: Any,
 ) -> tuple[LaunchResult, list[str]]:
     """Supervise attempts that end like this. Returns the result, and the numbers of the hosts of each attempt.
-    `watched` gets the missing hosts that each attempt looks for, `halvings` those of its microbatch."""
+    `watched` gets the missing hosts that each attempt looks for, `halvings` those of its microbatch. `silent`: those
+    that do not answer, see `losing`; None: the test replaces `unusable_hosts` itself."""
     remaining, hosts, on_return = iter(endings), list[str](), list[Callable[[], object]]()
 
     @contextmanager
@@ -169,6 +171,8 @@ def supervise_endings(
 
     monkeypatch.setattr(supervisor, "watch_for_hosts", watch)
     monkeypatch.setattr(supervisor, "run_attempt", end)
+    if silent is not None:
+        monkeypatch.setattr(supervisor, "unusable_hosts", losing(*silent))
     monkeypatch.setattr(restarts, "_FIRST_WAIT_SECONDS", 0.0)
     monkeypatch.setattr(supervisor, "poll_intervals", lambda: repeat(look_seconds))
     settings = {"max_restarts": 1} | settings
@@ -392,7 +396,6 @@ def test_a_host_that_the_run_fails_on_twice_is_left_out(
 ) -> None:
     """Catches a run that ends because of one host that answers, passes preflight and does not work, although it was
     never lost, and one that never takes the host back."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
     unknown = Ending(Outcome.FAILED, Cause.LOST_RANK)
     endings = [failure, unknown, failure, JOINS, failure, JOINS, DONE]
     result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2)
@@ -404,16 +407,15 @@ def test_a_host_that_the_run_fails_on_twice_is_left_out(
 
 def test_a_host_that_the_run_fails_on_once_is_used_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches hosts that are left out after failures of others, or after a checkpoint, and a run without any host."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*[""] * 5, *["node-1"] * 9))
     on_1, saves = replace(ON_2, failed_on="node-1"), replace(ON_2, saves=True)
     endings = [on_1, ON_2, on_1, saves, ON_2, replace(LOST, lost="node-1", saves=False), *[ON_2] * 4, DONE]
-    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=20)
+    silent = [*[""] * 5, *["node-1"] * 9]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=20, silent=silent)
     assert (result.outcome, hosts) == (Outcome.DONE, [*["12"] * 6, *["2"] * 5])
 
 
 def test_hosts_that_are_lost_together_are_not_left_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a run on one of many hosts, after a switch has failed twice for a moment."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
     one, three = (replace(LOST, lost=lost, saves=False) for lost in ("node-2", "node-2 node-3 node-4"))
     slots = dict.fromkeys(("node-1", "node-2", "node-3", "node-4"), (0,))
     endings = [three, three, one, three, DONE]
@@ -429,7 +431,6 @@ def test_a_host_is_taken_back_if_the_run_fails_without_it(
 ) -> None:
     """Catches a run that ends because it needs a host that was left out and has never been lost, one that stays on a
     host that does not work either, and one that leaves out hosts and takes them back without end."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
     unknown = Ending(Outcome.FAILED, Cause.LOST_RANK)
     endings = [ON_2, ON_2, failure, unknown, ON_2, ON_2, replace(ON_2, saves=True), ON_2, ON_2, JOINS, DONE]
     result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=6)
@@ -531,9 +532,8 @@ def test_a_host_that_returns_and_does_not_work_is_left_out(
     """Catches a run that ends, or repeats an attempt that fails, because of a host that passes preflight only, and one
     that ends although no other host is left, or never takes the host back."""
     endings = [LOST, JOINS, failure, JOINS, failure, replace(LOST, lost="node-1", saves=False), DONE]
-    silent = losing("node-2", "", "", "", "", "node-1")
-    monkeypatch.setattr(supervisor, "unusable_hosts", silent)
-    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2)
+    silent = ["node-2", "", "", "", "", "node-1"]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2, silent=silent)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", "1", "12", "1", "2"])
     assert "ending 3\nrestarting without node-2 until the next checkpoint if others work\n" in capsys.readouterr().err
 
@@ -546,9 +546,8 @@ def test_a_host_that_never_works_is_given_up(
     saves = Ending(Outcome.FAILED, Cause.KILLED, saves=True)
     endings = [LOST, *(JOINS, HUNG) * 3, saves, replace(LOST, lost="node-1"), DONE]
     looks = ("node-2", *[""] * 7, "node-1", "node-1")
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
     watched: list[Collection[str]] = []
-    result, hosts = supervise_endings(folder, monkeypatch, *endings, watched=watched, max_restarts=4)
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, watched=watched, max_restarts=4, silent=looks)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", *["1", "12"] * 3, "1", "1", "1"])
     assert watched[-3:] == [set(), set(), set()]
     assert "restarting without node-2 while other hosts answer\n" in capsys.readouterr().err
@@ -561,12 +560,11 @@ def test_hosts_that_have_all_rejoined_are_not_all_given_up(folder: RunFolder, mo
     lost_1, lost_2 = replace(LOST, lost="node-1"), replace(LOST, saves=False)
     looks = ("node-1", "", "node-2")
     start = [lost_1, JOINS, lost_2, replace(lost_1, saves=False)]
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
-    result, hosts = supervise_endings(folder, monkeypatch, *start, *[HUNG] * 2, JOINS, HUNG, DONE, max_restarts=20)
+    endings = [*start, *[HUNG] * 2, JOINS, HUNG, DONE]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=20, silent=looks)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "2", "12", "1", "12", "1", "2", "12", "2"])
     shutil.rmtree(folder.checkpoints)
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
-    result, hosts = supervise_endings(folder, monkeypatch, *start, *[HUNG] * 30, max_restarts=20)
+    result, hosts = supervise_endings(folder, monkeypatch, *start, *[HUNG] * 30, max_restarts=20, silent=looks)
     assert result.message == f"ending {len(hosts)}\nnot restarted: --max_restarts=20 within an hour"
     assert sorted(hosts[-4:]) == ["1", "1", "2", "2"]
 
@@ -575,9 +573,9 @@ def test_a_lone_host_that_reboots_is_not_given_up(folder: RunFolder, monkeypatch
     """Catches a run that waits for other hosts, although its last one has come back from an outage."""
     monkeypatch.setattr(supervisor, "_OUTAGE_HOURS", 0.0)
     lost_2 = replace(LOST, saves=False)
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2", "", *["node-1"] * 9))
     endings = [LOST, JOINS, replace(lost_2, lost="node-1"), *[lost_2] * 4, DONE]
-    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=20)
+    silent = ["node-2", "", *["node-1"] * 9]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=20, silent=silent)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", *["2"] * 5])
 
 
@@ -585,9 +583,9 @@ def test_the_microbatch_grows_again_when_a_host_rejoins(folder: RunFolder, monke
     """Catches a run that keeps half the microbatch for weeks, because memory ran out while a host was away, one that
     runs out of memory at each return of a host, and a host that is left out for that."""
     full, halvings = Ending(Outcome.FAILED, Cause.OUT_OF_MEMORY), list[int]()
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2", "node-2", "", "", "node-2"))
     endings = [LOST, full, JOINS, full, LOST, JOINS, DONE]
-    settings = {"halvings": halvings, "max_restarts": 9, "max_halvings": 3}
+    silent = ["node-2", "node-2", "", "", "node-2"]
+    settings = {"halvings": halvings, "silent": silent, "max_restarts": 9, "max_halvings": 3}
     result, hosts = supervise_endings(folder, monkeypatch, *endings, **settings)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "1", "12", "12", "1", "12"])
     assert halvings == [0, 0, 1, 0, 1, 1, 1]
@@ -595,14 +593,14 @@ def test_the_microbatch_grows_again_when_a_host_rejoins(folder: RunFolder, monke
 
 def test_a_lost_host_must_reach_those_that_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a host that never rejoins because it cannot reach another one that is lost."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2"))
     asked: list[tuple[list[str], list[str]]] = []
 
     def preflight_problems(hosts: Collection[str], peers: Collection[str], _: object) -> dict[str, str]:
         asked.append((list(hosts), list(peers)))
         return {}
 
-    supervise_endings(folder, monkeypatch, LOST, DONE, watched=[], preflight_problems=preflight_problems)
+    settings = {"preflight_problems": preflight_problems, "silent": ["node-2"]}
+    supervise_endings(folder, monkeypatch, LOST, DONE, watched=[], **settings)
     assert asked[-1] == (["node-2"], ["node-1"])
 
 
@@ -611,11 +609,11 @@ def test_of_hosts_that_return_together_only_those_that_do_not_work_are_given_up(
 ) -> None:
     """Catches a run that spends half its time with several hosts that do not work, for weeks, and one that gives up a
     host because of another."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2 node-3"))
     both = replace(LOST, lost="node-2 node-3")
     endings = [both, *(JOINS, HUNG) * 2, JOINS, JOINS, HUNG, DONE]
     slots = dict.fromkeys(("node-1", "node-2", "node-3"), (0,))
-    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2, slots=slots)
+    silent = ["node-2 node-3"]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2, slots=slots, silent=silent)
     assert (result.outcome, hosts) == (Outcome.DONE, ["123", "1", "123", "1", "12", "1", "13", "123", "13"])
 
 
@@ -625,18 +623,16 @@ def test_a_host_that_does_not_work_is_given_up_while_others_are_lost(
     """Catches a run that ends because it is restarted on a broken host only, instead of waiting for the others, and one
     that waits or ends without naming this host."""
     looks = ("node-2", "", "", *["node-1"] * 4)
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
     endings = [LOST, JOINS, HUNG, replace(LOST, lost="node-1", saves=False), HUNG, HUNG, DONE]
-    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=4)
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=4, silent=looks)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", "1", "2", "2", "1"])
     given_up = "node-2: given up after 3 failures (used again if no other host answers for 10 minutes)"
     err = capsys.readouterr().err
     assert "ending 6\nrestarting without node-2 while other hosts answer\n" in err
     assert f"waiting for a host, for 24 hours at most; {given_up}\n" in err
     monkeypatch.setattr(supervisor, "_OUTAGE_HOURS", 0.0)
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
     shutil.rmtree(folder.checkpoints)
-    result, _ = supervise_endings(folder, monkeypatch, *endings, max_restarts=4)
+    result, _ = supervise_endings(folder, monkeypatch, *endings, max_restarts=4, silent=looks)
     assert result.message == f"no host can be used: node-1: refused; {given_up}"
 
 
@@ -651,8 +647,8 @@ def test_a_host_that_was_given_up_is_used_while_no_other_answers(
         ([DONE], "222", "ending 7"),
         ([HUNG] * 9, "2222", "ending 8\nnot restarted: --max_restarts=5 within an hour"),
     ):
-        monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2", "", "", *["node-1"] * 99))
-        result, hosts = supervise_endings(folder, monkeypatch, *start, HUNG, HUNG, *ends, max_restarts=5)
+        silent = ["node-2", "", "", *["node-1"] * 99]
+        result, hosts = supervise_endings(folder, monkeypatch, *start, HUNG, HUNG, *ends, max_restarts=5, silent=silent)
         assert (result.message, hosts) == (message, ["12", "1", "12", "1", *last])
         assert "deepcloze: no other host has answered for 0 minutes: trying node-2 again\n" in capsys.readouterr().err
         shutil.rmtree(folder.checkpoints)
@@ -660,26 +656,24 @@ def test_a_host_that_was_given_up_is_used_while_no_other_answers(
 
 def test_hosts_that_replace_all_others_are_not_left_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches hosts that are blamed for a failure although the run has never worked without them."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2 node-3", *["node-1"] * 9))
     endings = [replace(LOST, lost="node-2 node-3"), replace(LOST, lost="node-1"), *[HUNG] * 4, DONE]
     slots = dict.fromkeys(("node-1", "node-2", "node-3"), (0,))
-    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=6, slots=slots)
+    silent = ["node-2 node-3", *["node-1"] * 9]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=6, slots=slots, silent=silent)
     assert (result.outcome, hosts) == (Outcome.DONE, ["123", "1", *["23"] * 5])
 
 
 def test_a_host_is_not_left_out_for_the_loss_of_another(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a host that is left out because another one was lost."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2", "", "node-1"))
     endings = [LOST, JOINS, replace(LOST, lost="node-1", saves=False), replace(JOINS, saves=True), DONE]
-    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2)
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2, silent=["node-2", "", "node-1"])
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", "2", "12"])
 
 
 def test_a_host_that_has_worked_is_not_left_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a host that is blamed for a failure after a checkpoint that was saved with it."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2"))
     killed = Ending(Outcome.FAILED, Cause.KILLED, saves=True)
-    result, hosts = supervise_endings(folder, monkeypatch, LOST, JOINS, killed, DONE, max_restarts=2)
+    result, hosts = supervise_endings(folder, monkeypatch, LOST, JOINS, killed, DONE, max_restarts=2, silent=["node-2"])
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", "12"])
 
 
@@ -688,7 +682,6 @@ def test_a_failure_that_a_host_may_have_caused_is_followed_by_preflight(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, failure: Ending
 ) -> None:
     """Catches a run that ends although it could go on without a host whose data disk or GPU has failed."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
     killed = Ending(Outcome.FAILED, Cause.KILLED, saves=True)
     problems = losing("node-2")
     settings = {"preflight_problems": problems, "max_restarts": 2}
@@ -705,7 +698,6 @@ def test_preflight_waits_for_gpu_memory_of_killed_ranks(
 ) -> None:
     """Catches hosts that are left out because the driver has not freed the memory of their ranks yet, and a wait when
     these hosts need no preflight."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
     monkeypatch.setattr(supervisor, "_RELEASE_SECONDS", 5.0)
     waited: list[float] = []
     monkeypatch.setattr(StopSignals, "wait", lambda _, seconds: waited.append(seconds))
@@ -717,9 +709,8 @@ def test_a_disk_that_is_full_when_a_host_returns_ends_the_run(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a restart of ranks that stopped because no checkpoint can be written, not to take a host back."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2"))
     full = Ending(Outcome.STOPPED, Cause.AGREED, returns=True)
-    result, hosts = supervise_endings(folder, monkeypatch, LOST, full)
+    result, hosts = supervise_endings(folder, monkeypatch, LOST, full, silent=["node-2"])
     assert (result.outcome, result.message, hosts) == (Outcome.STOPPED, "ending 2", ["12", "1"])
 
 
@@ -775,7 +766,6 @@ def test_the_reason_of_a_host_is_printed_once(
             printed["node-2"] = "devices: busy"
         return dict.fromkeys(hosts, "devices: busy")
 
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
     killed = Ending(Outcome.FAILED, Cause.KILLED, saves=True)
     settings = {"preflight_problems": preflight_problems, "max_restarts": 2}
     supervise_endings(folder, monkeypatch, LOST, killed, DONE, **settings)
@@ -787,13 +777,12 @@ def test_an_outage_of_all_hosts_is_no_failure(
 ) -> None:
     """Catches a run of weeks that ends because a switch restarts for some minutes, hosts that come back without their
     disks, and a message at each look."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*["node-1 node-2"] * 20))
     for module in (supervisor, alerts):
         monkeypatch.setattr(module, "REPEAT_SECONDS", 0.0)
     sent: list[tuple[str, bool]] = []
     monkeypatch.setattr(Messenger, "alert", lambda _, alert: sent.append((alert.text, alert.repeated)))
-    preflight_problems = losing("node-2")
-    result, hosts = supervise_endings(folder, monkeypatch, LOST, DONE, preflight_problems=preflight_problems)
+    settings = {"preflight_problems": losing("node-2"), "silent": ["node-1 node-2"] * 20}
+    result, hosts = supervise_endings(folder, monkeypatch, LOST, DONE, **settings)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1"])
     assert capsys.readouterr().err.count("waiting for a host, for 24 hours at most") == 1
     reasons = "node-1: refused; node-2: refused"
@@ -809,7 +798,7 @@ def test_a_stop_ends_the_wait_for_hosts(folder: RunFolder, monkeypatch: pytest.M
         return dict.fromkeys(SLOTS, "refused")
 
     monkeypatch.setattr(supervisor, "unusable_hosts", stop)
-    result, hosts = supervise_endings(folder, monkeypatch, LOST, look_seconds=3600.0)
+    result, hosts = supervise_endings(folder, monkeypatch, LOST, look_seconds=3600.0, silent=None)
     assert (result.outcome, hosts) == (Outcome.STOPPED, ["12"])
 
 
