@@ -109,8 +109,10 @@ class Kind(TaskKind[Config]):
         ]
 
     def evaluated_texts(self, record: Record) -> Iterator[str]:
-        """Yield the sentence, not its words."""
-        yield " ".join(record.values["words"])
+        """Yield the sentence, not its words; without spaces, which divide numbers, if each word is a character."""
+        words = record.values["words"]
+        is_divided = any(sum(map(str.isalnum, word)) > 1 for word in words)
+        yield (" " if is_divided else "").join(words)
 
     def check_target(self, record: Record) -> None:
         self._tag_ids(record)

@@ -136,20 +136,20 @@ def test_the_blanks_of_a_cloze_exam_are_filled(tmp_path: Path) -> None:
 
 
 def test_each_choice_is_a_text_and_words_are_one(tmp_path: Path) -> None:
-    """Catches choices without spaces, as in Chinese, that are taken for the words of one text, which no line has."""
-    rows = {
-        "multiple_choice": {"question": "谁写了红楼梦？", "choices": ["曹雪芹", "吴承恩"], "label": "0"},
-        "token_classification": {"tokens": ["New York", "is", "large"], "tags": ["B", "O", "O"]},
-    }
-    expected = {
-        "multiple_choice": ["曹雪芹", "吴承恩", "谁写了红楼梦？"],
-        "token_classification": ["New York is large"],
-    }
-    for kind, row in rows.items():
+    """Catches choices without spaces, as in Chinese, that are taken for the words of one text, which no line has, and
+    numbers and Latin words with spaces between their characters."""
+    choices = {"question": "谁写了红楼梦？", "choices": ["曹雪芹", "吴承恩"], "label": "0"}
+    cases = [("multiple_choice", choices, ["曹雪芹", "吴承恩", "谁写了红楼梦？"])]
+    for words, text in (
+        (["New York", "is", "large"], "New York is large"),
+        ([*"2003年加入ABB", "❤️", "……"], "2003年加入ABB❤️……"),
+    ):
+        cases.append(("token_classification", {"tokens": words, "tags": ["O"] * len(words)}, [text]))
+    for kind, row, expected in cases:
         (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
         task = f"{{kind: {kind}, test: {tmp_path}/test.jsonl, format: jsonl}}"
         path = write(tmp_path, "task.yaml", f"{{run: {{dir: r}}, model: {{init_from: m}}, task: {task}}}")
-        assert [text.text for text in evaluation_texts(str(path))] == expected[kind]
+        assert [text.text for text in evaluation_texts(str(path))] == expected
 
 
 def test_negatives_are_evaluated_too_where_a_split_has_them(tmp_path: Path) -> None:
