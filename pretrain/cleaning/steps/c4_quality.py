@@ -10,7 +10,7 @@ class Config(Section):
     """Remove lines that are no sentences, and drop documents with few sentences, code or `lorem ipsum`, as C4 did."""
 
     split_paragraph: bool = True
-    """Check each line; false: each sentence."""
+    """Check each line; false: each sentence, and join those that are kept with spaces, also in Chinese."""
 
     remove_citations: bool = True
     """Remove citations such as `[1]`."""
