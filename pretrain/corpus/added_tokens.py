@@ -1,6 +1,7 @@
 """Add words to a tokenizer. Existing ids do not change; each new word becomes one token with an id at the end."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +111,18 @@ def _new_tokens(
     """Return the new entries of the vocabulary and the new added tokens, each as {token: line}."""
     entries: dict[str, int] = {}
     added_tokens: dict[str, int] = {}
+    normalize, seen = _normalizer(tokenizer), set[str]()
     for line, word in words:
         token, is_entry = _parse_word(word, state, tokenizer, f"{path}, line {line}")
-        if token not in entries and token not in added_tokens and not _is_one_token(token, tokenizer):
+        if normalize(token) not in seen and not _is_one_token(token, tokenizer):
+            seen.add(normalize(token))
             (entries if is_entry else added_tokens)[token] = line
     return entries, added_tokens
+
+
+def _normalizer(tokenizer: "PreTrainedTokenizerFast") -> Callable[[str], str]:
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer.normalize_str if normalizer else str
 
 
 def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", where: str) -> tuple[str, bool]:
@@ -123,7 +131,7 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
     if word.startswith("##") and prefix is None:
         raise UserError(f"{where}: '{word}': only WordPiece tokenizers have continuations")
     rest = word.removeprefix(prefix or "")
-    normalize = backend.normalizer.normalize_str if backend.normalizer else str
+    normalize = _normalizer(tokenizer)
     normal = normalize(rest)
     if not normal.strip():
         raise UserError(f"{where}: {word!r} is empty after the tokenizer's normalization")

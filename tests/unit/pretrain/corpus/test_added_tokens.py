@@ -70,14 +70,14 @@ def test_add_words_to_other_tokenizers(kind: str, request: pytest.FixtureRequest
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_add_chinese_words(lowercase: bool, tmp_path: Path) -> None:
-    """Catches words that are never found, or shown with spaces inside: BERT's normalizer puts spaces around each
-    character of text and word."""
+    """Catches words that are never found, or shown with spaces inside, and two spellings of one that are refused:
+    BERT's normalizer puts spaces around each character of text and word."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"研究新冠肺炎的"]
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     (tmp_path / "bert" / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lowercase}))
-    new = extend(tmp_path / "bert", tmp_path, "新冠", "㗎")
-    assert len(new) == len(vocabulary) + 2
+    new = extend(tmp_path / "bert", tmp_path, "新冠", "㗎", "T新", "t新")
+    assert len(new) == len(vocabulary) + (3 if lowercase else 4)
     ids = new("研究新冠肺炎㗎的", add_special_tokens=False)["input_ids"]
     assert len(ids) == 7
     assert {number for number in ids if number >= len(vocabulary)} == {len(vocabulary), len(vocabulary) + 1}
