@@ -123,12 +123,13 @@ class MaskFiller:
         token: its text, without spaces around it; piece: as it is in the vocabulary, which tells ` the` from `the`.
         Raises NotFiniteError.
         """
+        added = self.tokenizer.added_tokens_decoder  # convert_ids_to_tokens returns them normalized
         self.loaded.check_finite([found for _, found in mask] for mask in candidates)
         return [
             [
                 {
                     "token": decode_token(self.tokenizer, token).strip(),
-                    "piece": self.tokenizer.convert_ids_to_tokens(token),
+                    "piece": added[token].content if token in added else self.tokenizer.convert_ids_to_tokens(token),
                     "probability": found,
                 }
                 for token, found in mask

@@ -97,7 +97,7 @@ class FillMaskRequest(_Request):
 
 
 class Candidate(BaseModel):
-    token: str = Field(description="Its text, without spaces around it; or an option.")
+    token: str = Field(description="Its text, without spaces around it, but with the `##` of WordPiece; or an option.")
     piece: str | None = Field(
         default=None, description="The token as it is in the vocabulary, such as `Ġthe`; options have none."
     )

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.bert.modeling_bert import BertPooler
 
 from experiment.errors import UserError
-from experiment.models.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from finetune.device import Device
 from finetune.prediction.loaded_model import NotFiniteError
 from finetune.prediction.mask_filler import MaskFiller
@@ -247,11 +247,15 @@ def test_the_other_texts_do_not_change_the_answer_of_a_foreign_model(
     assert [found["probabilities"] for found in together] == [pytest.approx(each, abs=1e-6) for each in alone]
 
 
-def test_candidates_that_differ_by_a_space(byte_level: Path, tmp_path: Path) -> None:
-    """Catches a token at the beginning of a word and one within it that cannot be told apart in an answer."""
-    vocabulary = load_tokenizer(byte_level).get_vocab()
+@pytest.mark.parametrize("kind", ["byte_level", "wordpiece"])
+def test_candidates_that_differ_by_a_space(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Catches a token at the beginning of a word and one within it that cannot be told apart in an answer, and an added
+    word with the spaces that BERT's normalizer puts around Chinese characters."""
+    tokenizer, folder = load_tokenizer(request.getfixturevalue(kind)), tmp_path / "model"
+    tokenizer.add_tokens("新冠")
+    save_tokenizer(tokenizer, folder)
+    vocabulary = tokenizer.get_vocab()
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    folder = Path(shutil.copytree(byte_level, tmp_path / "model"))
     BertForMaskedLM(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder)
     filler = MaskFiller.load(folder, "fp32")
     ((found,),) = filler.fill([filler.mask], top_k=1000)
