@@ -28,7 +28,11 @@ _IGNORED = regex.compile(r"[\p{Cf}\ufe00-\ufe0f]")  # they only change how other
 CLOSING = r"\"'”’)\]）」』》】"
 """Quotes and brackets that belong to the sentence before them, for a set of characters in `regex`."""
 # A lookbehind that begins at each quote would take quadratic time: (?=\s) and the like come first.
-_SENTENCE_END = regex.compile(rf"(?=\s)(?<=[.!?…][{CLOSING}]*)\s+|(?![。！？{CLOSING}])(?<=[。！？][{CLOSING}]*)")
+# Half-width marks in Chinese may have no space after them.
+_SENTENCE_END = regex.compile(
+    rf"(?=\s)(?<=[.!?…][{CLOSING}]*)\s+|(?![。！？!?…{CLOSING}])(?<=[。！？][!?…{CLOSING}]*)"
+    rf"|(?=[{UNSPACED}])(?<=[!?…][{CLOSING}]*)"
+)
 
 
 def tokens(text: str) -> list[str]:

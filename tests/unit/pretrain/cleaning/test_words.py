@@ -61,11 +61,12 @@ def test_tokens_lose_no_visible_character() -> None:
 
 
 def test_sentences_end_after_closing_quotes() -> None:
-    """Catches a quote that begins the next sentence, and a time that grows with the square of a row of brackets."""
+    """Catches a quote that begins the next sentence, half-width marks that end none in Chinese, and a time that grows
+    with the square of a row of brackets."""
     assert sentences('He said "no." ("Yes!") 好。是 x') == ['He said "no."', '("Yes!")', "好。", "是 x"]
-    quoted = ["「走吧！？」", "他（笑。）", "《终。》", "“是。”", "x"]
+    quoted = ["「走吧！？」", "他（笑。）", "《终。》", "“是。”", "走!", "真？!", "「吗?」", "我……", "约3.5万。", "x"]
     assert sentences("".join(quoted)) == quoted
     started = time.process_time()
-    for row in (")" * 20_000, "」" * 20_000):
+    for row in (")" * 20_000, "」" * 20_000, "!" * 20_000):
         assert sentences(row) == [row]
     assert time.process_time() - started < 1
