@@ -78,8 +78,7 @@ class Encoder:
         encoded = self._tokenize(texts, truncation="longest_first", max_length=self.max_length)
         for index, ids in enumerate(encoded["input_ids"]):
             cut = 0 if len(ids) < self.max_length else self._count_cut(encoded, index, texts[index])
-            types = torch.tensor(encoded["token_type_ids"][index]) if self.token_types else None
-            yield Tokens(torch.tensor(ids), types, cut)
+            yield self._sequence(ids, encoded["token_type_ids"][index] if self.token_types else [], cut)
 
     def _encode_pairs(self, pairs: Sequence[TextOrPair]) -> Iterator[Tokens]:
         """Yield what truncation="longest_first" gives, in linear time: fast tokenizers make a sequence of each two
@@ -120,13 +119,14 @@ class Encoder:
         return [ids or (self._unknown() if text else []) for ids, text in zip(found, texts, strict=True)]
 
     def _unknown(self) -> list[int]:
-        """Return one token, for a text that the tokenizer drops. Raises UserError if there is none for it."""
-        for token in (self.tokenizer.unk_token_id, self.tokenizer.mask_token_id):
-            if token is not None:
-                return [token]
-        raise UserError(
-            "the tokenizer drops a word or a text, and has neither an unknown token nor a mask token in its place"
-        )
+        """Return one token, for a text that the tokenizer drops."""
+        tokens = (self.tokenizer.unk_token_id, self.tokenizer.mask_token_id, self.tokenizer.pad_token_id)
+        return [next(token for token in tokens if token is not None)]
+
+    def _sequence(self, ids: list[int], types: list[int], cut: int) -> Tokens:
+        """Return a sequence of at least one token: no model computes an empty one, which would be all padding."""
+        ids, types = (ids, types) if ids else (self._unknown(), [0])
+        return Tokens(torch.tensor(ids), torch.tensor(types) if self.token_types else None, cut)
 
     def ids_of_continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts that continue others, at least one each unless the text is empty. SentencePiece
@@ -184,8 +184,7 @@ class Encoder:
             ids += [*text, *specials[0]]
             types += [text_type] * len(text) + specials[1]
         assert len(ids) <= self.max_length
-        token_types = torch.tensor(types) if self.token_types else None
-        return Tokens(torch.tensor(ids), token_types, cut)
+        return self._sequence(ids, types, cut)
 
     def starts(self, *lengths: int) -> list[int]:
         """Return the start of each text in a sequence of one text or a pair. lengths: of the texts, in tokens."""

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -66,9 +67,9 @@ def test_a_pair_is_cut_as_the_tokenizer_does(kind: str, side: str, length: int, 
     options = {"verbose": False, "return_token_type_ids": True}
     expected = tokenizer(*texts, truncation="longest_first", max_length=length, **options)
     found = Encoder(tokenizer, length, token_types=True).encode(*texts)
-    assert found.input_ids.tolist() == expected["input_ids"]
-    assert found.token_type_ids.tolist() == expected["token_type_ids"]
-    assert found.cut == len(tokenizer(*texts, verbose=False)["input_ids"]) - len(found)
+    assert found.input_ids.tolist() == (expected["input_ids"] or [tokenizer.mask_token_id])
+    assert found.token_type_ids.tolist() == (expected["token_type_ids"] or [0])
+    assert found.cut == max(len(tokenizer(*texts, verbose=False)["input_ids"]) - len(found), 0)
 
 
 @given(st.sampled_from(PAIRED), st.sampled_from(["left", "right"]), st.integers(6, 24), st.data())
@@ -190,15 +191,19 @@ def test_the_words_of_wordpiece_have_no_spaces(tmp_path: Path) -> None:
     assert made.ids_of_words(WORDS) == made.ids_of_texts(WORDS)
 
 
-def test_a_word_without_tokens_may_be_masked() -> None:
-    """Catches a traceback for an empty word if the tokenizer has no unknown token, as many byte-level ones."""
-    tokenizer = byte_level("bert")
+def test_a_word_or_a_text_without_tokens_has_one() -> None:
+    """Catches a traceback for an empty word if the tokenizer has no unknown token, as many byte-level ones. And one for
+    an empty text if it adds no special tokens, unless a longer text in the batch makes it a row of padding."""
+    tokenizer = byte_level("gpt2")
     made = Encoder(tokenizer, 16, token_types=True)
-    assert made.ids_of_words(["", "a"])[0] == [tokenizer.mask_token_id]
-    tokenizer.mask_token = None
-    assert len(made.ids_of_words(["a", "b"])) == 2
-    with pytest.raises(UserError, match="neither an unknown token nor a mask token"):
-        made.ids_of_words(["", "a"])
+    for token in ("mask_token", "pad_token"):
+        ids = [getattr(tokenizer, f"{token}_id")]
+        assert made.ids_of_words(["", "a"])[0] == ids
+        for tokens in (*made.encode_all([("", None), ("", "")]), made.assemble([]), made.assemble([], [])):
+            assert torch.equal(tokens.input_ids, torch.tensor(ids))
+            assert tokens.token_type_ids is not None
+            assert torch.equal(tokens.token_type_ids, torch.tensor([0]))
+        tokenizer.mask_token = None
 
 
 @given(st.integers(0, 300), st.integers(1, 40))
