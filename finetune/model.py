@@ -248,7 +248,8 @@ def _fits_head(model: PreTrainedModel, spec: ModelSpec) -> bool:
     architecture = (config.architectures or ["Model"])[0]
     if architecture.endswith(("Model", *PRETRAINING_HEADS)):  # no head for a task
         return True
-    same_labels = bool(spec.head.get("id2label", config.id2label) == config.id2label)
+    labels = {number: str(label) for number, label in config.id2label.items()}
+    same_labels = bool(spec.head.get("id2label", labels) == labels)
     same_problem = _problem_type(model.config) == _problem_type(config)
     return same_labels and same_problem and architecture == type(model).__name__
 

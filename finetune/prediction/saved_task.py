@@ -145,7 +145,7 @@ def _read_foreign(folder: Path) -> SavedTask:
     config = load_model_config(folder)
     architecture = str((config.architectures or ["none"])[0])
     kind_name = next((name for end, name in _FOREIGN_KINDS.items() if architecture.endswith(end)), None)
-    labels = tuple(config.id2label[number] for number in sorted(config.id2label))
+    labels = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
     single_label = config.problem_type in (None, "single_label_classification")
     if has_masked_lm_head(config.architectures):
         raise UserError(

@@ -175,12 +175,14 @@ def test_the_model_folder_has_no_path_of_the_machine(trained_run: Path, encoder:
         assert str(trained_run.parent).encode() not in content, path.name
 
 
-def test_a_classifier_of_transformers_works(classifier: Path) -> None:
-    """Catches models of others being rejected, or their labels lost."""
+@pytest.mark.parametrize("labels", [("no", "yes"), (0, 1)])
+def test_a_classifier_of_transformers_works(classifier: Path, labels: tuple[str | int, ...]) -> None:
+    """Catches models of others being rejected, or their labels lost, or not text if they are numbers in JSON."""
+    change(classifier / "config.json", id2label=dict(enumerate(labels)))
     predictor = Predictor.load(classifier, "fp32")
     (prediction,) = predictor.predict([{"text": "word1 " * 500}])
-    assert list(prediction["probabilities"]) == ["no", "yes"]
-    assert prediction["label"] in ("no", "yes")
+    assert list(prediction["probabilities"]) == [str(label) for label in labels]
+    assert prediction["label"] in prediction["probabilities"]
     with pytest.raises(UserError, match=r"expected text; found text, context"):
         predictor.predict([{"text": "word1", "context": "word2"}])
     with pytest.raises(UserError, match=r"expected text in 'text_pair', found 5"):
