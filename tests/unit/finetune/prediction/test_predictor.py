@@ -197,12 +197,20 @@ def test_a_model_of_the_hub(hub: HubServer, classifier: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"problem_type": "multi_label_classification"}, {"id2label": {"0": "LABEL_0"}, "label2id": {}}]
+    ("changed", "message"),
+    [
+        ({"problem_type": "multi_label_classification"}, "not a sequence classifier with two or more labels"),
+        ({"id2label": {"0": "LABEL_0"}, "label2id": {}}, "not a sequence classifier with two or more labels"),
+        ({"id2label": {"0": "no", "1": "no", "2": "yes"}}, r"config\.json: id2label has 'no' 2 times"),
+    ],
 )
-def test_a_head_that_means_something_else_is_rejected(classifier: Path, changed: dict[str, object]) -> None:
-    """Catches a softmax over the outputs of a multi-label model, and a regression that is always 100 % certain."""
+def test_a_head_that_means_something_else_is_rejected(
+    classifier: Path, changed: dict[str, object], message: str
+) -> None:
+    """Catches a softmax over the outputs of a multi-label model, a regression that is always 100 % certain, and the
+    probability of one of two labels of the same name."""
     change(classifier / "config.json", **changed)
-    with pytest.raises(UserError, match="not a sequence classifier with two or more labels"):
+    with pytest.raises(UserError, match=message):
         Predictor.load(classifier, "fp32")
 
 
