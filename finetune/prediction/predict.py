@@ -109,7 +109,7 @@ def predict_command(options: PredictOptions) -> None:
     trained = read_saved_task(folder)
     task = override_task(trained, _overrides(options, trained.kind.config))
     if options.calibrated and task.temperature is None:
-        raise missing_temperature(folder)
+        raise missing_temperature()
     file_format = _input_format(options, task.kind.config, trained.kind.config)
     rows = Input(source, task.kind, file_format, options.score, turn_joiner(folder, task.kind.config))
     count = rows.count()

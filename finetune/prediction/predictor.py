@@ -113,7 +113,7 @@ class Predictor:
     def check_calibrated(self, calibrated: bool) -> None:
         """Raise UserError if calibrated probabilities are asked for, and there is no temperature."""
         if calibrated and self.temperature is None:
-            raise missing_temperature(self.folder)
+            raise missing_temperature()
 
     def record(self, place: str, values: Mapping[str, Any]) -> Record:
         """Return a record of values by role. place: its name in messages. Raises UserError as `predict`."""
@@ -127,8 +127,8 @@ class Predictor:
         return Record(place, {role: read_value(values[role], roles[role], place, role) for role in roles})
 
 
-def missing_temperature(folder: Path) -> UserError:
+def missing_temperature() -> UserError:
     return UserError(
-        f"{folder}: the model has no temperature, so its probabilities cannot be calibrated; one is fitted on the "
+        "calibrated: the model has no temperature, so its probabilities cannot be calibrated; one is fitted on the "
         "validation split, for kinds whose predictions have a probability of each label"
     )

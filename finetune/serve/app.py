@@ -295,7 +295,7 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(NotFiniteError)
     async def answer_not_finite(_: Request, error: NotFiniteError) -> Response:
         log.error("%s", error)
-        return error_response(500, str(error))
+        return error_response(500, "the model's outputs are not finite; the server's log says more")
 
     @app.exception_handler(StarletteHTTPException)
     async def answer_http_error(_: Request, error: StarletteHTTPException) -> Response:

@@ -215,7 +215,7 @@ def test_calibrated_probabilities(
         assert odds[0] ** 0.5 == pytest.approx(odds[1], rel=0.02)
     (model / TASK_FILE).write_text(json.dumps({**task, "temperature": None}))
     assert predict(model, texts, tmp_path / "none.csv", "--calibrated") == 2
-    assert "moved: the model has no temperature" in capsys.readouterr().err
+    assert "calibrated: the model has no temperature" in capsys.readouterr().err
 
 
 def test_a_missing_temperature_is_found_first(
@@ -228,7 +228,7 @@ def test_a_missing_temperature_is_found_first(
     monkeypatch.setattr(Predictor, "load", None)
     assert predict(model, tmp_path / "none.csv", tmp_path / "out.csv", "--calibrated") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "model: the model has no temperature" in line
+    assert "calibrated: the model has no temperature" in line
 
 
 @pytest.mark.parametrize(
