@@ -156,9 +156,10 @@ class ModelWorker:
         return await asyncio.to_thread(predictor.decode, split, outputs, calibrated)
 
     def _sizes(self, items: Sequence[Example]) -> list[Size]:
-        """Return sizes. Raises HTTPException for an item that takes too much time or memory: it is computed at once."""
+        """Return sizes. Raises HTTPException for a text whose options, computed at once, take too much memory."""
         sizes = [Size(len(item.sequences), self._padded or item.longest) for item in items]
-        if (most := max((size.tokens for size in sizes), default=0)) > (limit := self._limits.max_item_tokens):
+        most = max((size.tokens for size in sizes if size.sequences > 1), default=0)
+        if most > (limit := self._limits.max_item_tokens):
             message = f"a text whose options have {most:,} tokens; at most {limit:,} are accepted"
             raise HTTPException(413, message)
         return sizes
