@@ -60,7 +60,7 @@ def _write(source: Path, folder: Path, options: ExportOptions, repository: HubNa
     """Write the folder with its model card. Returns lines about it."""
     if holds_onnx_model(source):
         raise UserError(f"{source} holds an ONNX model already; export the folder that it was made from")
-    title = Path(options.output).name if repository is None else repository.repository
+    title = Path(options.output).absolute().name if repository is None else repository.repository
     if options.format == "hf":
         if (source / TASK_FILE).is_file():
             read_saved_task(source)  # refuses damaged files, as the export to ONNX does

@@ -26,10 +26,14 @@ def export(checkpoint: str, output: str) -> None:
     export_command(ExportOptions(checkpoint=checkpoint, output=output))
 
 
-def test_a_checkpoint_of_an_older_version_has_a_card(tmp_path: Path) -> None:
-    """Catches an export that fails for a checkpoint whose state lacks what newer ones record for the card."""
-    export(str(OLD), str(tmp_path / "old"))
+def test_a_checkpoint_of_an_older_version_has_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an export that fails for a checkpoint whose state lacks what newer ones record for the card, and a card
+    without a title in the working directory."""
+    (tmp_path / "old").mkdir()
+    monkeypatch.chdir(tmp_path / "old")
+    export(str(OLD), ".")
     card = (tmp_path / "old" / "README.md").read_text(encoding="utf-8")
+    assert "\n# old\n" in card
     fingerprint = json.loads((OLD / "state.json").read_text())["identity"]["corpus.train"]
     assert f"| fingerprint | {fingerprint} |" in card
     assert "| steps | 2 |" in card
