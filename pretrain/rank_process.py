@@ -36,16 +36,18 @@ log = logging.getLogger(__name__)
 _GLOO_ERRORS = ("gloo/transport", "Application timeout caused pair closure")
 
 
-@dataclass(frozen=True)
+@dataclass
 class RankRecorder:
     """Records in the run folder, as far as it is writable, how a rank and the run are doing, for the launcher."""
 
     folder: RunFolder
     rank: int
+    holds_folder: bool = True  # False: another run may be using it; nothing is recorded until `start`
 
     def start(self) -> None:
         """Record this process, and lock the run folder until it ends. A record without an exit code means that the
         process was killed."""
+        self.holds_folder = True
         with suppress(OSError):
             lock_until_exit(self.folder)
         self._record(None)
@@ -69,15 +71,17 @@ class RankRecorder:
     def fail(self, outcome: Outcome, message: str, cause: Cause | None) -> None:
         """Record an outcome that this rank alone knows of, unless another rank has failed before: losing that
         rank is why this one fails."""
-        with suppress(OSError):
-            write_first_outcome(self.folder, outcome, message, cause)
+        if self.holds_folder:
+            with suppress(OSError):
+                write_first_outcome(self.folder, outcome, message, cause)
 
     def end(self, exit_code: int) -> None:
         self._record(exit_code)
 
     def _record(self, exit_code: int | None, training: bool = False) -> None:
-        with suppress(OSError):
-            RankRecord(self.rank, platform.node(), os.getpid(), training, exit_code).write(self.folder)
+        if self.holds_folder:
+            with suppress(OSError):
+                RankRecord(self.rank, platform.node(), os.getpid(), training, exit_code).write(self.folder)
 
 
 def run_rank(train: Callable[[StopRequest], Outcome], recorder: RankRecorder) -> NoReturn:
@@ -106,7 +110,8 @@ def _run_rank(train: Callable[[StopRequest], Outcome], recorder: RankRecorder) -
     stop_file = recorder.folder.stop if recorder.rank == 0 and LAUNCH_VARIABLE not in os.environ else None
     stop = StopRequest(partial(_stop_before_training, recorder), partial(_stop_at_once, recorder))
     with receive_stop_requests(stop, stop_file):
-        recorder.start()
+        if recorder.holds_folder:
+            recorder.start()
         ending = _call(partial(train, stop), recorder)
         if ending.outcome in (Outcome.FAILED, Outcome.REFUSED):
             recorder.fail(*ending)

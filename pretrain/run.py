@@ -48,6 +48,7 @@ from torch import nn
 from experiment.config import load_config
 from experiment.errors import AgreedFailureError, UserError
 from experiment.files import cache_folder
+from experiment.process.own_process import has_launcher
 from experiment.process.shared_cores import share_cores
 from experiment.run_files.goodput import ActivityTimer, attempt_start
 from experiment.run_files.outcome_file import Cause, Outcome, ReportedOutcome
@@ -145,7 +146,9 @@ def main(argv: Sequence[str]) -> NoReturn:
         config = read_arguments(argv)
     except UserError as error:
         exit_refused(error, rank)
-    recorder = RankRecorder(RunFolder(Path(config.run.dir).absolute()), rank)
+    # Without our launcher, rank 0 takes the run folder, or is refused; others know that it has when they are connected.
+    folder, holds_folder = RunFolder(Path(config.run.dir).absolute()), rank == 0 or has_launcher()
+    recorder = RankRecorder(folder, rank, holds_folder)
     run_rank(partial(_connect_and_pretrain, config, recorder), recorder)
 
 
@@ -178,8 +181,12 @@ def read_arguments(argv: Sequence[str]) -> PretrainConfig:
 def _connect_and_pretrain(config: PretrainConfig, recorder: RankRecorder, stop: StopRequest) -> Outcome:
     share_cores()
     heartbeat = RankHeartbeat(recorder.folder, recorder.rank, config.health.hang_seconds)
-    heartbeat.start()
+    if recorder.holds_folder:
+        heartbeat.start()
     world = connect(_timeout(config), partial(give_up, recorder))
+    if not recorder.holds_folder:
+        recorder.start()
+        heartbeat.start()
     times = ActivityTimer(attempt_start())
     heartbeat.follow(times)
     ending = pretrain(config, world, stop, recorder, times)

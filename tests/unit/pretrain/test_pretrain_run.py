@@ -1,6 +1,7 @@
 """What a rank reads from its command line, and how it exits when a run fails, without processes."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ import yaml
 
 import pretrain.run
 from experiment.errors import AgreedFailureError, UserError
+from experiment.process.own_process import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
-from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from pretrain.engine.process_group import LostRankError
 from pretrain.run import read_arguments
 from pretrain.training.background_save import UnwritableError
 from pretrain.world import World
@@ -60,6 +63,37 @@ def test_loss_scale_errors_exit_with_their_message(
     assert timeouts == [timedelta(seconds=77)]
     assert read_outcome(RunFolder(tmp_path / "run"))[:2] == (Outcome.FAILED, "try a lower optimizer.lr")
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_rank_that_deepspeed_starts_writes_nothing_until_it_is_connected(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: bool
+) -> None:
+    """Catches a second start that is refused, but changes the records by which the launch of the first one watches its
+    ranks."""
+    logs = open_run_folder(tmp_path / "run").logs
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv(LAUNCH_VARIABLE, raising=False)
+    monkeypatch.delenv(START_VARIABLE, raising=False)
+    if launched:
+        monkeypatch.setenv(START_VARIABLE, "0")
+
+    def files(connect: Callable[..., World]) -> set[str]:
+        monkeypatch.setattr(pretrain.run, "connect", connect)
+        with pytest.raises(Exited, match="1"):
+            pretrain.run.main(["--config", str(config)])
+        return {path.name for path in logs.iterdir()}
+
+    def lose_rank_0(*_: Any) -> World:
+        raise LostRankError("not connected: rank 0")
+
+    def fail(*_: Any) -> Outcome:
+        raise AgreedFailureError("try a lower optimizer.lr")
+
+    monkeypatch.setattr(pretrain.run, "pretrain", fail)
+    written = {"outcome.json", "processes.lock", "rank-1.json", "rank-1.log"}
+    assert files(lose_rank_0) - {"rank-1.beat"} == (written if launched else set())
+    assert files(lambda *_: World(1, 2)) - {"rank-1.beat"} == written
 
 
 def test_a_checkpoint_that_cannot_be_written_is_agreed_on() -> None:
