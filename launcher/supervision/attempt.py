@@ -6,8 +6,10 @@ session of its own, which Ctrl-C does not reach. The outcome is read from the ru
 """
 
 import os
+import platform
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -150,7 +152,10 @@ def _run(
         polled(exits.check, exit_poll_seconds, "exit watch"),
     ):
         exit_code = _wait(process, launch, layout.ranks)
-    result = _result(launch, stop, hang, exits, exit_code, earlier)
+    nodes = Counter[str]()  # ranks, by the names that their hosts have themselves
+    for host, numbers in layout.slots.items():
+        nodes[guards.replies[host].node if guards else platform.node()] += len(numbers)
+    result = _result(launch, stop, hang, exits, exit_code, earlier, nodes)
     return replace(result, failed_on=_failed_on(result, hang, exits, guards)) if guards else result
 
 
@@ -177,8 +182,9 @@ def _result(
     exits: ExitWatch,
     exit_code: int,
     earlier: Mapping[Path, int],
+    ranks: Counter[str],
 ) -> LaunchResult:
-    """Return the result of processes that have exited. exit_code, earlier: see `read_result`."""
+    """Return the result of processes that have exited. exit_code, earlier, ranks: see `read_result`."""
     reported = read_outcome(launch.folder)
     if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):
         return _KILLED
@@ -195,7 +201,7 @@ def _result(
         return STOPPED_EARLY  # DeepSpeed's launchers on other hosts exit with 1 if they get the signal too
     if not launch.local and launch.launcher == "mpich":  # DeepSpeed's helper exits with 0, whatever its rank does
         exit_code = exit_code or 1
-    return read_result(launch.folder, exit_code, earlier, silent, not launch.local, others_killed)
+    return read_result(launch.folder, exit_code, earlier, silent, not launch.local, ranks, others_killed)
 
 
 def _wait(process: "subprocess.Popen[bytes]", launch: LaunchSettings, ranks: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -80,6 +81,7 @@ def read_result(
     earlier: Mapping[Path, int],
     silent: Sequence[RankRecord],
     remote: bool,
+    ranks: Counter[str],
     others_killed: bool = False,
 ) -> LaunchResult:
     """Return the result of a launch whose processes have exited.
@@ -89,6 +91,7 @@ def read_result(
         earlier: `log_sizes` when the ranks began.
         silent: the ranks that ended without recording it, except those that were killed because another had failed.
         remote: whether ranks ran on other hosts.
+        ranks: how many each host had, by its own name.
         others_killed: whether ranks that waited for others were killed.
     """
     reported, killer = read_outcome(folder), _killer(exit_code, remote)
@@ -109,11 +112,13 @@ def read_result(
         message = _failure_message(folder, ending or f"exit code {exit_code}", earlier, suspects)
         return LaunchResult(Outcome.FAILED, message, cause)
     outcome, message, reported_cause = reported
-    # DeepSpeed's launcher stops the other ranks, or those of its host, when one is killed, and before the first step
-    # they report that.
-    near = others_killed and host_of(message) in {rank.host for rank in silent}
-    if BEFORE_FIRST_STEP in message and silent and (near or killer not in (None, *STOP_SIGNALS)):
-        return LaunchResult(Outcome.FAILED, ending, cause)
+    if BEFORE_FIRST_STEP in message:
+        # DeepSpeed's launcher stops the other ranks, or those of its host, when one is killed, and they report that.
+        unrecorded = ranks - Counter(rank.host for rank in read_rank_records(folder))  # ended during their imports
+        hosts, reporter = {*unrecorded, *(rank.host for rank in silent)}, host_of(message)
+        if hosts and (killer not in (None, *STOP_SIGNALS) or (others_killed and reporter in hosts)):
+            ending = ending or f"a rank that was starting on {reporter} ended first"
+            return LaunchResult(Outcome.FAILED, ending, Cause.KILLED)
     if outcome is not Outcome.FAILED:
         return LaunchResult(outcome, message, reported_cause)
     if ending:

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -104,8 +105,9 @@ def test_the_failure_of_one_rank_of_many_is_found(tmp_path: Path, monkeypatch: p
         folder.rank_log(rank).write_text("step 1\n" * 1000)
     write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer", Cause.LOST_RANK)
     killed = [RankRecord(77, HOSTS[9], 77)]
-    result = read_result(folder, 247, {}, killed, remote=True)
+    ranks = Counter(dict.fromkeys(HOSTS[:128], 8))
+    result = read_result(folder, 247, {}, killed, remote=True, ranks=ranks)
     assert result.message.startswith(f"rank 77 on {HOSTS[9]} (process 77) was killed by SIGKILL")
     assert result.cause is Cause.KILLED
     folder.outcome.unlink()
-    assert "the end of rank-" in read_result(folder, 1, {}, killed, remote=True).message
+    assert "the end of rank-" in read_result(folder, 1, {}, killed, remote=True, ranks=ranks).message

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import LockTimes, lock_run
 from experiment.tracking import alerts
 from experiment.tracking.alerts import Messenger
-from launcher.hosts.guarded_hosts import Rendezvous
+from launcher.hosts.guarded_hosts import Rendezvous, Reply
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import attempt, rank_processes, restarts, stop_signals, supervisor
 from launcher.supervision.attempt import LaunchSettings, Layout
@@ -62,6 +63,7 @@ class StandInGuards:
         self, hosts: Sequence[str], _launch: str, _environment: Mapping[str, str], _on_lost: Callable[[], object]
     ) -> None:
         self.hosts = list(hosts)
+        self.replies = {host: Reply(host, None, 0) for host in hosts}
         self.lost: dict[str, str] = {}
         self.ended: list[RankRecord] = []
         self.has_ended_on: str | None = None
@@ -307,6 +309,12 @@ def test_ranks_that_wait_for_a_host_without_processes_are_killed(
             "rank 1 on node-2 (process 9) ended first",
             Cause.KILLED,
         ),
+        (
+            "write_outcome(folder, Outcome.STOPPED, 'node-2, rank 2: SIGTERM before the first step', Cause.SIGNAL); "
+            "RankRecord(2, 'node-2', 9, exit=75).write(folder)",
+            "a rank that was starting on node-2 ended first",
+            Cause.KILLED,
+        ),
     ],
 )
 def test_ranks_that_wait_for_a_failed_one_on_another_host_are_killed(
@@ -321,6 +329,9 @@ def test_ranks_that_wait_for_a_failed_one_on_another_host_are_killed(
             self.ended = [RankRecord(1, "node-2", 9)]
             return self
 
+        def ended_host(self) -> str | None:
+            return "node-2" if folder.rank_record(2).exists() else None
+
     monkeypatch.setattr(attempt, "GuardedHosts", LosesAProcess)
     monkeypatch.setattr(attempt, "_REMOTE_EXIT_POLL_SECONDS", 0.05)
     monkeypatch.setattr(rank_processes, "EXIT_TIMEOUT_SECONDS", 0.1)
@@ -328,7 +339,7 @@ def test_ranks_that_wait_for_a_failed_one_on_another_host_are_killed(
         "from experiment.run_files.outcome_file import RankRecord\n"
         f"RankRecord(0, 'node-1', 7, training=True).write(folder); {failure}; {HANG}"
     )
-    result = supervise(launch(folder, body))
+    result = supervise(replace(launch(folder, body), slots={"node-1": (0,), "node-2": (0, 1)}))
     message = message.format(logs=folder.logs)
     assert result == LaunchResult(Outcome.FAILED, message, cause, failed_on=frozenset({"node-2"}))
 
@@ -348,7 +359,8 @@ def test_ranks_that_end_after_a_reported_one_do_not_explain_it(
     """Catches a stop that counts as a failure, because ranks lose the one that has stopped, or end while they save, and
     a host that is blamed for ranks that NCCL has ended when the network failed."""
     write_outcome(folder, outcome, message, cause)
-    result = read_result(folder, 1, {}, [RankRecord(1, "node-2", 9)], remote=True, others_killed=True)
+    ranks = Counter(["node-2"])
+    result = read_result(folder, 1, {}, [RankRecord(1, "node-2", 9)], remote=True, ranks=ranks, others_killed=True)
     assert (result.outcome, result.cause) == (outcome, cause)
     assert result.message.startswith(message)
 
@@ -360,7 +372,7 @@ def test_a_disk_that_does_not_answer_hides_no_hung_rank(folder: RunFolder) -> No
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     hang, exits = SimpleNamespace(message="node-2, rank 1 hangs"), SimpleNamespace(silent=fail, killed=False)
-    result = attempt._result(launch(folder, ""), StopSignals(folder), hang, exits, 1, {})  # type: ignore[arg-type]
+    result = attempt._result(launch(folder, ""), StopSignals(folder), hang, exits, 1, {}, Counter())  # type: ignore[arg-type]
     assert result == LaunchResult(Outcome.FAILED, "node-2, rank 1 hangs", Cause.HUNG)
 
 

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,14 @@ def record(folder: RunFolder, rank: int, exit_code: int | None) -> None:
     RankRecord(rank, f"node-{rank}", 70 + rank, exit=exit_code).write(folder)
 
 
-def result_of(folder: RunFolder, exit_code: int, remote: bool = False) -> LaunchResult:
-    """All ranks have ended by themselves."""
-    silent = [process for process in read_rank_records(folder) if process.exit is None]
-    return read_result(folder, exit_code, {}, silent, remote)
+def result_of(
+    folder: RunFolder, exit_code: int, remote: bool = False, ranks: Counter[str] | None = None
+) -> LaunchResult:
+    """All ranks have ended by themselves. ranks: by host; those with a record."""
+    records = read_rank_records(folder)
+    silent = [process for process in records if process.exit is None]
+    ranks = ranks or Counter(process.host for process in records)
+    return read_result(folder, exit_code, {}, silent, remote, ranks)
 
 
 def message(folder: RunFolder, exit_code: int, remote: bool = False) -> str:
@@ -128,6 +133,18 @@ def test_a_rank_killed_before_the_first_step(folder: RunFolder) -> None:
     assert result_of(folder, 241, remote=False).outcome is Outcome.STOPPED
     record(folder, 1, 1)
     assert result_of(folder, 250, remote=False).outcome is Outcome.STOPPED, "an abort after the end"
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_rank_killed_during_its_imports(folder: RunFolder, remote: bool) -> None:
+    """Catches a launch that counts as stopped because the killed rank has not recorded that it has begun."""
+    write_outcome(folder, Outcome.STOPPED, "node-0, rank 0: SIGTERM before the first step", Cause.SIGNAL)
+    record(folder, 0, 75)
+    ranks = Counter({"node-0": 2})
+    killed = LaunchResult(Outcome.FAILED, f"a rank {OUT_OF_MEMORY}", Cause.KILLED)
+    assert result_of(folder, 247, remote, ranks) == killed
+    for exit_code in STOPPED:
+        assert result_of(folder, exit_code, remote, ranks).outcome is Outcome.STOPPED, "the others have not begun"
 
 
 @pytest.mark.parametrize("cause", [Cause.SIGNAL, Cause.AGREED])
