@@ -28,7 +28,7 @@ _MPI_HOSTFILES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostf
 _RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK")  # of srun and mpirun
 _MPI_LINE = re.compile(r"(?P<name>\S+?)(?:\s+slots=|:)(?P<slots>[0-9]+)")
 _RANGE = r"[0-9]+(?:-[0-9]+)?"
-_PART = rf"[A-Za-z0-9_.-]+|\[{_RANGE}(?:,{_RANGE})*\]"
+_PART = rf"[A-Za-z0-9_.-]|\[{_RANGE}(?:,{_RANGE})*\]"
 _ENTRY = f"(?:{_PART})+"  # of a node list of SLURM
 
 
@@ -71,7 +71,7 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> Hosts:
         if not (entry := line.partition("#")[0].strip()):
             continue
         if (match := _LINE.fullmatch(entry)) is None:
-            ssh = "users" if "@" in entry else "ports" if re.search(r"\w:[0-9]+\s", entry) else ""
+            ssh = "users" if "@" in entry else "ports" if re.match(r"[^:]+:[0-9]+\s", entry) else ""
             hint = f"; {ssh} belong in ~/.ssh/config" if ssh else ""
             raise UserError(f"{origin}, line {number}: expected 'NAME slots=N', found {entry!r}{hint}")
         host, slots = match["name"], int(match["slots"])

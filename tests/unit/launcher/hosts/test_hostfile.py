@@ -49,6 +49,12 @@ def test_says_where_users_and_ports_belong(host: str, what: str):
         parse_hostfile(f"{host} slots=2\n")
 
 
+def test_takes_no_address_for_a_port():
+    """Catches advice on ports for an IPv6 address."""
+    with pytest.raises(UserError, match=r"found '2001:db8:0:0:0:0:0:1 slots=2'$"):
+        parse_hostfile("2001:db8:0:0:0:0:0:1 slots=2\n")
+
+
 @pytest.mark.parametrize("name", ["a", "A"])
 def test_rejects_a_duplicate_host(name: str):
     """Catches silently keeping one of two lines, and one machine that counts as two. The message names both."""
@@ -120,9 +126,9 @@ def test_node_lists_of_slurm(nodelist: str, names: list[str]) -> None:
     assert list(expand_nodelist(nodelist)) == names
 
 
-@pytest.mark.parametrize("nodelist", ["", "gpu[", "gpu[1-]", "gpu[a-b]", "gpu]1[", "gpu[1-2", "a b"])
+@pytest.mark.parametrize("nodelist", ["", "gpu[", "gpu[1-]", "gpu[a-b]", "gpu]1[", "gpu[1-2", "a b", f"{40 * 'a'}+"])
 def test_a_malformed_node_list_is_rejected(nodelist: str) -> None:
-    """Catches a launch on hosts that nobody named."""
+    """Catches a launch on hosts that nobody named, and a pattern that takes hours for a long name."""
     with pytest.raises(UserError, match="SLURM_JOB_NODELIST"):
         expand_nodelist(nodelist)
 
