@@ -152,6 +152,9 @@ def write_hugging_face_folder(
 
     `weights`: fp32, by the model's own parameter names, tied ones once; with the `persistent_buffers`.
     """
+    # Classes without the masked-LM head look for the embeddings, which XLM-RoBERTa names after its decoder.
+    tied = model.all_tied_weights_keys
+    weights = {tied.get(name, name): tensor for name, tensor in weights.items()}
     folder.mkdir(parents=True)
     save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = copy.deepcopy(model.config)

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from experiment.models.tokenizer import load_tokenizer
-from pretrain.training.checkpoint_tensors import PinnedMemory, write_hugging_face_folder
+from pretrain.modeling.random_model import random_model
+from pretrain.training.checkpoint_tensors import PinnedMemory, persistent_buffers, write_hugging_face_folder
+from runs import sampled
 from tiny_models import tiny_fields
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
@@ -70,6 +73,20 @@ def test_the_tokenizer_gives_the_inputs_of_the_model(
     write_hugging_face_folder(weights, model, load_tokenizer(wordpiece), tmp_path / "hf")
     given = AutoTokenizer.from_pretrained(tmp_path / "hf")("de fi").keys()
     assert given == {"input_ids", "token_type_ids", "attention_mask"} - missing
+
+
+@pytest.mark.parametrize(
+    "model_type", sampled(MODEL_FOR_MASKED_LM_MAPPING_NAMES, ["camembert", "roberta", "xlm-roberta"])
+)
+def test_the_whole_encoder_is_found_without_the_head(tmp_path: Path, wordpiece: Path, model_type: str) -> None:
+    """Catches embeddings under the name of the decoder that they are tied to: a model with another head, or none, would
+    begin with random ones."""
+    config = AutoConfig.for_model(model_type, **tiny_fields(model_type), vocab_size=200, pad_token_id=0)
+    model = random_model(config)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()} | persistent_buffers(model)
+    write_hugging_face_folder(weights, model, load_tokenizer(wordpiece), tmp_path / "hf")
+    _, report = AutoModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert [name for name in report["missing_keys"] if "pooler" not in name] == []
 
 
 def test_others_can_open_the_folder(folder: Path) -> None:
