@@ -25,9 +25,9 @@ from experiment.models.transformers_models import (
     describe_unused_layers,
     has_token_types,
     is_in_encoder,
-    is_in_module,
     keep_fixed,
     max_positions,
+    parameters_in,
     quiet_transformers,
 )
 
@@ -43,7 +43,7 @@ class ModelSpec:
     pretrained: bool  # False: its architecture, with random weights
     auto_model: str  # transformers class, such as AutoModelForSequenceClassification
     head: Mapping[str, Any]  # settings of its config, such as num_labels
-    freeze: tuple[str, ...] = ()  # modules that are not trained, see `is_in_module`
+    freeze: tuple[str, ...] = ()  # modules that are not trained, see `parameters_in`
     fields: Mapping[str, Any] = field(default_factory=dict)  # of its config, in place of the folder's
 
     def read_config(self) -> PreTrainedConfig:
@@ -125,9 +125,8 @@ def build_model(spec: ModelSpec) -> BuiltModel:
     else:
         model = _build_from_config(spec)
         built = BuiltModel(model, tuple(name for name, _ in model.named_parameters()))
-    for name, parameter in built.model.named_parameters():
-        if any(is_in_module(name, module) for module in spec.freeze):
-            parameter.requires_grad_(False)
+    for name in parameters_in(spec.freeze, built.model):
+        built.model.get_parameter(name).requires_grad_(False)
     if spec.auto_model not in ("AutoModel", "AutoModelForMaskedLM"):
         _compute_outputs_in_fp32(built.model)
     return built

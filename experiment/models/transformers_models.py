@@ -168,21 +168,24 @@ def keep_fixed(model: "PreTrainedModel", new: "PreTrainedModel") -> None:
             parameter.requires_grad_(False)
 
 
-def is_in_module(parameter: str, module: str) -> bool:
-    """Return whether `module` is one part, or several consecutive dotted parts, of the parameter's name."""
-    return f".{module}." in f".{parameter}."
+def parameters_in(modules: Iterable[str], model: "PreTrainedModel") -> set[str]:
+    """Return the names of the parameters in any of the modules, each of which is one part, or several consecutive
+    dotted parts, of a parameter's name. A tied decoder is in the embeddings, also where the model names the table after
+    the decoder, as XLM-RoBERTa does."""
+    names = {name: model.all_tied_weights_keys.get(name, name) for name, _ in model.named_parameters()}
+    return {own for own, name in names.items() if any(f".{module}." in f".{name}." for module in modules)}
 
 
-def check_freeze(freeze: tuple[str, ...], model: "nn.Module") -> None:
+def check_freeze(freeze: tuple[str, ...], model: "PreTrainedModel") -> None:
     """Raise UserError for a module without parameters, and if nothing would be left to train."""
     names = [name for name, _ in model.named_parameters()]
     for module in freeze:
-        if not any(is_in_module(name, module) for name in names):
+        if not parameters_in([module], model):
             raise UserError(
                 f"model.freeze: no parameter of the model is in a module '{module}'"
                 f"{did_you_mean(module, _modules(names))}"
             )
-    if freeze and all(any(is_in_module(name, module) for module in freeze) for name in names):
+    if len(parameters_in(freeze, model)) == len(names):
         raise UserError(f"model.freeze: {', '.join(freeze)} is the whole model; nothing would be trained")
 
 

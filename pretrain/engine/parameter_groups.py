@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from transformers import PreTrainedModel
 
-from experiment.models.transformers_models import is_in_module
+from experiment.models.transformers_models import parameters_in
 from pretrain.config import ModelConfig
 from pretrain.engine.deepspeed_settings import Precision
 from pretrain.engine.muon import Muon
@@ -36,14 +36,14 @@ def parameter_groups(
     }
     matrices = set(hidden_matrices(model)) - set(unused) if config.name == "muon" else set()
     matrix_rate = (config.muon.lr or config.lr) / config.lr
-    depths = layer_ids(model, unused)
+    frozen, depths = parameters_in(freeze.freeze, model), layer_ids(model, unused)
     deepest = max(depths.values())
     groups: dict[tuple[float, int, bool, bool], Group] = {}
     for name, parameter in model.named_parameters():
         is_weight = id(parameter) not in norms and not name.endswith("bias") and parameter.dim() >= 2
         decays, is_matrix = is_weight and name not in unused, name in matrices
         lr_scale = config.layer_decay ** (deepest - depths[name]) * (matrix_rate if is_matrix else 1.0)
-        frozen_until = freeze.freeze_steps if any(is_in_module(name, module) for module in freeze.freeze) else 0
+        frozen_until = freeze.freeze_steps if name in frozen else 0
         weight_decay = config.weight_decay if decays else 0.0
         options = {"decays": decays, "matrices": is_matrix, "lr_scale": lr_scale, "frozen_until": frozen_until}
         new: Group = {"params": [], "weight_decay": weight_decay, **options, "frozen": False}

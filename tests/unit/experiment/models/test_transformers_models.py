@@ -1,23 +1,37 @@
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.models.transformers_models import check_freeze, has_masked_lm_head, is_in_module
+from experiment.models.transformers_models import check_freeze, has_masked_lm_head, parameters_in
 
 
-def bert() -> BertForMaskedLM:
-    """Of 2 layers, on the meta device: names and shapes only."""
+def meta_model(model_type: str = "bert", layers: int = 2) -> PreTrainedModel:
+    """Names and shapes only."""
     with torch.device("meta"):
-        return BertForMaskedLM(BertConfig(num_hidden_layers=2))
+        return AutoModelForMaskedLM.from_config(AutoConfig.for_model(model_type, num_hidden_layers=layers))
 
 
 def test_modules_are_whole_consecutive_parts_of_a_name() -> None:
     """Catches `layer.1` that also freezes layer.10 to layer.19."""
-    assert is_in_module("bert.encoder.layer.1.output.dense.weight", "layer.1")
-    assert not is_in_module("bert.encoder.layer.11.output.dense.weight", "layer.1")
-    assert is_in_module("bert.encoder.layer.1.output.dense.weight", "encoder")
-    assert not is_in_module("bert.embeddings.word_embeddings.weight", "embedding")
+    model = meta_model(layers=12)
+    names = [name for name, _ in model.named_parameters()]
+    assert parameters_in(["layer.1"], model) == {name for name in names if name.startswith("bert.encoder.layer.1.")}
+    assert parameters_in(["encoder"], model) == {name for name in names if name.startswith("bert.encoder.")}
+    assert not parameters_in(["embedding"], model)
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "camembert", "jina_embeddings_v3"])
+def test_a_tied_decoder_is_in_the_embeddings(model_type: str) -> None:
+    """Catches word embeddings that are trained despite model.freeze, in types that name them after the decoder."""
+    model = meta_model(model_type)
+    table = model.get_input_embeddings().weight
+    for modules, expected in ((["embeddings"], True), (["roberta"], True), (["lm_head"], False)):
+        found = parameters_in(modules, model)
+        assert any(model.get_parameter(name) is table for name in found) == expected
+    check_freeze(("word_embeddings",), model)
+    with pytest.raises(UserError, match="whole model"):
+        check_freeze(("roberta", "lm_head"), model)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +44,7 @@ def test_modules_are_whole_consecutive_parts_of_a_name() -> None:
 )
 def test_unknown_modules_and_the_whole_model_are_rejected(freeze: tuple[str, ...], message: str) -> None:
     """Catches a typo that silently freezes nothing, and a run that trains nothing."""
-    model = bert()
+    model = meta_model()
     with pytest.raises(UserError, match=r"^model\.freeze: ") as error:
         check_freeze(freeze, model)
     assert message in str(error.value)

@@ -203,12 +203,14 @@ def test_layer_decay_lowers_the_rate_of_lower_layers() -> None:
     assert scales["cls.predictions.transform.dense.weight"] == 1.0
 
 
-def test_frozen_parameters_have_their_own_groups() -> None:
-    """Catches a frozen parameter in a trained group, and the reverse."""
-    model = tiny_model("bert")
+@pytest.mark.parametrize("model_type", ["bert", "xlm-roberta"])
+def test_frozen_parameters_have_their_own_groups(model_type: str) -> None:
+    """Catches a frozen parameter in a trained group, and the reverse, also where a table is named after the decoder."""
+    model = tiny_model(model_type)
+    saved = model.all_tied_weights_keys
     frozen = {group["frozen_until"]: set() for group in build_groups(model, freeze=("embeddings", "layer.0.attention"))}
     for group in build_groups(model, freeze=("embeddings", "layer.0.attention")):
-        frozen[group["frozen_until"]] |= names_in_group(model, group)
+        frozen[group["frozen_until"]] |= {saved.get(name, name) for name in names_in_group(model, group)}
     assert frozen.keys() == {0, 7}
     assert all("embeddings" in name or "layer.0.attention" in name for name in frozen[7])
     assert not any("embeddings" in name or "layer.0.attention" in name for name in frozen[0])
