@@ -124,7 +124,8 @@ def _load(folder: Path, config: PreTrainedConfig, new_head: bool, fields: Mappin
     if line := describe_unused_layers(folder, model, unused):
         log.warning(line)
     if missing := sorted(new - _fill_biases(model, new)):
-        is_part = any(name not in new and not name.startswith(encoder) for name, _ in model.named_parameters())
+        present = {model.all_tied_weights_keys.get(name, name) for name, _ in model.named_parameters()} - new
+        is_part = not all(name.startswith(encoder) for name in present)
         problem = "lacks parts of its masked-LM head" if is_part else "has no masked-LM head"
         if not new_head:
             more = " and others" if len(missing) > 1 else ""

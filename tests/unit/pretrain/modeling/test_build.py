@@ -7,9 +7,10 @@ import pytest
 import torch
 from model_examples import TINY
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BertConfig,
     BertForMaskedLM,
-    BertModel,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
     DistilBertConfig,
@@ -110,18 +111,24 @@ def test_perceiver_has_no_decoder_to_untie(tmp_path: Path, tokenizer: PreTrained
     build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
 
 
+@pytest.mark.parametrize(("model_type", "prefix"), [("bert", "bert"), ("xlm-roberta", "roberta")])
 def test_a_folder_without_a_head_gets_a_new_one(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+    model_type: str,
+    prefix: str,
 ) -> None:
     """Catches encoders (such as sentence encoders) rejected for lack of a head, and a new head without a warning."""
-    encoder = BertModel(BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **TINY))
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **TINY}
+    encoder = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes))
     encoder.save_pretrained(tmp_path / "encoder")
     settings = ModelConfig(init_from=str(tmp_path / "encoder"))
     with caplog.at_level(logging.WARNING):
         built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1).model
     assert "no masked-LM head" in caplog.text
     assert torch.equal(
-        built.get_parameter("bert.encoder.layer.1.output.dense.weight"),
+        built.get_parameter(f"{prefix}.encoder.layer.1.output.dense.weight"),
         encoder.get_parameter("encoder.layer.1.output.dense.weight"),
     )
 
