@@ -78,11 +78,17 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
     assert model.init_from is not None
     source = source_config(model)
     _warn_of_changes(model.config or {}, load_model_config(Path(model.init_from)), source)
-    untie = (model.config or {}).get("tie_word_embeddings") is False
-    if untie:  # load a tied decoder as a copy of the embeddings; transformers keeps one that has weights of its own
+    tie = (model.config or {}).get("tie_word_embeddings")
+    if tie is False:  # load a tied decoder as a copy of the embeddings; transformers keeps one with weights of its own
         source.tie_word_embeddings = True
     built = _load(Path(model.init_from), source, new_head, model.config or {})
-    untie = untie and decoder_of(built) is not None  # Perceiver has none
+    decoder = decoder_of(built)  # Perceiver has none
+    if tie and decoder is not None and decoder.weight is not built.get_input_embeddings().weight:
+        raise UserError(
+            f"model.config.tie_word_embeddings: the decoder in {model.init_from} has weights of its own, so it stays "
+            "untied; leave the key out"
+        )
+    untie = tie is False and decoder is not None
     if model.added_tokens is None and model.max_positions is None and not untie:
         return built
     pieces = {}

@@ -94,13 +94,17 @@ def test_an_untied_decoder_starts_as_a_copy_of_the_embeddings(
 def test_a_decoder_of_its_own_stays_with_tie_word_embeddings_false(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Catches a trained decoder that is replaced by the embeddings, in a folder that is untied already."""
+    """Catches a trained decoder that is replaced by the embeddings, in a folder that is untied already, and one that
+    stays untied although the config says that it is tied."""
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, tie_word_embeddings=False, **TINY)
     original = BertForMaskedLM(config)
     original.save_pretrained(tmp_path)
     settings = ModelConfig(init_from=str(tmp_path), config={"tie_word_embeddings": False})
     built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1).model
     assert torch.equal(built.get_output_embeddings().weight, original.get_output_embeddings().weight)
+    settings = ModelConfig(init_from=str(tmp_path), config={"tie_word_embeddings": True})
+    with pytest.raises(UserError, match=r"^model\.config\.tie_word_embeddings: .* weights of its own"):
+        build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
 
 
 def test_perceiver_has_no_decoder_to_untie(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
