@@ -7,7 +7,10 @@ from tiny_models import tiny_fields
 
 @pytest.mark.parametrize(
     ("model_type", "expected"),
-    [("bert", True), ("deberta-v2", True), ("mpnet", True), ("perceiver", True), ("convbert", False), ("fnet", False)],
+    [
+        *[(model_type, True) for model_type in ("bert", "deberta-v2", "mpnet", "perceiver")],
+        *[(model_type, False) for model_type in ("convbert", "fnet", "mobilebert")],
+    ],
 )
 def test_models_that_see_padding(model_type: str, expected: bool) -> None:
     """Catches losses that depend on the layout without a warning, and a warning for rounding."""
