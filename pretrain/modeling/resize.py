@@ -36,10 +36,7 @@ def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool)
     relative = getattr(config, "relative_attention", False)  # of DeBERTa
     present = configured_positions(model)
     if present is None or not (relative or has_learned_positions(model) or _rope_parameters(config)):
-        raise UserError(
-            f"model.max_positions: the positions of '{config.model_type}' are neither learned nor rotary embeddings, "
-            "so they cannot be extended"
-        )
+        raise UserError(f"model.max_positions: the positions of '{config.model_type}' cannot be extended")
     if wanted < present:
         raise UserError(f"model.max_positions is {wanted}, but the model has {present} usable positions already")
     larger = copy.deepcopy(config)

@@ -249,13 +249,9 @@ def test_as_many_positions_as_there_are(wordpiece: Path, tmp_path: Path) -> None
     ("model_type", "fields", "positions", "message"),
     [
         ("bert", {}, 60, "model.max_positions is 60, but the model has 70 usable positions"),
-        (
-            "deberta-v2",
-            {"position_biased_input": False, "relative_attention": False},
-            100,
-            "neither learned nor rotary",
-        ),
-        ("roformer", {}, 2000, "neither learned nor rotary"),
+        ("deberta-v2", {"position_biased_input": False, "relative_attention": False}, 100, "cannot be extended"),
+        ("roformer", {}, 2000, "'roformer' cannot be extended"),
+        ("bart", {"decoder_attention_heads": 2}, 2000, "'bart' cannot be extended"),
     ],
 )
 def test_unsupported_positions_are_rejected(
