@@ -19,7 +19,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, window_around, windows
 from finetune.encoding.examples import Batch, Example
-from finetune.kinds.multiple_choice import choice_loss
+from finetune.kinds.multiple_choice import choice_loss, has_tie
 from finetune.masked_tokens import full_width_advice, masked_logits
 from finetune.scores.calibration import Classified, pad_probabilities, scale
 from finetune.scores.metrics import is_constant
@@ -320,8 +320,11 @@ class Kind(TaskKind[Config]):
         }
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
+        """Return whether no blank has a best option, or all have the same letter although the right ones differ."""
+        is_tied = [has_tie(blank) for prediction in predictions for blank in prediction["probabilities"]]
         answers = [letter for prediction in predictions for letter in prediction["answers"]]
-        return is_constant(answers, [letter for record in records for letter in record.values["answers"]])
+        targets = [letter for record in records for letter in record.values["answers"]]
+        return all(is_tied) or is_constant(answers, targets)
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
         """Return labels and probabilities of each blank."""
@@ -381,7 +384,12 @@ def _mask_id(encoder: Encoder) -> int:
 def _is_correct(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[list[bool]]:
     """Return whether each blank of each article is filled correctly."""
     return [
-        [target == found for target, found in zip(record.values["answers"], prediction["answers"], strict=True)]
+        [
+            target == found and not has_tie(probabilities)
+            for target, found, probabilities in zip(
+                record.values["answers"], prediction["answers"], prediction["probabilities"], strict=True
+            )
+        ]
         for record, prediction in zip(records, predictions, strict=True)
     ]
 

@@ -18,7 +18,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
-from finetune.scores.calibration import Classified, pad_probabilities
+from finetune.scores.calibration import Classified, list_probabilities, pad_probabilities
 from finetune.scores.significance import Interval, accuracy_interval
 from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind, predictor_usage
 
@@ -174,6 +174,11 @@ class Kind(TaskKind[Config]):
         is_correct = np.array(_is_correct(records, predictions))
         return lambda rows: {"accuracy": float(is_correct[rows].mean())}
 
+    def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
+        """Return whether no row has a best choice, or all rows have the same label although the right ones differ."""
+        is_tied = [has_tie(list_probabilities(prediction)) for prediction in predictions]
+        return all(is_tied) or super().is_collapsed(records, predictions)
+
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
         targets = np.array([self._choice_id(record) for record in records])
         return Classified(targets, pad_probabilities(predictions))
@@ -191,9 +196,16 @@ def choice_loss(scores: Sequence[Tensor], targets: Tensor) -> Loss:
     return Loss.of(losses.sum(), len(losses))
 
 
+def has_tie(probabilities: list[float]) -> bool:
+    """Return whether several choices are the most probable ones. Then no answer counts as right: a collapsed model,
+    whose choices are all equal, would be right wherever the first one is."""
+    return probabilities.count(max(probabilities)) > 1
+
+
 def _is_correct(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[bool]:
     return [
-        record.values["label"] == prediction["label"] for record, prediction in zip(records, predictions, strict=True)
+        record.values["label"] == prediction["label"] and not has_tie(list_probabilities(prediction))
+        for record, prediction in zip(records, predictions, strict=True)
     ]
 
 

@@ -289,10 +289,19 @@ def test_articles_have_the_numbers_of_their_predictions() -> None:
     """Catches tables that cannot be joined after a row that is skipped."""
     values = {"article": "a _", "options": [["x", "y"]], "answers": ["B"]}
     records = [Record("", values), Record("", values, skipped=2)]
-    predictions = [{"answers": [answer], "probabilities": [[0.5, 0.5]]} for answer in "AB"]
+    predictions = [{"answers": [answer], "probabilities": [[0.4, 0.6]]} for answer in "AB"]
     articles = kind().breakdowns(records, predictions)["accuracy_by_article"]
     assert [(row["row"], row["accuracy"]) for row in articles] == [(1, 0.0), (4, 1.0)]
     assert [row["row"] for row in prediction_rows(kind(), records, predictions)] == [1, 4]
+
+
+def test_equal_options_are_no_answer() -> None:
+    """Catches a collapsed model that is right, and not reported, if all right options come first."""
+    record = Record("", {"article": "a _ b _", "options": [["x", "y"], ["x", "y", "z"]], "answers": ["A", "A"]})
+    for second, accuracy in ([1 / 3, 1 / 3, 1 / 3], 0.0), ([0.4, 0.3, 0.3], 0.5):
+        predictions = [{"answers": ["A", "A"], "probabilities": [[0.5, 0.5], second]}]
+        assert kind().scores([record], predictions) == {"accuracy": accuracy}
+        assert kind().is_collapsed([record], predictions) == (not accuracy)
 
 
 def test_blanks_are_calibrated() -> None:

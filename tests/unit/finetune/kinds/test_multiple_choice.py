@@ -210,6 +210,23 @@ def test_an_architecture_without_such_a_head_is_named(encoder: Path, tmp_path: P
         read_model_inputs(ModelSpec(tmp_path, False, Kind.auto_model, {}), load_tokenizer(encoder))
 
 
+@pytest.mark.parametrize("labels", [("A", "B"), ()])
+def test_equal_choices_are_no_answer(labels: tuple[str, ...]) -> None:
+    """Catches a collapsed model that is right in a file whose right choices come first, and one that is not reported
+    because the labels are texts, which differ."""
+    kind = Kind(config(), labels)
+    choices = [[f"x{row}", f"y{row}"] for row in range(3)]
+    rows = [record(both, label=labels[0] if labels else both[0]) for both in choices]
+    equal, sure = (
+        [kind.decode(row, [], [np.array([first], dtype=np.float32), np.zeros(1, dtype=np.float32)]) for row in rows]
+        for first in (0.0, 1.0)
+    )
+    assert (kind.scores(rows, equal)["accuracy"], kind.is_collapsed(rows, equal)) == (0.0, True)
+    assert (kind.scores(rows, sure)["accuracy"], kind.is_collapsed(rows, sure)) == (1.0, False)
+    other = [*rows[:2], record(choices[2], label=labels[1] if labels else choices[2][1])]
+    assert kind.is_collapsed(other, sure) == bool(labels)
+
+
 @pytest.mark.parametrize("labels", [("A", "B", "C", "D"), ()])
 def test_choices_can_be_calibrated(labels: tuple[str, ...]) -> None:
     """Catches right choices that do not fit the order of the probabilities, in rows of different length too."""
@@ -242,6 +259,6 @@ def test_questions_without_a_context_are_independent() -> None:
     rows = [
         Record(f"f:{n}", {"context": "", "question": str(n), "choices": ["a", "b"], "label": "a"}) for n in range(40)
     ]
-    found = [{"label": "ab"[number % 2]} for number in range(40)]
+    found = [{"label": "ab"[number % 2], "probabilities": [0.6, 0.4]} for number in range(40)]
     alone = [replace(row, values={name: row.values[name] for name in row.values if name != "context"}) for row in rows]
     assert Kind(config(), ()).intervals(rows, found) == Kind(config(), ()).intervals(alone, found)
