@@ -1,6 +1,6 @@
 """Compute the outputs of examples in batches of similar length, decode and score them: in training and prediction."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
@@ -129,6 +129,19 @@ def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Predict
     )
 
 
+def without_padding(examples: Sequence[Example], outputs: Outputs) -> Iterator[NDArray[np.float32]]:
+    """Yield the output of each sequence; of those with values for each token, without the padding, which comes last."""
+    for example, rows in zip(examples, outputs, strict=True):
+        for tokens, row in zip(example.sequences, rows, strict=True):
+            yield row[: len(tokens)] if row.ndim > 1 else row
+
+
+def describe_not_finite(precision: str) -> str:
+    """Return a message about a model's outputs that are infinite or NaN."""
+    advice = {"fp16": "use bf16 or fp32", "fp32": "its weights are damaged, or its training has diverged"}
+    return f"the model's outputs are not finite in {precision}; {advice.get(precision, 'use fp32')}"
+
+
 def evaluation_microbatch(config: TrainingConfig) -> MicrobatchSize:
     computed = config.microbatch_size or config.batch_size
     return MicrobatchSize(config.eval_batch_size or computed * _EVALUATION_FACTOR)
@@ -141,6 +154,7 @@ class Evaluation:
     predictions: tuple[Prediction, ...]
     loss: float | None  # mean, weighted as in training; None without targets
     scores: dict[str, float]  # empty without targets
+    is_finite: bool = True  # whether all outputs are finite
 
 
 def evaluate(model: nn.Module, task: PreparedTask, split: Split, microbatch: MicrobatchSize) -> Evaluation:
@@ -151,8 +165,9 @@ def evaluate(model: nn.Module, task: PreparedTask, split: Split, microbatch: Mic
     if compares:
         loss = inference.compare(split.examples, outputs, options)
     predictions = decode(task.kind, split, outputs)
+    is_finite = all(np.isfinite(row).all() for row in without_padding(split.examples, outputs))
     if loss is None:
-        return Evaluation(predictions, None, {})
+        return Evaluation(predictions, None, {}, is_finite)
     records = split.table.records
     related = tuple(task.kind.relate(records, predictions))
-    return Evaluation(related, (loss.sum / loss.weight).item(), task.kind.scores(records, related))
+    return Evaluation(related, (loss.sum / loss.weight).item(), task.kind.scores(records, related), is_finite)

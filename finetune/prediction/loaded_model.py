@@ -18,7 +18,7 @@ from experiment.models.model_folder import first_use
 from finetune.device import CPU, Device, choose_device
 from finetune.encoding.encoder import Encoder, load_task_tokenizer
 from finetune.encoding.examples import Batch, Padding
-from finetune.inference import collate
+from finetune.inference import collate, describe_not_finite
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.model_trial import computes, ignores_padding
 from finetune.prediction.onnx_model import OnnxModel, holds_onnx_model
@@ -54,9 +54,7 @@ class LoadedModel:
     def check_finite(self, outputs: Iterable[NDArray[np.float32] | Sequence[float]]) -> None:
         """Raise NotFiniteError unless all outputs are finite."""
         if not all(np.isfinite(each).all() for each in outputs):
-            advice = {"fp16": "use bf16 or fp32", "fp32": "its weights are damaged, or its training has diverged"}
-            found = f"{self.folder}: the model's outputs are not finite in {self.precision}"
-            raise NotFiniteError(f"{found}; {advice.get(self.precision, 'use fp32')}")
+            raise NotFiniteError(f"{self.folder}: {describe_not_finite(self.precision)}")
 
 
 def load_model(folder: Path, task: SavedTask, precision: str) -> LoadedModel:

@@ -13,7 +13,7 @@ from finetune.data.columns import TEXT
 from finetune.data.records import Record, Table, read_value
 from finetune.device import MicrobatchSize
 from finetune.encoding.examples import Example, Split
-from finetune.inference import Inference, Outputs, compute_together, decode
+from finetune.inference import Inference, Outputs, compute_together, decode, without_padding
 from finetune.prediction.loaded_model import LoadedModel, load_model
 from finetune.prediction.saved_task import SavedTask, find_model, read_saved_task
 from finetune.prepared_task import encode_split
@@ -100,11 +100,7 @@ class Predictor:
 
     def decode(self, split: Split, outputs: Outputs, calibrated: bool = False) -> list[Prediction]:
         """Return the last step. outputs: of the examples of the split. Raises NotFiniteError."""
-        self.loaded.check_finite(
-            row[: len(tokens)] if row.ndim > 1 else row  # padding comes last, and does not count
-            for example, rows in zip(split.examples, outputs, strict=True)
-            for tokens, row in zip(example.sequences, rows, strict=True)
-        )
+        self.loaded.check_finite(without_padding(split.examples, outputs))
         predictions = decode(self.kind, split, outputs)
         if not calibrated or self.temperature is None:
             return list(predictions)

@@ -17,7 +17,7 @@ from experiment.files import atomic_write
 from experiment.models.fast_linear import use_fast_linear
 from experiment.process.signals import uninterrupted
 from finetune.config import TrainingConfig, changed_settings
-from finetune.inference import Evaluation, evaluate, evaluation_microbatch
+from finetune.inference import Evaluation, describe_not_finite, evaluate, evaluation_microbatch
 from finetune.prepared_task import PreparedTask
 from finetune.task_kind import Loss
 from finetune.training.updater import Updater, steps_per_epoch, training_order
@@ -31,7 +31,7 @@ Log = Callable[[int, Mapping[str, int | float | str | None]], None]
 
 
 class DivergedError(RuntimeError):
-    """The loss is not finite. The message is complete."""
+    """The loss or an output is not finite. The message is complete."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def fit(
 
     The seed determines the order of the examples and dropout; the caller seeds the model's head. Continues from
     `state_file`, which is written at each evaluation, and on KeyboardInterrupt before StoppedError is raised. Raises
-    DivergedError if the loss is not finite.
+    DivergedError if the loss or an output is not finite.
 
     keep: saves the weights of an evaluation; takes the steps so far.
     """
@@ -204,12 +204,20 @@ def fit(
 
 
 def evaluate_untrained(model: nn.Module, task: PreparedTask, config: TrainingConfig) -> Fitted:
-    """Predict all splits of a task that is not trained."""
+    """Predict all splits of a task that is not trained. Raises DivergedError if an output is not finite."""
     model.to(task.device.torch_device)
     use_fast_linear(model)
     microbatch = evaluation_microbatch(config)
     splits = task.splits.items()
-    return Fitted((), None, {name: evaluate(model, task, split, microbatch) for name, split in splits})
+    evaluations = {name: evaluate(model, task, split, microbatch) for name, split in splits}
+    _check_outputs(evaluations, task)
+    return Fitted((), None, evaluations)
+
+
+def _check_outputs(evaluations: Mapping[str, Evaluation], task: PreparedTask, place: str = "") -> None:
+    """Raise DivergedError if outputs are not finite. evaluations: by split. place: in the training."""
+    if found := ", ".join(split for split, evaluation in evaluations.items() if not evaluation.is_finite):
+        raise DivergedError(f"{place}{found}: {describe_not_finite(task.device.precision)}")
 
 
 class _Fitting:
@@ -307,6 +315,7 @@ class _Fitting:
         evaluations = {"train": self._evaluate("train")} if self._config.score_train else {}
         evaluations |= {} if self._best.validation is None else {"validation": self._best.validation}
         evaluations |= {name: self._evaluate(name) for name in self._task.splits if name not in ("train", "validation")}
+        _check_outputs(evaluations, self._task, f"seed {self._seed}, ")
         return Fitted(tuple(self._epochs), self._epochs[self._best.number], evaluations)
 
     def _evaluate(self, split: str) -> Evaluation:

@@ -22,7 +22,7 @@ from finetune.inference import Evaluation, evaluate
 from finetune.kinds.classification import Config, Kind
 from finetune.prepared_task import PreparedTask
 from finetune.training import fit as fit_module
-from finetune.training.fit import DivergedError, Fitted, StateFile, fit
+from finetune.training.fit import DivergedError, Fitted, StateFile, evaluate_untrained, fit
 from finetune.training.updater import Updater, lr_factor, parameter_groups
 
 LABELS = ("a", "b")
@@ -143,6 +143,21 @@ def test_divergence_is_reported() -> None:
     ):
         fit(Bag(), task(), TrainingConfig(lr=1e30, epochs=3, batch_size=8), 1, lambda *event: events.append(event))
     assert [step for step, _ in events] == [1, 2]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_outputs_that_are_not_finite_are_reported(labelled: bool) -> None:
+    """Catches the first label and NaN as predictions for a test split, although training and validation were fine."""
+    test = split(5, 3, labelled)
+    unlike = replace(test.examples[0], sequences=(Tokens(torch.tensor([9]), None),))  # of a word in no other text
+    ready = task(test=replace(test, examples=(unlike, *test.examples[1:])))
+    model, config = Bag(), TrainingConfig(epochs=1, batch_size=8)
+    with torch.no_grad():
+        model.embedding.weight[9] = torch.nan
+    with pytest.raises(DivergedError, match=r"^seed 1, test: the model's outputs are not finite in fp32; its weights"):
+        fit(model, ready, config, 1, ignore)
+    with pytest.raises(DivergedError, match=r"^test: the model's outputs are not finite in fp32; its weights"):
+        evaluate_untrained(model, ready, config)
 
 
 def test_events_count_steps_and_carry_figures() -> None:
