@@ -160,7 +160,7 @@ class Kind(TaskKind[Config]):
         return Loss.of(losses.mean(dim=-1).sum(), len(losses))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
-        probabilities = torch.sigmoid(torch.from_numpy(outputs[0])).tolist()
+        probabilities = torch.sigmoid(torch.from_numpy(outputs[0]).double()).tolist()
         by_label = dict(zip(self.labels, probabilities, strict=True))
         return {
             "labels": [label for label, probability in by_label.items() if probability >= _THRESHOLD],

@@ -245,6 +245,15 @@ def test_calibration_of_each_label() -> None:
     assert calibration_error(found) == pytest.approx(sum(map(abs, errors)) / 6)
 
 
+def test_high_logits_are_calibrated() -> None:
+    """Catches probabilities of exactly 1, which is what fp32 has above a logit of 17: no temperature lowers them, and
+    the loss of a wrong one is that of a much higher logit."""
+    prediction = KIND.decode(Record("f", {}), [], [np.array([18.0, -18.0, 0.0], dtype=np.float32)])
+    scaled = KIND.calibrate(prediction, 4.0)["probabilities"]
+    assert list(scaled.values()) == pytest.approx([1 / (1 + np.exp(-4.5)), 1 / (1 + np.exp(4.5)), 0.5])
+    assert KIND.losses([Record("f", {"labels": []})], [prediction]) == pytest.approx([(18 + np.log(2)) / 3])
+
+
 def test_balanced_weights_reach_the_loss() -> None:
     """Catches weights of the wrong side, and labels that do not have the same share of the loss."""
     examples = [Example(TOKENS, target) for target in ([1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0])]
