@@ -235,8 +235,11 @@ def document_ranks(
     same vector finds nothing; so does one whose vectors are not numbers.
     """
     ranks: list[int] = []
+    first: dict[bytes, int] = {}
+    same_M = np.array([first.setdefault(vector.tobytes(), number) for number, vector in enumerate(documents_MD)])
     for start in range(0, len(queries_ND), _ROWS):
-        similarity_RM = queries_ND[start : start + _ROWS] @ documents_MD.T
+        # Products of equal vectors may differ by rounding: take the first one for all.
+        similarity_RM = (queries_ND[start : start + _ROWS] @ documents_MD.T)[:, same_M]
         own_R1, other_R1 = own_N[start : start + _ROWS, None], left_out_N[start : start + _ROWS, None]
         least_R1 = np.take_along_axis(similarity_RM, own_R1, axis=1)
         found_RM = ~(similarity_RM < least_R1)  # NaN is not smaller

@@ -5,8 +5,8 @@ import torch
 from finetune.scores.metrics import document_ranks, ndcg, potentials
 
 
-def unit_vectors(count: int, seed: int) -> np.ndarray:
-    drawn = np.random.default_rng(seed).normal(size=(count, 8)).astype(np.float32)
+def unit_vectors(count: int, seed: int, size: int = 8) -> np.ndarray:
+    drawn = np.random.default_rng(seed).normal(size=(count, size)).astype(np.float32)
     return np.asarray(drawn / np.linalg.norm(drawn, axis=1, keepdims=True))
 
 
@@ -19,14 +19,16 @@ def test_uniformity_is_that_of_wang_and_isola() -> None:
     assert np.log(potentials(vectors).mean()) == pytest.approx(expected, abs=1e-5)
 
 
-def test_equal_vectors_are_not_uniform_and_find_nothing() -> None:
-    """Catches a collapsed model with a perfect score, as all documents are equally similar; and a rank of 0, of which
-    there is no inverse, for vectors that are not numbers."""
-    vectors = np.repeat(unit_vectors(1, seed=0), 30, axis=0)
-    assert potentials(vectors) == pytest.approx(np.ones(30), abs=1e-5)
-    assert document_ranks(vectors, vectors, np.arange(30), np.arange(30)) == [30] * 30
+@pytest.mark.parametrize(("count", "size"), [(30, 8), (1001, 384)])
+def test_equal_vectors_are_not_uniform_and_find_nothing(count: int, size: int) -> None:
+    """Catches a collapsed model with a perfect score, as all documents are equally similar, or with a better one than
+    the last rank, as products of equal vectors differ by rounding; and a rank of 0, of which there is no inverse, for
+    vectors that are not numbers."""
+    vectors, numbers = np.repeat(unit_vectors(1, seed=0, size=size), count, axis=0), np.arange(count)
+    assert potentials(vectors) == pytest.approx(np.ones(count), abs=1e-5)
+    assert document_ranks(vectors, vectors, numbers, numbers) == [count] * count
     assert potentials(vectors[:1]) == [1.0]
-    assert document_ranks(vectors * np.nan, vectors, np.arange(30), np.arange(30)) == [30] * 30
+    assert document_ranks(vectors * np.nan, vectors, numbers, numbers) == [count] * count
 
 
 def test_a_text_is_no_document_of_itself() -> None:
