@@ -95,7 +95,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
         overrides = options.overrides | values | {"run.dir": str(folder.path / name)}
         with user_errors_in(f"sweep: {name}"):
             loaded[name] = load_config(config_type, config, overrides)
-            check_points(name, loaded)
+            check_points(name, loaded, options.metric)
             pinned = pins.overrides(loaded[name], name, values)
             if "task.test" in pinned:  # it has all of them; a key below it would come after it
                 overrides = {key: text for key, text in overrides.items() if not key.startswith("task.test.")}
@@ -115,9 +115,10 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     return SweepPlan(run_set, metric, lower_is_better)
 
 
-def check_points(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:
+def check_points(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig], metric: str | None = None) -> None:
     """Raise UserError if another point has the same config as this one, as for the values 1e-3 and 0.001; if this one
-    is fine-tuned without a validation split; or if the first one is evaluated in another way or on other text."""
+    is fine-tuned without a validation split; or if the first one is evaluated in another way or on other text. metric:
+    that the user asks for."""
     point, (first_name, first) = points[name], next(iter(points.items()))
     for other, config in points.items():
         moved = config.model_copy(update={"run": config.run.model_copy(update={"dir": point.run.dir})})
@@ -132,24 +133,26 @@ def check_points(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig
             "the metrics depend on it, so these points cannot be compared by them; compare the models on tasks with "
             "`deepcloze compare`, a row for each"
         )
-    before, now = _evaluation_settings(first), _evaluation_settings(point)
+    before, now = _evaluation_settings(first, metric), _evaluation_settings(point, metric)
     if changed := [key for key in {**before, **now} if now.get(key) != before.get(key)]:
         key = changed[0]
         raise UserError(f"{key} is {now.get(key)}, but {before.get(key)} in {first_name}: {advice}")
 
 
-def _evaluation_settings(config: FinetuneConfig | PretrainConfig) -> dict[str, object]:
+def _evaluation_settings(config: FinetuneConfig | PretrainConfig, metric: str | None) -> dict[str, object]:
     """Return the keys that select the rows of the validation split, or that the metrics of pretraining depend on: of
-    several masking rates the last one, as in evaluations; without `corpus.eval` the corpora of the training loss."""
+    several masking rates the last one, as in evaluations; for the metric `loss` the corpora that it is computed on."""
     if isinstance(config, FinetuneConfig):
         task, read = config.task, {"validation", "on_bad_lines", "labels", "header", "quoting"}
+        candidates = {"columns.negative": getattr(task.columns, "negative", None)}  # that retrieval ranks
         if task.validation is not None:
-            return flatten({"task": task.model_dump(include=read)})
-        drawn = task.model_dump(include={*read, "train", "validation_share", "split_seed"})
+            return flatten({"task": {**task.model_dump(include=read), **candidates}})
+        drawn = task.model_dump(include={*read, "train", "validation_share", "split_seed"}) | candidates
         drawn |= {f"columns.{role}": getattr(task.columns, role) for role in task.columns.roles(CONTEXT, LABEL)}
         return flatten({"task": {**drawn, "dialogue.group": task.dialogue and task.dialogue.group}})
     masking = config.masking.model_dump(exclude={"schedule"}) | {"rate": config.masking.rates[-1]}
-    corpora = config.corpus.model_dump(include={"eval" if config.corpus.eval else "train"})
+    by_loss = metric == "loss" or not config.corpus.eval
+    corpora = config.corpus.model_dump(include={"eval", "train"} if by_loss else {"eval"})
     return flatten({"masking": masking, "batch": {"max_seq_length": config.batch.max_seq_length}, "corpus": corpora})
 
 

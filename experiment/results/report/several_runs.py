@@ -21,7 +21,7 @@ from experiment.results.report.training import optimization_plots
 from experiment.results.sweep_summary import SweepResult, metric_title, read_sweep_results, sort_results, sweep_charts
 from experiment.run_files.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 
-_OF_ROWS = tuple(f"task.{key}" for key in ("kind", "labels", "header", "quoting", "on_bad_lines"))  # keys
+_OF_ROWS = tuple(f"task.{key}" for key in ("kind", "labels", "header", "quoting", "on_bad_lines", "columns.negative"))
 _OF_DRAWN_SPLIT = tuple(
     f"task.{key}" for key in ("train", "validation_share", "split_seed", "columns.", "dialogue.group")
 )

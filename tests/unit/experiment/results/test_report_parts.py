@@ -259,6 +259,7 @@ def test_losses_that_cannot_be_compared(tmp_path: Path, config: dict[str, Any], 
         ({"train": "b.csv"}, None),
         ({"validation": None}, "task.validation"),
         ({"labels": ["x"]}, "task.labels"),
+        ({"columns": {"negative": "hard"}}, "task.columns.negative"),
         ({"kind": "regression", "validation": "b.csv"}, "task.kind, task.validation"),
     ],
 )
@@ -266,6 +267,7 @@ def test_validation_losses_that_cannot_be_compared(tmp_path: Path, task: dict[st
     """Catches scores of different tasks in one column without their metrics or a word, and a run that looks better
     because it has more seeds."""
     tree = {"kind": "classification", "train": "a.csv", "validation": "a.csv", "labels": None}
+    tree |= {"columns": {"negative": None}}
     for name, seeds, metric, changed in (("a", (1, 2), "f1", tree), ("b", (1,), "accuracy", tree | task)):
         folder = open_run_folder(tmp_path / name)
         events = [{"seed": seed, "step": 3, "eval/validation/loss": 1 / seed} for seed in seeds]

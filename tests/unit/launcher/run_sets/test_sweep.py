@@ -159,7 +159,8 @@ def test_points_of_pretraining_are_evaluated_alike(reject: Reject, pretraining: 
     assert "`deepcloze compare`" in reject("masking.unit=token,span")
     assert "batch.max_seq_length is 16, but 32 in" in reject("batch.max_seq_length=32,16", "--metric=loss")
     corpus = load_config(PretrainConfig, pretraining).corpus.train
-    assert "corpus.train is other, but " in reject(f"corpus.train={corpus},other", "--corpus.eval={}")
+    for flag in ("--corpus.eval={}", "--metric=loss"):
+        assert "corpus.train is other, but " in reject(f"corpus.train={corpus},other", flag)
     overrides = {"masking.rate": "[0.3, 0.15]"}
     options = SweepOptions(config=str(pretraining), grid="masking.schedule=linear,stepped", overrides=overrides)
     assert len(plan_sweep(options).runs.runs) == 2
@@ -704,6 +705,7 @@ def test_points_that_cannot_be_compared_are_rejected(
         ("columns.context", "None,text", "null"),
         ("columns.label", "label,other", "null"),
         ("dialogue.group", "a,b", "null"),
+        ("columns.negative", "None,other", "t.csv"),
         ("validation", "t.csv,b.csv", ""),
         ("quoting", "0,3", "t.csv"),
     ],
@@ -712,10 +714,12 @@ def test_points_with_other_validation_rows_are_rejected(
     task: Path, capsys: pytest.CaptureFixture[str], key: str, values: str, validation: str
 ) -> None:
     """Catches a sweep whose best point is the one with the easiest validation rows, also those that are drawn because
-    rows with the same context, or of the same dialogue, stay together."""
+    rows with the same context, or of the same dialogue, stay together, or the one with the fewest texts to rank."""
     flags = [f"--task.validation={validation}"] if validation else []
     if key == "columns.context":
         flags += ["--task.kind=multiple_choice", "--task.columns={choices: [a, b], question: question, label: label}"]
+    if key == "columns.negative":
+        flags += ["--task.kind=embedding", "--task.columns={text: text, text_pair: label}", "--task.metric=mrr"]
     flags += ["--task.special_tokens_in_text=true"] if key.startswith("dialogue") else []
     written = values.replace("None", "null")
     command = ["sweep", "--config", str(task), "--grid", f"task.{key}={written}", *flags]
@@ -724,7 +728,7 @@ def test_points_with_other_validation_rows_are_rejected(
     message = f"task.{key} is {second}, but {first} in {key.rpartition('.')[2]}={name}: the points would be scored on "
     assert message in (said := capsys.readouterr().err)
     assert (", or set task.validation to a file" in said) == (validation == "null")
-    if "." in key:  # a file has the same rows for each
+    if "." in key and not validation.endswith(".csv"):  # a file has the same rows for each
         assert main([*command, f"--task.validation={task.parent / 't.csv'}", "--dry_run"]) == 0
 
 
