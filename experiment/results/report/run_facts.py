@@ -98,7 +98,7 @@ def _parameters(folder: RunFolder) -> Iterator[Fact]:
 def _seeds(run: Run) -> Iterator[Fact]:
     with suppress(KeyError, TypeError):
         seeds = run.config["training"]["seeds"]
-        yield Fact("Seeds", f"{len(run.folder.finished_seeds)}", f"finished of {len(seeds)}")
+        yield Fact("Seeds", f"{len(run.folder.finished_seeds.keys() & {*seeds})}", f"finished of {len(seeds)}")
 
 
 def _progress(run: Run) -> Iterator[Fact]:

@@ -149,11 +149,15 @@ def test_each_run_has_its_page(tmp_path: Path) -> None:
 
 
 def test_a_run_that_begins_has_a_page(tmp_path: Path) -> None:
-    """Catches a page that has to be opened again when its run logs the first time, evaluates, or is done."""
+    """Catches a page that has to be opened again when its run logs the first time, evaluates, or is done, and one that
+    counts a seed of an earlier config."""
     folder = open_run_folder(tmp_path)
     folder.config.write_text("training: {seeds: [7, 8]}\n")
+    for seed in (6, 7):
+        folder.seed_folder(seed).mkdir()
+        (folder.seed_folder(seed) / "COMPLETE").touch()
     browser = Browser(FollowedPages([folder], PATIENT).page(""))
-    assert "finished of 2" in browser.html
+    assert "1<small>finished of 2" in browser.html
     assert browser.lines == {}
     log(tmp_path, 1, 2)
     browser.ask()
