@@ -18,7 +18,7 @@ from typing import Any
 from experiment.decontamination import CLEAN_SUMMARY, CleanSummary, read_clean_summary
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import fsync_tree, json_digest, read_json, write_json
-from experiment.output_folder import holds_result, lock_output
+from experiment.output_folder import holds_result, is_free, lock_output
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX, PassFolder
 from pretrain.cleaning.passes import Done, Pass, plan_passes, run_passes
@@ -71,7 +71,8 @@ def clean(
                     "ETag nor Last-Modified, so the file may have changed; name a new folder or delete it"
                 )
             print(f"{folder} already exists, of the same sources and steps")
-            shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # killed after the rename
+            if _is_cleaning(partial := _unfinished(folder)):  # killed after the rename
+                shutil.rmtree(partial, ignore_errors=True)
         else:
             passes = plan_passes(steps)
             with open_task_runner(workers, passes, engine, ray_address) as run_tasks:
@@ -114,7 +115,7 @@ def _clean(
     folder: Path,
     run_tasks: TaskRunner,
 ) -> CleanSummary:
-    unfinished = folder.with_name(f"{folder.name}.partial")
+    unfinished = _unfinished(folder)
     _check_unfinished(unfinished, {"recipe": recipe, "sources": identity_of(sources)})
     try:
         last, tallies = run_passes(passes, read_inputs(sources, config), unfinished, run_tasks)
@@ -153,8 +154,10 @@ def _recipe(config: CleanConfig, steps: Sequence[Step[Any]]) -> str:
 
 
 def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
-    """Record the identity. Raises UserError if the folder holds parts of another cleaning, or an unknown one. Until the
+    """Record the identity. Raises UserError if the folder holds parts of another cleaning, or anything else. Until the
     first pass is finished, sources may change: its parts tell which documents they are of."""
+    if not is_free(partial) and not _is_cleaning(partial):
+        raise UserError(f"{partial} holds something that is no unfinished cleaning; move it, or choose another output")
     path, recorded = partial / _RECIPE, None
     with suppress(ValueError, TypeError):
         recorded = read_json(path) if path.exists() else identity
@@ -167,6 +170,14 @@ def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
         )
     partial.mkdir(exist_ok=True)
     write_json(path, identity)
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def _is_cleaning(partial: Path) -> bool:
+    return (partial / _RECIPE).exists() or any(partial.glob("pass-*"))
 
 
 def _holds_parts(partial: Path) -> bool:

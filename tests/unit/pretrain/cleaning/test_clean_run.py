@@ -270,6 +270,21 @@ def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path:
         clean(["a text"], {"exact_dedup": {}})
 
 
+def test_a_folder_in_the_way_is_left_as_it_is(clean: Any, tmp_path: Path) -> None:
+    """Catches a cleaning that deletes the unfinished corpus of the same name, or other files in `DIR.partial`."""
+    other = tmp_path / "out.partial" / "build.json"
+    other.parent.mkdir()
+    assert clean(["a text"], {"exact_dedup": {}})["kept"] == 1  # empty
+    other.parent.mkdir()
+    other.touch()
+    clean(["a text"], {"exact_dedup": {}})  # the result is kept
+    assert other.exists()
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(UserError, match=r"out\.partial holds something that is no unfinished cleaning; move it, or"):
+        clean(["a text"], {"exact_dedup": {}})
+    assert list(other.parent.iterdir()) == [other]
+
+
 @pytest.mark.parametrize("change", ["times", "damage", "no file"])
 def test_a_finished_result_is_compared_without_reading(
     config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
