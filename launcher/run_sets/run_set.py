@@ -199,7 +199,8 @@ class RunSet:
             before = with_new_keys(record["config"], run.config)
             # The folders are moved with the set. `encoder.*` and `data.*` tell the contents of models and data.
             has_content = any(key.startswith("encoder.") for key in record["config"])
-            moved = [key for key in {*before, *run.config} if has_content and PATHS.fullmatch(key)]
+            keys = {*before, *run.config} if has_content else ()
+            moved = [key for key in keys if PATHS.fullmatch(key.removeprefix("pretrain."))]
             if change := find_change(before, run.config, ["run.dir", *moved]):
                 changes[run.name] = change
             if before.get(SEEDS) != run.config.get(SEEDS):

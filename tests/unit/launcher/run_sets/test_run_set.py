@@ -253,12 +253,13 @@ def test_one_message_names_all_runs_with_another_config(tmp_path: Path) -> None:
 
 
 def test_a_chain_may_be_moved(tmp_path: Path) -> None:
-    """Catches scores that must be made again because the folder of a comparison was moved, or its pretraining tracks or
-    logs differently."""
+    """Catches scores that must be made again because the folder of a comparison or of its encoder was moved, or its
+    pretraining tracks or logs differently."""
     content = {"encoder.config.json": "one", "data.train": "one", "task.train": "/old/train.csv"}
     before = {"seed": 1, "model.init_from": "/old/a/pretrain", "pretrain.run.dir": "/old/a/pretrain"} | content
+    before["pretrain.model.init_from"] = "/old/bert"
     now = before | {"model.init_from": "/new/a/pretrain", "pretrain.run.dir": "/new/a/pretrain"}
-    now["task.train"] = "/new/train.csv"
+    now |= {"task.train": "/new/train.csv", "pretrain.model.init_from": "/new/bert"}
     for config in (before, now | {"pretrain.run.log_every": 7, "pretrain.tracking.wandb": "disabled"}):
         runs = (
             PlannedRun("a/pretrain", shell("true"), {}),
