@@ -10,6 +10,8 @@ from experiment.errors import notify, user_errors_in, warn_once
 from experiment.files import checksum
 from experiment.models.model_names import local_model
 from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
+from experiment.run_files.checkpoints import complete_checkpoints, verify_descriptions
+from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder, check_not_moved
 from finetune.data.task_config import TaskConfig, data_checksums
 from launcher.hosts.machine import launch_machine
@@ -45,11 +47,13 @@ def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapp
     """Return the config of a pretraining run, the fingerprints of its corpora, the checksums of the model that it
     starts from, and the settings of precision in its DeepSpeed JSON, and print warnings. placement: of `LaunchOptions`.
 
-    Raises UserError for anything that would keep the run from starting.
+    Raises UserError for anything that would keep the run from starting. A run that is done may lack its checkpoints.
     """
-    loaded = load_config(PretrainConfig, config, overrides)
+    loaded = planned = load_config(PretrainConfig, config, overrides)
+    if _is_done_without_checkpoint(RunFolder(Path(loaded.run.dir))):  # it is not started again
+        planned = loaded.model_copy(update={"run": loaded.run.model_copy(update={"dir": f"{loaded.run.dir}/new"})})
     with warnings_left_to_rank0():
-        plan = plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), loaded, launch_machine())
+        plan = plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), planned, launch_machine())
     for warning in loaded.warnings(loaded.schedule.known_steps):
         warn_once(f"{config}: {warning}")  # points of a sweep have the same
     content = {key: value for key, value in plan.identity.items() if key.startswith(_PRECISION)}
@@ -58,6 +62,12 @@ def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapp
         content |= encoder_origin(loaded.model.init_from, "pretrained")
     # Not the resolved config, whose model.init_from may be a newer checkpoint after a restart.
     return flatten(loaded) | content
+
+
+def _is_done_without_checkpoint(folder: RunFolder) -> bool:
+    reported, checkpoints = read_outcome(folder), complete_checkpoints(folder.checkpoints)
+    is_done = reported is not None and reported.outcome is Outcome.DONE
+    return is_done and not any(verify_descriptions(checkpoint) is None for checkpoint in checkpoints)
 
 
 def validate_finetuning(config: str, overrides: Mapping[str, str], models: set[str] | None) -> "FinetuneConfig":

@@ -177,6 +177,23 @@ def test_the_run_folder_of_the_config_may_be_in_use(
     assert f"--run.dir={tmp_path}/run-sweep/sequences=4" in capsys.readouterr().out
 
 
+def test_a_finished_point_may_lack_its_checkpoints(
+    pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a sweep that must train a point again before another one can be added."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    point = open_run_folder(tmp_path / "run-sweep" / "lr=1e-4")
+    point.saved.touch()
+    arguments = ["sweep", "--config", str(pretraining), "--grid", "optimizer.lr=1e-4,5e-4", "--dry_run"]
+    assert main(arguments) == 2
+    assert "lr=1e-4: there is no checkpoint in" in capsys.readouterr().err
+    write_outcome(point, Outcome.DONE)
+    assert main(arguments) == 0
+    checkpoint_path(point.checkpoints, 2).mkdir(parents=True)  # copied without its files
+    assert main(arguments) == 0
+    assert f"--run.dir={point.path}\n" in capsys.readouterr().out
+
+
 def test_launch_flags_are_rejected_for_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches flags that are silently ignored, and a fine-tuning config taken for a pretraining config."""
     path = tmp_path / "task.yaml"
