@@ -144,11 +144,12 @@ def mention_best(path: Path, model: Path) -> None:
 
 
 def mention_newer(path: Path, model: Path) -> None:
-    """Notify if `path` is a run that has saved newer checkpoints than the one of the folder `model`, which is kept."""
+    """Notify if `path` is a run that has saved newer checkpoints than the one of the folder `model`, which is kept, or
+    a file `best` that names another one."""
     if (found := checkpoint_candidates(path)) and found[-1].resolve() != model.resolve().parent:
         notify(
-            f"{path}: keeping step {checkpoint_step(model.parent):,}, with which this began; the newest checkpoint is "
-            f"step {checkpoint_step(found[-1]):,}: to start from it, choose another run folder"
+            f"{path}: keeping step {checkpoint_step(model.parent):,}, with which this began; to start from step "
+            f"{checkpoint_step(found[-1]):,}, choose another run folder"
         )
 
 

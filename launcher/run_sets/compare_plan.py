@@ -142,9 +142,11 @@ def _plan_pretraining(row: RowConfig, parent: Path, folder: str, placement: Mapp
         return None
     name = f"{folder}/{_PRETRAINING}"
     overrides = {"model.init_from": row.init_from, "run.dir": str(parent / name)}
-    mirror = load_config(PretrainConfig, row.pretrain, overrides).checkpoint.mirror
-    if mirror is not None:
-        overrides["checkpoint.mirror"] = f"{mirror}/{name}"
+    loaded = load_config(PretrainConfig, row.pretrain, overrides)
+    if loaded.checkpoint.mirror is not None:
+        overrides["checkpoint.mirror"] = f"{loaded.checkpoint.mirror}/{name}"
+    if loaded.run.resume == "never":  # the record of the comparison guards the folder
+        overrides["run.resume"] = "auto"
     config = validate_pretraining(row.pretrain, overrides, placement)
     return PlannedRun(name, deepcloze_command("pretrain", row.pretrain, {**placement, **overrides}), config)
 

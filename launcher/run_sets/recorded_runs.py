@@ -17,6 +17,7 @@ from pretrain.config import PretrainConfig
 
 SEEDS = "training.seeds"  # may change: finished seeds are not trained again
 _PRECISION = "training.precision"
+_RESUME = ("run.resume", "pretrain.run.resume")  # `never` in earlier versions, as in the config
 _IRRELEVANT = (  # beginnings of keys
     "run.keep",
     *PRETRAINING_ROUNDING_ONLY,
@@ -49,7 +50,7 @@ def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig], same:
     began = dict.fromkeys(str(config.get("model.init_from")) for config in (same if name is None else configs.values()))
     if name is not None:
         return record_model(init_from, next(filter(name.may_mean, began), None))
-    kept = [model for model in began if names_model_folder(Path(init_from), Path(model))]
+    kept = [model for model in began if names_model_folder(Path(init_from), Path(model), any_best=True)]
     if len(kept) != 1:
         model = record_model(init_from)
         mention_state(init_from, model)
@@ -77,6 +78,7 @@ def with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
     missing = tuple(part for part in _ORIGINS if not any(key.startswith(part) for key in before))
     origins = {key: value for key, value in now.items() if key.startswith(missing)}
     full = origins | {key: known[key] for key in now if key in known} | dict(before)
+    full |= {key: "auto" for key in _RESUME if full.get(key) == "never"}
     return full if full.get(_PRECISION) != "auto" else full | {_PRECISION: now.get(_PRECISION)}
 
 

@@ -22,6 +22,13 @@ from experiment.results.sweep_summary import (
     sort_results,
     write_summary,
 )
+from experiment.run_files.checkpoints import (
+    checkpoint_candidates,
+    last_usable,
+    mention_newer,
+    names_model_folder,
+    verify,
+)
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, check_run_folder
 from experiment.storage import is_url
 from finetune.config import FinetuneConfig, check_validation
@@ -31,7 +38,7 @@ from launcher.options import LaunchOptions, SweepOptions
 from launcher.run_sets.recorded_runs import record_model_of_set, recorded_configs, recorded_data
 from launcher.run_sets.run_set import PlannedRun, RunSet
 from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, RunConfig
 
 _CLOSING = {"[": "]", "{": "}"}
 _QUOTES = ("'", '"')
@@ -88,7 +95,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
             output = f"{Path(load_config(config_type, config, options.overrides | values).run.dir)}-sweep"
     folder = RunFolder(Path(output).absolute())
     check_run_folder(folder, None, "--output")
-    pins, runs = _Pins(folder.path / SWEEP_RECORD), []
+    pins, runs = _Pins(folder.path / SWEEP_RECORD, points), []
     loaded: dict[str, FinetuneConfig | PretrainConfig] = {}
     models: set[str] = set()
     for name, values in points.items():
@@ -96,7 +103,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
         with user_errors_in(f"sweep: {name}"):
             loaded[name] = load_config(config_type, config, overrides)
             check_points(name, loaded, options.metric)
-            pinned = pins.overrides(loaded[name], name, values)
+            pinned = pins.overrides(loaded[name], name)
             if "task.test" in pinned:  # it has all of them; a key below it would come after it
                 overrides = {key: text for key, text in overrides.items() if not key.startswith("task.test.")}
             overrides |= pinned
@@ -160,31 +167,55 @@ class _Pins:
     """Overrides that give all points of a sweep the same commits of a model and data sets of the Hub and the same
     checkpoint of a run, which may save newer ones; and each its own mirror."""
 
-    def __init__(self, record: Path) -> None:
-        """record: of the sweep, if it has begun."""
-        self._configs = recorded_configs(record)
+    def __init__(self, record: Path, points: Mapping[str, Mapping[str, str]]) -> None:
+        """record: of the sweep, if it has begun. points: name -> values of the grid."""
+        self._configs, self._points = recorded_configs(record), points
         self._models: dict[str, str] = {}  # `model.init_from` -> pinned
+        self._parents: dict[str, str] = {}  # `run.resume` -> pinned
         self._data = recorded_data(self._configs)  # pinned
 
-    def overrides(
-        self, config: FinetuneConfig | PretrainConfig, point: str, values: Mapping[str, str]
-    ) -> dict[str, str]:
-        """Return the overrides of a point. config: without them. values: of the grid. Raises UserError."""
+    def overrides(self, config: FinetuneConfig | PretrainConfig, point: str) -> dict[str, str]:
+        """Return the overrides of a point. config: without them. Raises UserError."""
         pinned, init_from = dict[str, str](), config.model.init_from
         if isinstance(config, FinetuneConfig):
             task = config.task.pinned(self._data)
             self._data += task.files().values()
             pinned |= task.hub_overrides()
-        elif config.checkpoint.mirror is not None and "checkpoint.mirror" not in values:
-            pinned["checkpoint.mirror"] = f"{config.checkpoint.mirror}/{point}"
+        else:
+            if config.checkpoint.mirror is not None and "checkpoint.mirror" not in self._points[point]:
+                pinned["checkpoint.mirror"] = f"{config.checkpoint.mirror}/{point}"
+            if (resume := config.run.resume) != "auto":
+                if resume not in self._parents:
+                    self._parents[resume] = self._find_parent(config.run, point)
+                pinned["run.resume"] = self._parents[resume]
         if init_from is not None and (isinstance(config, FinetuneConfig) or self._pins_model(config, init_from)):
             if init_from not in self._models:
-                varies = "model.init_from" in values  # between points
-                same = [found for name, found in self._configs.items() if name == point or not varies]
+                same = self._recorded("model.init_from", point)
                 with user_errors_in("model.init_from"):
                     self._models[init_from] = record_model_of_set(init_from, self._configs, same)
             pinned["model.init_from"] = self._models[init_from]
         return pinned
+
+    def _recorded(self, key: str, point: str) -> list[FlatConfig]:
+        """Return the recorded configs of the points that have the same value of a key as this one."""
+        value = self._points[point].get(key)  # None: no key of the grid, and so the same for all
+        return [found for name, found in self._configs.items() if self._points.get(name, {}).get(key) == value]
+
+    def _find_parent(self, run: RunConfig, point: str) -> str:
+        """Return the checkpoint that `run.resume` referred to when the sweep began; `auto` for `never`. A value that is
+        recorded, as by version 0.2.0, or that names no checkpoint, which is rejected, is returned as it is."""
+        if run.parent is None:
+            return "auto"  # the record of the sweep guards the folders
+        began = [str(found.get("run.resume")) for found in self._recorded("run.resume", point)]
+        if run.resume in began:
+            return run.resume
+        path = Path(run.parent)
+        for checkpoint in map(Path, began):
+            if names_model_folder(path, checkpoint / "hf", any_best=True):
+                mention_newer(path, checkpoint / "hf")
+                return str(checkpoint)
+        candidates = checkpoint_candidates(path)
+        return str(last_usable(candidates, verify)) if candidates else run.resume
 
     def _pins_model(self, config: PretrainConfig, init_from: str) -> bool:
         """Return whether points start from a checkpoint or commit: not forks, which have the weights of their parents,

@@ -579,9 +579,7 @@ def test_all_seeds_start_from_one_checkpoint(
     newer = pretraining(20)
     finetune(config_file, {**overrides, "training.seeds": "1,2"})
     assert seeds_trained == [1, 2]
-    line = (
-        f"deepcloze: {run}: keeping step 10, with which this began; the newest checkpoint is step 20: to start from it"
-    )
+    line = f"deepcloze: {run}: keeping step 10, with which this began; to start from step 20, choose another run folder"
     assert capsys.readouterr().err.count(line) == 1
     write_best(run / "checkpoints", 20)
     with pytest.raises(UserError, match=r"trained with other settings: encoder\.model\.safetensors; choose another"):

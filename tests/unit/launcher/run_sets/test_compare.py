@@ -583,9 +583,10 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     best_metric: str | None,
 ) -> None:
     """Catches a comparison of the overfitted model that early stopping leaves, one of models that pool differently, a
-    sweep over the pooling that is refused after the pretraining, and warnings that only the run prints."""
+    sweep over the pooling that is refused after the pretraining, a pretraining that cannot be resumed, and warnings
+    that only the run prints."""
     pretraining = {
-        "run": {"dir": "replaced"},
+        "run": {"dir": "replaced", "resume": "never"},
         "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(wordpiece_corpus)}},
         "schedule": {"steps": 6, "warmup_steps": 2},
         "evaluation": {"best_metric": best_metric},
@@ -602,6 +603,7 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     assert f"{tmp_path}/more.yaml: optimizer.lr is 0.0005, for training from scratch" in caplog.text
     suffix = "" if best_metric is None else "/checkpoints/best"
     assert f"--model.init_from={tmp_path}/compare/a/pretrain{suffix} " in printed
+    assert "--run.resume=auto" in printed
     assert "task.pooling" not in printed
     (tmp_path / "pairs.jsonl").write_text('{"sentence1": "a", "sentence2": "b"}\n' * 4)
     pairs = {"kind": "embedding", "train": str(tmp_path / "pairs.jsonl"), "validation": str(tmp_path / "pairs.jsonl")}
@@ -825,7 +827,7 @@ def test_a_row_starts_from_one_checkpoint(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches a row whose tasks start from different checkpoints, because its run saved a newer one between them; a
+    """Catches a row whose tasks start from different checkpoints, because its run saved a newer or better one; a
     comparison that cannot be resumed, or seeds that are added to other weights; and a row that keeps a checkpoint,
     which may be deleted, after its folder was removed."""
 
@@ -849,10 +851,12 @@ def test_a_row_starts_from_one_checkpoint(
     newest = save(3, b"\1\2\3\4")
     capsys.readouterr()
     assert main(["compare", str(file)]) == 0
-    line = f"{tmp_path}/run: keeping step 1, with which this began; the newest checkpoint is step 3: to start from it"
+    line = f"{tmp_path}/run: keeping step 1, with which this began; to start from step 3, choose another run folder"
     assert capsys.readouterr().err.count(line) == 1
     assert started == ["ours/toy"]
-    rows = {name: {"init_from": str(tmp_path / "run")} for name in ("ours", "second")}
+    write_best(tmp_path / "run" / "checkpoints", 3)
+    names = {"ours": "run/checkpoints/best", "second": "run"}
+    rows = {row: {"init_from": str(tmp_path / name)} for row, name in names.items()}
     capsys.readouterr()
     assert main(["compare", str(write_files(rows=rows, seeds=[1, 2])), "--dry_run"]) == 0
     assert re.findall(r"init_from=(\S+)", capsys.readouterr().out) == [str(first), str(newest)]

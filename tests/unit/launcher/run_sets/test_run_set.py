@@ -97,6 +97,14 @@ def test_a_new_key_changes_no_run(tmp_path: Path, newer: FlatConfig) -> None:
     assert finish(tmp_path, {**before, **newer})
 
 
+def test_never_was_recorded_for_runs_that_may_resume(tmp_path: Path) -> None:
+    """Catches a sweep or comparison of version 0.2.0 with `run.resume: never` that cannot be restarted."""
+    keys = ("run.resume", "pretrain.run.resume")
+    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": dict.fromkeys(keys, "never")}}})
+    (tmp_path / "a").mkdir()
+    assert finish(tmp_path, dict.fromkeys(keys, "auto"))
+
+
 def test_a_new_key_with_another_value_changes_a_run(tmp_path: Path) -> None:
     """Catches one table of runs with and without a setting that an earlier version did not have."""
     write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {"seed": 1}}}})

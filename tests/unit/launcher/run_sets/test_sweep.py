@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiment.config import load_config
+from experiment.config import flatten, load_config
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete
@@ -169,12 +169,14 @@ def test_points_of_pretraining_are_evaluated_alike(reject: Reject, pretraining: 
 def test_the_run_folder_of_the_config_may_be_in_use(
     pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches points validated as resumes of a run made with the same config."""
+    """Catches points validated as resumes of a run made with the same config, and those that cannot be resumed."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
     arguments = ["--config", str(pretraining), "--grid", "batch.sequences=4,8", "--run.resume=never", "--dry_run"]
     assert main(["sweep", *arguments]) == 0
-    assert f"--run.dir={tmp_path}/run-sweep/sequences=4" in capsys.readouterr().out
+    first, _ = capsys.readouterr().out.splitlines()
+    assert f"--run.dir={tmp_path}/run-sweep/sequences=4" in first
+    assert "--run.resume=auto" in first
 
 
 def test_a_finished_point_may_lack_its_checkpoints(
@@ -605,10 +607,11 @@ def test_all_points_start_from_one_commit(
 
 
 def dry_run(capsys: pytest.CaptureFixture[str], config: Path, grid: str, *overrides: str) -> list[list[str]]:
-    """The flags of each run that set the model or the data."""
+    """The flags of each run that set the model, the data or its parent."""
     assert main(["sweep", "--config", str(config), "--grid", grid, "--dry_run", *overrides]) == 0
     commands = map(shlex.split, capsys.readouterr().out.splitlines())
-    return [[flag for flag in command if flag.startswith(("--model.", "--task."))] for command in commands]
+    keys = ("--model.", "--task.", "--run.resume")
+    return [[flag for flag in command if flag.startswith(keys)] for command in commands]
 
 
 @pytest.fixture
@@ -645,46 +648,62 @@ def test_all_points_read_one_commit_of_the_data(
         assert set(pinned) <= set(flags)
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("task", "training.lr"), ("pretraining", "optimizer.lr")])
+@pytest.mark.parametrize(
+    ("kind", "key", "rate"),
+    [
+        ("task", "model.init_from", "training.lr"),
+        ("pretraining", "model.init_from", "optimizer.lr"),
+        ("pretraining", "run.resume", "optimizer.lr"),
+    ],
+)
+@pytest.mark.parametrize("in_grid", [False, True])
 def test_all_points_start_from_one_checkpoint(
     kind: str,
+    key: str,
     rate: str,
+    in_grid: bool,
     encoder: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches points that start from the checkpoint that is the newest one when they begin, and a sweep that cannot be
-    resumed because its run has saved another one, because version 0.2.0 recorded the run for pretraining, or which
-    keeps a checkpoint after its points were removed."""
+    """Catches points that start from, or fork, the checkpoint that is the newest one when they begin, and a sweep that
+    cannot be resumed because its run has saved another one, because a value was added in front, because version 0.2.0
+    recorded the run for pretraining, or which keeps a checkpoint after its points were removed."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     run, config = tmp_path / "pretrained", request.getfixturevalue(kind)
-    overrides = [f"--model.init_from={run}", *(["--model.config=null"] if kind == "pretraining" else [])]
+    grid, overrides = (f"{key}={run} ", []) if in_grid else ("", [f"--{key}={run}"])
+    (name,) = grid_points(parse_grid(f"{grid}{rate}=1e-5"))
+    if key == "run.resume":  # the checkpoints have no state
+        loaded = flatten(load_config(PretrainConfig, config))
+        monkeypatch.setattr(sweep_module, "validate_pretraining", lambda *_: loaded)
+    elif kind == "pretraining":
+        overrides.append("--model.config=null")
 
     def save(step: int) -> str:
         checkpoint = checkpoint_path(run / "checkpoints", step)
         shutil.copytree(encoder, checkpoint / "hf")
         mark_complete(checkpoint)
-        return f"{checkpoint}/hf"
+        return str(checkpoint) if key == "run.resume" else f"{checkpoint}/hf"
 
     def models(rates: str) -> list[str]:
-        found = dry_run(capsys, config, f"{rate}={rates}", *overrides)
-        return [flag.removeprefix("--model.init_from=") for flags in found for flag in flags if "init_from" in flag]
+        found = dry_run(capsys, config, f"{grid}{rate}={rates}", *overrides)
+        return [flag.removeprefix(f"--{key}=") for flags in found for flag in flags if key in flag]
 
     def record(began: str) -> None:
-        write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": {"lr=1e-5": {"config": {"model.init_from": began}}}})
+        write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": {name: {"config": {key: began}}}})
 
-    first = save(1)
+    first, point = save(1), tmp_path / "run-sweep" / name
     assert models("1e-5,2e-5") == [first] * 2
     record(first)
-    (tmp_path / "run-sweep" / "lr=1e-5").mkdir()
+    point.mkdir()
     second = save(2)
-    assert models("1e-5,2e-5") == [first] * 2
+    assert models("2e-5,1e-5") == [first] * 2
     if kind == "pretraining":
         record(str(run))
         assert models("1e-5,2e-5") == [str(run)] * 2
-    (tmp_path / "run-sweep" / "lr=1e-5").rmdir()
+    point.rmdir()
     assert models("1e-5") == [second]
 
 
