@@ -15,19 +15,21 @@ import logging
 import os
 import random
 import re
+import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from filelock import FileLock
 
 from experiment.errors import UserError, first_line, user_errors_in, warn_once
-from experiment.files import cache_folder, check_relative, json_digest
+from experiment.files import atomic_write, cache_folder, check_relative, json_digest, remove_unfinished
 from experiment.progress import progress
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ T = TypeVar("T")
 _EXTRAS = {"s3": "s3", "gs": "gcs", "http": "http", "https": "http"}
 _PROTOCOLS = ("s3", "gs", "hf", "https", "http", "file")
 # Four parts of an upload at once take 200 MB of memory.
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 4}, "file": {"auto_mkdir": True}}
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 4}}
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`",
@@ -190,16 +192,32 @@ def read_bytes(url: str) -> bytes:
 
 def write_bytes(url: str, content: bytes) -> None:
     """Create or replace a file. Nobody sees a part of it."""
-    _call(url, lambda fs, path: fs.pipe_file(path, content))
+    _write(url, lambda path: path.write_bytes(content), lambda fs, path: fs.pipe_file(path, content))
 
 
 def upload(path: Path, url: str) -> None:
-    """Copy a file to a URL. Raises OSError if it cannot be read."""
+    """Copy a file to a URL, where nobody sees a part of it. Raises OSError if it cannot be read."""
     try:
-        _call(url, lambda fs, target: fs.put_file(str(path), target))
+        _write(url, partial(shutil.copyfile, path), lambda fs, target: fs.put_file(str(path), target))
     except StorageError:
         path.open("rb").close()  # raises if the file is the cause: it may have been deleted
         raise
+
+
+def _write(url: str, write: Callable[[Path], object], put: Callable[[Any, str], object]) -> None:
+    """Create or replace a file: on a disk, where fsspec would overwrite it in place, with `write`, which gets a
+    temporary path; else with `put`, which gets the file system and the path in it."""
+
+    def replace(fs: Any, path: str) -> None:
+        if not url.startswith("file:"):
+            put(fs, path)
+            return
+        file = Path(path)
+        remove_unfinished(file.parent, file.name)  # of a process that was killed
+        with atomic_write(file) as temporary:
+            write(temporary)
+
+    _call(url, replace)
 
 
 def delete(url: str) -> None:

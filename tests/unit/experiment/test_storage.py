@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import platform
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -77,6 +78,28 @@ def test_similar_and_unusual_names(bucket: str) -> None:
     assert stat_file(f"{bucket}/x[1].txt") == list_files(bucket)[f"{bucket}/x[1].txt"]
     delete(f"{bucket}/ab")
     assert list_folders(bucket) == ["abc"]
+
+
+@pytest.mark.parametrize("how", ["write_bytes", "upload"])
+def test_a_file_on_a_disk_is_replaced_not_overwritten(tmp_path: Path, how: str) -> None:
+    """Catches a mirror in a folder with half of a run's metrics after a kill or on a full disk, and a file for each
+    kill that stays there."""
+    (tmp_path / "source").write_bytes(CONTENT)
+    target = tmp_path / "new" / "x.bin"
+    url = f"file://{target}"
+    write_bytes(url, b"before")
+    left = target.with_name(f".x.bin.{platform.node()}.{2**30}")  # of a thread that is gone
+    left.write_bytes(CONTENT[:1000])
+    with target.open("rb") as opened:
+        if how == "upload":
+            upload(tmp_path / "source", url)
+        else:
+            write_bytes(url, CONTENT)
+        assert opened.read() == b"before"
+    assert sizes_of(f"file://{target.parent}") == {url: len(CONTENT)}
+    with pytest.raises(FileNotFoundError):
+        upload(tmp_path / "gone", url)
+    assert target.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("url", ["s3", "file", "http"])

@@ -107,8 +107,8 @@ def test_the_best_checkpoint_is_kept_until_the_mirror_has_the_new_one(
         return upload(mirror, checkpoint)
 
     def named_in(mirror: Mirror) -> int | None:
-        best = mirror.best()  # empty while the file is written
-        return int(best[-8:]) if best else None
+        best = mirror.best()
+        return None if best is None else int(best[-8:])
 
     monkeypatch.setattr(Mirror, "upload", record)
     uploads = MirrorUploads(mirror, run, lambda alert: None)
