@@ -8,7 +8,7 @@ A checkpoint is complete if it has a COMPLETE file, as on a disk.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -65,9 +65,10 @@ class Mirror:
                 found[name] = read_bytes(join(self.url, name, COMPLETE))
         return found
 
-    def incomplete(self) -> list[str]:
-        """Return the checkpoints without a COMPLETE file, of uploads that did not finish. Raises StorageError."""
-        names = filter(is_checkpoint_name, list_folders(self.url))
+    def incomplete(self, known: Collection[str]) -> list[str]:
+        """Return the checkpoints without a COMPLETE file, of uploads that did not finish. `known`: complete ones, not
+        looked at. Raises StorageError."""
+        names = [name for name in list_folders(self.url) if is_checkpoint_name(name) and name not in known]
         return [name for name in names if not exists(join(self.url, name, COMPLETE))]
 
     def upload(self, checkpoint: Path, known: bytes | None = None) -> bytes:

@@ -37,7 +37,6 @@ class MirrorUploads:
         self._folder = folder
         self._alert = alert
         self._retry_seconds = retry_seconds
-        self._is_tidy = False  # whether the mirror has no incomplete checkpoints of earlier attempts
         self._known: dict[str, bytes] | None = None  # name -> COMPLETE, of the mirror; None: not looked up
         self._keep: Retention | None = None  # of the newest checkpoint; None: there is none
         self._newest, self._has_saved = 0, False
@@ -141,9 +140,7 @@ class MirrorUploads:
             raise self._mirror.diverged(self._folder)
 
     def _upload(self, keep: Retention, newest: int) -> None:
-        """Copy the missing checkpoints: the newest one, the best one, then the others; later ones are damaged, or the
-        run would have resumed from them. Leaves out the others if there is a newer one. The mirror keeps the one that
-        it names the best until it has the new one."""
+        """Delete what the mirror need not keep, and copy what it lacks."""
         if self._known is None:
             self._known = self._mirror.complete()
         known = self._known
@@ -153,6 +150,28 @@ class MirrorUploads:
             keep = replace(keep, best=checkpoint_step(named))  # an earlier one: `keep.best` could not be saved
         superseded = keep.superseded({*found, *map(checkpoint_step, known)}, newest)
         wanted = {step for step in found if step <= newest and step not in superseded}
+        try:  # first: the storage may be full
+            self._make_room(known, keep, newest, wanted)
+        finally:  # also without permission to delete
+            self._copy(found, wanted, known, keep, newest)
+
+    def _make_room(self, known: dict[str, bytes], keep: Retention, newest: int, wanted: Collection[int]) -> None:
+        """Delete incomplete checkpoints, unless they are `wanted` and will be replaced, and superseded ones, except the
+        one that the mirror names the best."""
+        for name in self._mirror.incomplete(known):
+            if checkpoint_step(name) not in wanted:
+                self._mirror.delete(name)
+        best = self._mirror.best()
+        names = [name for name in known if name != best]
+        for name in self._mirror.apply_retention(names, keep, newest, drop_later=False):
+            del known[name]
+
+    def _copy(
+        self, found: dict[int, Path], wanted: Collection[int], known: dict[str, bytes], keep: Retention, newest: int
+    ) -> None:
+        """Copy the missing checkpoints: the newest one, the best one, then the others; later ones are damaged, or the
+        run would have resumed from them. Leaves out the others if there is a newer one. The mirror keeps the one that
+        it names the best until it has the new one, and the superseded ones until it has a newer one."""
         for step in sorted(wanted, key=lambda step: (step == newest, step == keep.best, step), reverse=True):
             if step not in (newest, keep.best) and self._is_wanted:
                 break
@@ -164,9 +183,6 @@ class MirrorUploads:
             keep = replace(keep, best=checkpoint_step(best))
         for name in self._mirror.apply_retention(list(known), keep, newest, drop_later=self._has_saved):
             del known[name]
-        if not self._is_tidy:
-            self._delete_incomplete(wanted)
-            self._is_tidy = True
 
     def _upload_one(self, checkpoint: Path, known: dict[str, bytes]) -> None:
         """Copy a checkpoint unless the mirror has it. `known`: its content, which this updates."""
@@ -177,10 +193,4 @@ class MirrorUploads:
                 log.info("copied %s to %s in %.0f s", checkpoint, self._mirror.url, time.monotonic() - start)
         except FileNotFoundError:  # retention has deleted it
             if name not in known:
-                self._mirror.delete(name)
-
-    def _delete_incomplete(self, wanted: Collection[int]) -> None:
-        """Delete what uploads of earlier attempts left behind. `wanted`: steps to be copied, which are replaced."""
-        for name in self._mirror.incomplete():
-            if checkpoint_step(name) not in wanted:
                 self._mirror.delete(name)

@@ -176,6 +176,66 @@ def test_incomplete_checkpoints_are_deleted(mirror: Mirror, run: RunFolder, tmp_
     assert "step-00000007" in list_folders(mirror.url)
 
 
+def test_an_outage_leaves_no_incomplete_checkpoint(store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bucket that grows with every outage of a run of weeks."""
+    mirror, upload = Mirror(f"{store}/run"), mirror_module.upload
+
+    def break_off(path: Path, url: str) -> None:
+        upload(path, url)
+        if "step-00000002" in url:
+            raise StorageError("timed out")
+
+    monkeypatch.setattr(mirror_module, "upload", break_off)
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
+    save(run, 1)
+    uploads.update(Retention(keep_last=1), 1)
+    wait_until(lambda: steps(mirror) == [1] and uploads.uploading is None)
+    half = save(run, 2)
+    uploads.update(Retention(keep_last=1), 2)
+    wait_until(lambda: uploads.problem)
+    assert half.name in list_folders(mirror.url)
+    shutil.rmtree(half)
+    save(run, 3)
+    uploads.update(Retention(keep_last=1), 3)
+    uploads.close()
+    assert list_folders(mirror.url) == ["step-00000003"]
+
+
+@pytest.mark.parametrize("may_delete", [True, False])
+def test_a_mirror_makes_room_before_it_copies(
+    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, may_delete: bool
+) -> None:
+    """Catches a full mirror that stays full when `keep_last` is lowered, one that has no checkpoint meanwhile, or loses
+    the best one; and one that gets no checkpoints because its user may not delete any."""
+    mirror, upload, delete, seen = Mirror(f"{store}/run"), mirror_module.upload, mirror_module.delete, list[int]()
+    for step in (1, 2, 3, 4):
+        mirror.upload(save(run, step))
+        shutil.rmtree(run.checkpoints / f"step-{step:08d}")
+    mirror.write_best("step-00000002")
+
+    def record(path: Path, url: str) -> None:
+        if "step-00000005" in url:
+            seen[:] = seen or steps(mirror)
+        upload(path, url)
+
+    def refuse(url: str) -> None:
+        if "step-00000005" not in url:
+            raise DeniedError("access denied")
+        delete(url)
+
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
+    save(run, 5)
+    monkeypatch.setattr(mirror_module, "upload", record)
+    if not may_delete:
+        monkeypatch.setattr(mirror_module, "delete", refuse)
+    uploads.update(Retention(keep_last=1), 5)
+    uploads.close()
+    if may_delete:
+        assert (seen, steps(mirror), uploads.problem) == ([2, 4], [2, 5], None)
+    else:
+        assert (steps(mirror), uploads.problem) == ([1, 2, 3, 4, 5], "access denied")
+
+
 def test_the_newest_checkpoint_does_not_wait_for_older_ones(
     mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
