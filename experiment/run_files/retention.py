@@ -6,7 +6,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.run_files.checkpoints import BEST, checkpoint_step, complete_checkpoints, named_best
+from experiment.run_files.checkpoints import (
+    BEST,
+    checkpoint_step,
+    complete_checkpoints,
+    incomplete_checkpoints,
+    named_best,
+)
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +24,10 @@ class Retention:
     best: int | None = None  # also keep the best one, of this step
     uploading: int | None = None  # also keep the one that is being copied to the mirror
 
+    def is_milestone(self, step: int) -> bool:
+        """Return whether `keep_every` keeps the checkpoint of this step."""
+        return self.keep_every is not None and step > 0 and step % self.keep_every == 0
+
     def superseded(self, steps: Collection[int], newest: int) -> list[int]:
         """Return the steps of a run whose checkpoints need not be kept.
 
@@ -27,7 +37,7 @@ class Retention:
         return [
             step
             for step in sorted(step for step in steps if step <= newest)[: -self.keep_last]
-            if step not in (self.best, self.uploading) and (not self.keep_every or step == 0 or step % self.keep_every)
+            if step not in (self.best, self.uploading) and not self.is_milestone(step)
         ]
 
 
@@ -35,10 +45,15 @@ def apply_retention(checkpoints: Path, keep: Retention, newest: int, before: int
     """Delete the checkpoints that need not be kept, and the leftovers of interrupted saves and deletions.
 
     newest: step of the checkpoint just saved, see `Retention.superseded`. before: step of the undamaged one before it,
-    if any; those between them are damaged, or the run would have resumed from them, unless one is the best. Warns about
-    checkpoints that cannot be deleted (open on a network file system, immutable); the next call tries again.
+    if any; those between them are damaged, or the run would have resumed from them, unless one is the best. Of earlier
+    incomplete ones, milestones stay: they may be copied back from an archive. Warns about checkpoints that cannot be
+    deleted (open on a network file system, immutable); the next call tries again.
     """
     remove_leftovers(checkpoints)
+    for path in incomplete_checkpoints(checkpoints):
+        step = checkpoint_step(path)
+        if step < newest and (not keep.is_milestone(step) or (before is not None and before < step)):
+            abandon(path)
     best = named_best(checkpoints)  # an earlier one than `keep.best` if that could not be saved
     by_step = {checkpoint_step(path): path for path in complete_checkpoints(checkpoints)}
     damaged = [step for step in by_step if before is not None and before < step < newest and step != keep.best]
