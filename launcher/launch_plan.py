@@ -127,7 +127,7 @@ def plan_launch(
     else:
         _check_paths(run.folder)
     hosts = target_of_hosts(slots, machine, options)
-    target = target_of_run(hosts, run.config, run.num_parameters, run.folder, _cache_needs(run))
+    target = target_of_run(hosts, run.config, run.num_parameters, run.folder, run.resume_plan.step, _cache_needs(run))
     held_out = {name: corpus.fingerprint for name, corpus in run.held_out.items()}
     checkpoint, source = run.resume_plan.checkpoint, run.model_source
     saved_model = source if checkpoint is not None and source.init_from == str(checkpoint / "hf") else None

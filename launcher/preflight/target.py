@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from experiment.files import REPOSITORY
-from experiment.run_files.checkpoints import complete_checkpoints
+from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import is_url
 from launcher.hosts.hostfile import Slots
@@ -77,14 +78,19 @@ def target_of_hosts(slots: Slots, machine: Machine, options: HostOptions) -> Tar
 
 
 def target_of_run(
-    hosts: Target, config: PretrainConfig, num_parameters: int, folder: RunFolder, cache: CacheNeeds | None = None
+    hosts: Target,
+    config: PretrainConfig,
+    num_parameters: int,
+    folder: RunFolder,
+    first_step: int,
+    cache: CacheNeeds | None = None,
 ) -> Target:
-    """Add the requirements of a run. `config`: resolved."""
+    """Add the requirements of a run. `config`: resolved. `first_step`: from which the run continues."""
     return replace(
         hosts,
         folder=folder.path,
         files=_required_files(config),
-        checkpoint_bytes=_checkpoint_bytes(config, num_parameters, folder),
+        checkpoint_bytes=_checkpoint_bytes(config, num_parameters, folder, first_step),
         cache=cache,
     )
 
@@ -109,17 +115,18 @@ def _required_files(config: PretrainConfig) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(files))
 
 
-def _checkpoint_bytes(config: PretrainConfig, num_parameters: int, folder: RunFolder) -> int:
+def _checkpoint_bytes(config: PretrainConfig, num_parameters: int, folder: RunFolder, first_step: int) -> int:
     """Return the bytes of the checkpoints that a run will still write: those it keeps, and one that is being written
-    while they are there, less the ones that it has.
+    while they are there, less the ones that it has and will delete. Of `keep_every`, those after `first_step`.
 
     Each holds the weights and the two moments of Adam in fp32 and a Hugging Face folder; with `model.ema_decay`, the
     averaged weights in both.
     """
     per_parameter = _ENGINE_BYTES + _MODEL_BYTES + (_AVERAGE_BYTES if config.model.ema_decay is not None else 0)
-    kept = config.checkpoint.keep_last + (config.evaluation.best_metric is not None)  # the best one is kept too
-    steps = config.schedule.known_steps
-    if config.checkpoint.keep_every is not None and steps is not None:
-        kept += steps // config.checkpoint.keep_every
-    present = len(complete_checkpoints(folder.checkpoints))
-    return max(1, kept + 1 - present) * per_parameter * num_parameters
+    keep, steps = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every), config.schedule.known_steps
+    kept = keep.keep_last + (config.evaluation.best_metric is not None)  # the best one is kept too
+    if keep.keep_every is not None and steps is not None:
+        kept += max(0, steps // keep.keep_every - first_step // keep.keep_every)
+    present = [checkpoint_step(path) for path in complete_checkpoints(folder.checkpoints)]
+    deleted = sum(step <= first_step and not keep.is_milestone(step) for step in present)  # later ones are damaged
+    return max(0, kept + 1 - deleted) * per_parameter * num_parameters

@@ -28,7 +28,7 @@ from experiment.errors import describe_disk_error
 from experiment.files import call_after_syncs, fsync
 from experiment.run_files.checkpoints import checkpoint_path
 from experiment.run_files.goodput import CHECKPOINTING, ActivityTimer
-from experiment.run_files.retention import Retention, discard, remove_leftovers
+from experiment.run_files.retention import Retention, apply_retention, discard, remove_leftovers
 from experiment.run_files.run_folder import RunFolder
 from pretrain.training.checkpoint_tensors import (
     Share,
@@ -121,6 +121,13 @@ class BackgroundSave:
         """Whether this rank has done its current part of the save in flight."""
         return self._snapshot is not None and self._part.done()
 
+    def delete_superseded(self, keep: Retention) -> None:
+        """Delete what the config does not keep, if it has changed, before a save needs the room. None may be in
+        flight."""
+        if self.saved_step is not None and self.group.world.rank == 0:
+            with suppress(OSError):  # the next save tries again
+                apply_retention(self.checkpoints, self._on_disk(keep), newest=self.saved_step)
+
     def begin(self, snapshot: Snapshot) -> None:
         """Begin to write a checkpoint; none may be in flight. Collective."""
         assert self._snapshot is None, "the save before it has ended"
@@ -169,15 +176,18 @@ class BackgroundSave:
             return None
         run, partial = RunFolder(self.checkpoints.parent), self._partial(snapshot.step)
         complete_checkpoint(partial, shares, snapshot.state, snapshot.write_model)
-        keep = replace(snapshot.keep, uploading=self.uploads.uploading) if self.uploads else snapshot.keep
         with suppress(OSError):  # a resumed run does not log the steps before a checkpoint again
             fsync(run.metrics)
-        problem = publish(partial, checkpoint_path(self.checkpoints, snapshot.step), keep, before=self.saved_step)
+        final, keep = checkpoint_path(self.checkpoints, snapshot.step), self._on_disk(snapshot.keep)
+        problem = publish(partial, final, keep, before=self.saved_step)
         with suppress(OSError):
             run.saved.touch()
         if self.uploads is not None:
             self.uploads.update(snapshot.keep, snapshot.step)
         return problem
+
+    def _on_disk(self, keep: Retention) -> Retention:
+        return replace(keep, uploading=self.uploads.uploading) if self.uploads else keep
 
     def _fail(self, step: int, error: UnwritableError) -> None:
         """Leave nothing of the save behind, the disk may be full, and let training continue for a while."""

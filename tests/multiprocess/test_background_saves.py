@@ -246,6 +246,19 @@ def test_leftovers_are_removed_at_the_start(
     assert not leftover.exists()
 
 
+def test_a_lower_keep_last_frees_room_at_the_start(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a full disk that stays full although `keep_last` was lowered, as the message advises: old checkpoints
+    that are only deleted after a save."""
+    tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=2, checkpoint__keep_last=3)
+    assert pools[2].run(pretrain_case, tree) == ["done", "done"]
+    assert len(complete_checkpoints(tmp_path / "checkpoints")) == 3
+    tree["checkpoint"]["keep_last"] = 1
+    assert pools[2].run(pretrain_case, tree) == ["done", "done"]  # has no step to train
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+
+
 def stopped_case(world: World, tree: Tree) -> str:
     """A run that is asked to stop after step 3, when the checkpoint of step 2 is not written yet."""
     from pretrain.training.checkpointer import Checkpointer

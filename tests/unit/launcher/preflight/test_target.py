@@ -32,7 +32,7 @@ def test_variables_in_deepspeed_env_come_from_there(tmp_path: Path) -> None:
     target_of_hosts({"localhost": (0,)}, replace(given), HostOptions())
 
 
-def run(folder: Path, **sections: Any) -> Target:
+def run(folder: Path, first_step: int = 0, **sections: Any) -> Target:
     tree = {
         "run": {"dir": str(folder)},
         "model": {"config": {"model_type": "bert"}},
@@ -42,7 +42,7 @@ def run(folder: Path, **sections: Any) -> Target:
         "engine": {"ds_config": "fp32_zero1"},
     }
     config = build_config(PretrainConfig, {**tree, **sections})
-    return target_of_run(HOSTS, config, num_parameters=1000, folder=RunFolder(folder))
+    return target_of_run(HOSTS, config, num_parameters=1000, folder=RunFolder(folder), first_step=first_step)
 
 
 def test_the_files_that_ranks_read(tmp_path: Path) -> None:
@@ -79,13 +79,28 @@ def test_the_bytes_of_the_planned_checkpoints(tmp_path: Path, sections: dict[str
     assert run(tmp_path, **sections).checkpoint_bytes == expected
 
 
-def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path) -> None:
-    """Catches a run that cannot resume on a disk where it needs no more room."""
-    for step in (100, 200, 300, 400):
+@pytest.mark.parametrize(
+    ("present", "first_step", "options", "expected"),
+    [
+        ([300, 400], 400, {"keep_last": 2}, 1),  # the next one
+        ([100, 200, 300, 400], 400, {"keep_last": 2}, 0),  # the run deletes three before
+        ([100, 200, 300, 400], 200, {"keep_last": 2}, 1),  # the last two are damaged
+        ([200, 400, 450, 500], 500, {"keep_last": 2, "keep_every": 200}, 1 + 3),  # of steps 600, 800 and 1,000
+        ([450, 500], 500, {"keep_last": 2, "keep_every": 200}, 1 + 3),  # the others were moved away
+        ([], 900, {"keep_last": 2, "keep_every": 200}, 3 + 1),  # a fork
+        ([], 2000, {"keep_last": 2, "keep_every": 200}, 3),  # of a longer run, which is refused elsewhere
+    ],
+)
+def test_checkpoints_that_are_there_need_no_room_again(
+    tmp_path: Path, present: list[int], first_step: int, options: dict[str, int], expected: int
+) -> None:
+    """Catches a run that cannot resume on a disk where it needs no more room, as after `keep_last` was lowered; and
+    room for milestones of steps that the run will never save."""
+    for step in present:
         checkpoint = RunFolder(tmp_path).checkpoints / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "COMPLETE").touch()
-    assert run(tmp_path).checkpoint_bytes == 16_000  # the next one
+    assert run(tmp_path, first_step, checkpoint=options).checkpoint_bytes == expected * 16_000
 
 
 def test_the_hosts_that_meet() -> None:

@@ -544,7 +544,8 @@ def test_no_checkpoint_is_copied_while_it_is_replaced() -> None:
     """Catches an upload of the newest checkpoint that begins before the evaluation of its step is added."""
     calls: list[str] = []
     checkpointer = SimpleNamespace(
-        saves=SimpleNamespace(saved_step=5),
+        saves=SimpleNamespace(saved_step=5, delete_superseded=lambda keep: None),
+        _retention=lambda progress: Retention(1),
         update=lambda progress: calls.append("update"),
         _upload=lambda progress: calls.append("upload"),
     )
