@@ -1,6 +1,7 @@
 """The trackers of a run as one: console, `metrics.jsonl`, TensorBoard, Weights & Biases and alerts.
 
-Only rank 0 opens trackers. A tracker that fails is reported once and never stops the run or the other trackers.
+Only rank 0 opens trackers. A tracker that fails is reported once until it works again, and never stops the run or the
+other trackers.
 """
 
 import logging
@@ -8,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 from experiment.errors import UserError
 from experiment.process.own_process import has_launcher
@@ -103,11 +104,11 @@ class Trackers:
         """Send an alert, unless the config says otherwise or there was one of its kind shortly before. The launcher
         sends those about crashes, if there is one: this process might be killed."""
         if not (alert.event == "crash" and has_launcher()) and (passed := self._filter.filtered(alert)):
-            self._each(lambda tracker: tracker.alert(passed) if isinstance(tracker, WandbTracker | Messenger) else None)
+            self._each(lambda tracker: tracker.alert(passed), (WandbTracker, Messenger))
 
     def summarize(self, scores: Mapping[str, float]) -> None:
         """Record the results of the whole run, where other runs are compared with it."""
-        self._each(lambda tracker: tracker.summarize(scores) if isinstance(tracker, WandbTracker) else None)
+        self._each(lambda tracker: tracker.summarize(scores), (WandbTracker,))
 
     def close(self, outcome: Outcome, step: int | None = None) -> None:
         """`step`: the last one, if the last event may be of another step."""
@@ -128,8 +129,10 @@ class Trackers:
                 message = "opened the tracker for %s at step %s; earlier events of this attempt are missing"
                 logger.warning(message, name, step)
 
-    def _each(self, action: Callable[[Tracker], None]) -> None:
+    def _each(self, action: Callable[[Any], None], kinds: tuple[type, ...] = (object,)) -> None:
         for name, tracker in list(self._trackers.items()):  # the mirror's thread sends alerts while others are opened
+            if not isinstance(tracker, kinds):
+                continue
             try:
                 action(tracker)
             except Exception as error:
@@ -138,6 +141,8 @@ class Trackers:
                     logger.warning(
                         "the tracker for %s failed; the run continues: %s: %s", name, type(error).__name__, error
                     )
+            else:
+                self._reported.discard(name)
 
 
 def _ending(outcome: Outcome, last: Metrics) -> Alert:

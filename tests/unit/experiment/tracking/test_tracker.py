@@ -11,6 +11,7 @@ import experiment
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking import tracker
+from experiment.tracking.alerts import Alert
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.tracker import TrackedRun, Tracker, Trackers, open_trackers
 
@@ -64,6 +65,23 @@ def test_a_failing_tracker_does_not_stop_the_run(
     assert [record.getMessage() for record in caplog.records] == [
         "the tracker for the console failed; the run continues: OSError: disk full"
     ]
+
+
+def test_each_outage_of_a_tracker_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches events that are lost silently the second time that the disk is full, and a warning at every event."""
+
+    class Full(Broken):
+        def log(self, metrics: Mapping[str, Any]) -> None:
+            if metrics["step"] in (2, 3, 6, 7):
+                super().log(metrics)
+
+    trackers, reported = Trackers({"metrics.jsonl": Full}, ["mirror"]), []
+    for step in range(1, 9):
+        trackers.log({"step": step})
+        if step == 2:
+            trackers.alert(Alert("mirror", "no answer"))  # goes to others
+        reported.append(len(caplog.records))
+    assert reported == [0, 1, 1, 1, 1, 2, 2, 2]
 
 
 def test_a_tracker_that_cannot_be_opened_does_not_stop_the_run(
