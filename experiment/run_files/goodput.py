@@ -4,7 +4,7 @@
    each evaluation and checkpoint: the seconds of its attempt so far, by activity.
 2. The last complete line of an attempt stands for it. A kill loses the time since that line.
 3. The launcher adds a line when all processes of an attempt have ended, if the last one says that it was ending.
-4. `add_up` sums the attempts. The rest of the wall clock from the first start to the last line was `DOWN`.
+4. `add_up` sums the attempts. The time between the last line of one and the start of the next was `DOWN`.
 """
 
 import json
@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,11 +80,12 @@ class Goodput:
 
 
 def add_up(lines: Sequence[AttemptTime]) -> Goodput:
-    """Return the sum over the attempts with these lines, of which there is one at least."""
+    """Return the sum over the attempts with these lines, of which there is one at least. The clock may have been set
+    during an attempt: its seconds are of a monotonic one."""
     attempts = last_lines(lines)
     seconds = {activity: sum(attempt.seconds.get(activity, 0.0) for attempt in attempts) for activity in _MEASURED}
-    wall_clock = max(attempt.time for attempt in attempts) - min(attempt.start for attempt in attempts)
-    return Goodput({**seconds, DOWN: max(0.0, wall_clock - sum(seconds.values()))}, len(attempts))
+    down = sum(max(0.0, later.start - earlier.time) for earlier, later in pairwise(attempts))
+    return Goodput({**seconds, DOWN: down}, len(attempts))
 
 
 def last_lines(lines: Sequence[AttemptTime]) -> list[AttemptTime]:

@@ -98,7 +98,7 @@ def _attempts(steps: int) -> list[dict[str, Any]]:
     for number, (first, last) in enumerate(((0, 0.3), (0.28, 0.8), (0.8, 1.0))):
         start = 1_795_166_430.0 + 20_000 * number
         for step, time in ((int(first * steps), 200.0), (int(last * steps), 16_000.0)):
-            seconds = {"useful": time - 180, "evaluating": 80.0, "starting": 60.0, "checkpointing": 30.0}
+            seconds = {"useful": time - 170, "evaluating": 80.0, "starting": 60.0, "checkpointing": 30.0}
             line = {"start": start, "time": start + time, "step": step, "reached": step, "total_steps": steps}
             lines.append({**line, "activity": "training", "seconds": seconds})
     return lines

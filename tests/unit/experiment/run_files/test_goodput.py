@@ -19,8 +19,10 @@ from experiment.run_files.goodput import (
     EVALUATING,
     REDONE,
     STARTING,
+    TRAINING,
     USEFUL,
     ActivityTimer,
+    AttemptTime,
     add_up,
     attempt_start,
     last_lines,
@@ -156,6 +158,17 @@ def test_a_clock_that_is_set_back_between_two_attempts(clock: Clock, folder: Run
     attempts = last_lines(read_attempt_times(folder))
     assert [(attempt.step, attempt.total_steps) for attempt in attempts] == [(10, 10), (20, 20)]
     assert min(spent(folder).values()) > 0
+
+
+@pytest.mark.parametrize("start", [1e9, 1e9 - 365 * 86_400, 100.0])
+def test_a_clock_that_is_set_during_the_first_attempt(start: float) -> None:
+    """Catches a year, or all since 1970, that counts as down for as long as the run lives."""
+    attempts = [
+        AttemptTime(first, last, 1, 1, None, TRAINING, {USEFUL: 900.0, STARTING: 100.0})
+        for first, last in ((start, 1e9 + 1000), (1e9 + 1500, 1e9 + 2500))
+    ]
+    goodput = add_up(attempts)
+    assert (goodput.seconds[DOWN], goodput.wall_clock) == (500.0, 2500.0)
 
 
 def test_steps_after_a_rewind_are_redone(clock: Clock, folder: RunFolder) -> None:
