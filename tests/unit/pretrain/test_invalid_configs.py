@@ -136,6 +136,23 @@ def test_the_default_rate_is_too_high_to_continue_a_model() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"every_steps": None, "every_minutes": 10}, "null"),
+        ({"every_steps": 300}, "300"),
+        ({"every_steps": 500}, None),
+        ({}, None),  # 100
+    ],
+)
+def test_milestones_that_are_not_saved(options: dict[str, Any], found: str | None) -> None:
+    """Catches weeks of training of which the last checkpoints alone are left, without a word."""
+    tree: dict[str, Any] = {"run": {"dir": "r"}, "corpus": {"train": "c"}, "schedule": {"steps": 9}}
+    tree |= {"model": {"config": {"model_type": "bert"}}, "checkpoint": {"keep_every": 1000, **options}}
+    expected = f"checkpoint.keep_every is 1000: few of these steps are saved, as checkpoint.every_steps is {found}"
+    assert list(build_config(PretrainConfig, tree, {}).warnings(None)) == ([] if found is None else [expected])
+
+
+@pytest.mark.parametrize(
     ("text", "value"), [("on", True), ("off", False), ("true", True), ("false", False), ("auto", "auto")]
 )
 def test_compile_takes_on_and_off(config: Path, tmp_path: Path, text: str, value: bool | str) -> None:
