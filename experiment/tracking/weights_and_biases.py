@@ -14,7 +14,8 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -153,8 +154,11 @@ class WandbTracker:
                 if wandb.run is not None:  # of the caller; `login` returns False then
                     if wandb.run.settings.mode != "online":
                         raise RuntimeError("the active W&B run is not online")
-                elif not wandb.login(prompt=False):
-                    raise RuntimeError("no API key; `wandb login` stores one")
+                else:
+                    with suppress(AttributeError, TypeError):  # no part of W&B's documentation: it may change
+                        wandb.termsetup(settings, _Messages(self._warn))
+                    if not wandb.login(prompt=False):
+                        raise RuntimeError("no API key; `wandb login` stores one")
                 run = wandb.init(mode="online", settings=settings, **self._options)
                 first_number = run.starting_step
             except Exception as error:
@@ -194,6 +198,21 @@ class WandbTracker:
     def _warn(self, message: str) -> None:
         if not self._off:
             logger.warning("W&B %s", message)
+
+
+class _Messages:
+    """Gets what W&B would print. Warns if it stops uploading, which it only says there."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+
+    def info(self, message: str) -> None: ...
+
+    def warning(self, message: str) -> None:
+        if "Fatal error while uploading" in message:
+            self._warn("has stopped uploading, as after an answer 403; to send the rest, stop the run and resume it")
+
+    error = warning
 
 
 class _Rows:

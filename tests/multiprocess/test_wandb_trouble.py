@@ -102,23 +102,26 @@ def test_a_run_whose_disk_for_wandb_is_full(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("trouble", ["error 500", "no answer"])
+@pytest.mark.parametrize("trouble", ["error 500", "error 403", "no answer"])
 def test_a_server_that_breaks_during_a_run(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, undisturbed: Callable[[int], list[float]], trouble: str
 ) -> None:
-    """Catches a run that waits without end for what W&B has not uploaded when it ends, and metrics that are lost."""
+    """Catches a run that waits without end for what W&B has not uploaded when it ends, and metrics that are lost; and a
+    page that stands still, without a word, for weeks."""
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG, tracking__wandb="online")
     folder = tmp_path / "run"
     with wandb_server() as server:
         variables = _variables(server.url, tmp_path)
         process = start(sys.executable, "-m", "pretrain.run", "--config", str(config), **variables)
         wait_until(lambda: server.history, process)
-        if trouble == "error 500":
-            server.status = 500
-        else:
+        if trouble == "no answer":
             server.answering.clear()
+        else:
+            server.status = int(trouble.split()[1])
         reached = len(logged(folder))
         wait_for_steps(folder, reached + 50, process)
+        if trouble == "error 403":
+            wait_until(lambda: "W&B has stopped uploading" in RunFolder(folder).rank_log(0).read_text(), process)
         steps, _ = _stop_in_time(process, folder)
     assert logged(folder) == undisturbed(steps)
     assert _local_steps(folder) == steps, "`wandb sync` has nothing to send"

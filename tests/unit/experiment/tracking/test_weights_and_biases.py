@@ -82,9 +82,13 @@ class FakeWandb:
         self.silent = False
         self.starting_step = 0  # what the server says: after its last row
         self.run: SimpleNamespace | None = None  # the active run of the caller
+        self.messages: Any = None  # gets what would be printed
 
     def setup(self, settings: dict[str, Any]) -> None:
         self.silent = settings["silent"]
+
+    def termsetup(self, settings: dict[str, Any], messages: Any) -> None:
+        self.messages = messages
 
     def login(self, prompt: bool) -> bool:
         if self.run is not None:
@@ -333,6 +337,18 @@ def test_a_caller_with_an_active_run(tmp_path: Path, fake: FakeWandb, mode: str)
     fake.run = SimpleNamespace(settings=SimpleNamespace(mode=mode))
     tracker(tmp_path).close(Outcome.DONE)
     assert [run.options["mode"] for run in fake.runs] == ["online" if mode == "online" else "offline"]
+
+
+def test_the_end_of_uploads_is_reported(tmp_path: Path, fake: FakeWandb, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a page that stands still for weeks, and W&B's other messages in the log."""
+    open_tracker = tracker(tmp_path)
+    wait_until(lambda: fake.runs)
+    fake.messages.info("wandb: 403 encountered ({}), retrying request")
+    fake.messages.warning("wandb: WARNING Fatal error while uploading data. Some run data will not be synced")
+    fake.messages.error("wandb: ERROR something else")
+    open_tracker.close(Outcome.DONE)
+    (warning,) = warnings(caplog)
+    assert warning.startswith("W&B has stopped uploading")
 
 
 def test_a_missing_package_warns_once(
