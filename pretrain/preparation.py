@@ -50,6 +50,8 @@ def prepare(config: PretrainConfig, group: CpuGroup) -> tuple[ResolvedRun, Built
     if world.rank == 0:
         warn_of_emulation(run.deepspeed)
     verify_on_each_host(group, run.all_corpora)
+    for corpus in run.all_corpora:  # now: held-out ones may be read hours later
+        group.call(corpus.map_shards)
     model = group.call(lambda: _build_model(run))
     kind = agreed_row_kind(group, choose_row_kind(model, run.deepspeed.dtype))
     on_gpu = torch.cuda.is_available()  # where no width has been measured: rows are as wide as the longest sequence

@@ -118,6 +118,11 @@ class Corpus:
         mapped = [self._mapped_shards[shard] for shard in shards.tolist()]
         return zip(mapped, begins.tolist(), ends.tolist(), strict=True)
 
+    def map_shards(self) -> None:
+        """Map the shards now, not when they are first read: the corpus keeps these tokens from then on, even if its
+        files are replaced."""
+        _ = self._mapped_shards
+
     def find_damage(self, shard: Shard) -> str | None:
         """Compare a shard with its checksum, and its token ids with the vocabulary. Returns the damage, or None."""
         path = self.path / shard.file

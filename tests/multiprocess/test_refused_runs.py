@@ -11,15 +11,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.run_files.outcome_file import Outcome, read_outcome, reserve_outcome
 from experiment.run_files.provenance import write_provenance
 from experiment.run_files.run_folder import RunFolder
+from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
+from pretrain.corpus.reader import open_corpus
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.world import World
 from rank_pool import RankPool, free_port
@@ -165,6 +169,27 @@ def test_a_damaged_corpus_is_refused(
     assert len(set(errors)) == 1
     assert f"{shard} is damaged: its SHA-256 is " in errors[0]
     assert read_outcome(RunFolder(tmp_path / "run"))[:2] == (Outcome.REFUSED, errors[0])
+
+
+def replaced_case(world: World, tree: Tree, corpora: list[Path]) -> list[list[int]]:
+    """Delete the corpora of a run when it has verified them. Returns the first tokens of each."""
+    from pretrain.preparation import prepare
+
+    run, *_ = prepare(build_config(PretrainConfig, tree), CpuGroup(world, timedelta(seconds=60)))
+    for corpus in corpora:
+        shutil.rmtree(corpus)
+    return [corpus.read(np.array([0]), np.array([1])).tolist() for corpus in run.all_corpora]
+
+
+def test_a_corpus_that_is_replaced_while_a_run_trains(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches other text at the positions of the old index: in an evaluation, or after a rewind, hours after the run
+    has verified its corpora."""
+    corpora = [Path(shutil.copytree(path, tmp_path / path.name)) for path in (wordpiece_corpus, heldout_corpus)]
+    expected = [open_corpus(corpus).read(np.array([0]), np.array([1])).tolist() for corpus in corpora]
+    tree = run_config(tmp_path / "run", corpora[0], corpus__eval={"held": str(corpora[1])})
+    assert pools[1].run(replaced_case, tree, corpora) == [expected]
 
 
 def verification_case(world: World, corpus: Path, fails_on: int | None) -> tuple[str, int]:
