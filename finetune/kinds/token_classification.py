@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import regex
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from experiment.errors import UserError
 from experiment.formatting import shorten
+from experiment.unspaced_scripts import UNSPACED
 from finetune.data.columns import Columns, TagsColumn, WordsColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
@@ -32,6 +34,7 @@ from finetune.scores.metrics import (
 from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none, which cross-entropy ignores
+_UNDIVIDED = regex.compile(f"[{UNSPACED} ]")
 _SHOWN = 5  # words in a message
 _LONGEST_LIST = 250  # characters, of tags in a message
 
@@ -109,10 +112,12 @@ class Kind(TaskKind[Config]):
         ]
 
     def evaluated_texts(self, record: Record) -> Iterator[str]:
-        """Yield the sentence, not its words; without spaces, which divide numbers, if each word is a character."""
+        """Yield the sentence, not its words; without spaces, which divide numbers, if each word is a character and the
+        script has no spaces, or the spaces are words."""
         words = record.values["words"]
-        is_divided = any(sum(map(str.isalnum, word)) > 1 for word in words)
-        yield (" " if is_divided else "").join(words)
+        text = "".join(words)
+        is_divided = any(sum(map(str.isalnum, word)) > 1 for word in words) or not _UNDIVIDED.search(text)
+        yield " ".join(words) if is_divided else text
 
     def check_target(self, record: Record) -> None:
         self._tag_ids(record)

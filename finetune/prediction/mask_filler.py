@@ -77,6 +77,11 @@ class MaskFiller:
         """The scores that are of tokens; those after them pad the vocabulary of some models."""
         return vocabulary_size(self.tokenizer)
 
+    @cached_property
+    def _added_tokens(self) -> dict[int, str]:
+        """As they are in the vocabulary: `convert_ids_to_tokens` returns them normalized."""
+        return {identifier: str(token.content) for identifier, token in self.tokenizer.added_tokens_decoder.items()}
+
     @property
     def mask(self) -> str:
         """The text of a mask."""
@@ -123,13 +128,12 @@ class MaskFiller:
         token: its text, without spaces around it; piece: as it is in the vocabulary, which tells ` the` from `the`.
         Raises NotFiniteError.
         """
-        added = self.tokenizer.added_tokens_decoder  # convert_ids_to_tokens returns them normalized
         self.loaded.check_finite([found for _, found in mask] for mask in candidates)
         return [
             [
                 {
                     "token": decode_token(self.tokenizer, token).strip(),
-                    "piece": added[token].content if token in added else self.tokenizer.convert_ids_to_tokens(token),
+                    "piece": self._added_tokens.get(token) or self.tokenizer.convert_ids_to_tokens(token),
                     "probability": found,
                 }
                 for token, found in mask

@@ -9,7 +9,6 @@ classification or multiple choice predicts as a task of that kind, with the labe
 `find_model` finds the folder in a run.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,8 +161,8 @@ def _read_foreign(folder: Path) -> SavedTask:
             "`deepcloze finetune` makes a folder to predict with"
         )
     elif kind_name == "classification" and len(set(labels)) < len(labels):  # its probabilities are by label
-        label, count = Counter(labels).most_common(1)[0]
-        raise UserError(f"{folder / 'config.json'}: id2label has '{label}' {count} times; give each label its own name")
+        label = next(label for label in labels if labels.count(label) > 1)
+        raise UserError(f"{folder / 'config.json'}: id2label has '{label}' more than once; give each its own name")
     kind_type = find_kind(kind_name)
     kind = kind_type(build_config(kind_type.config_type, {}), labels)
     return SavedTask(kind, None, padded=None, spaced_words=True, foreign=True)

@@ -18,7 +18,7 @@ class Limits:
     max_bytes: int  # of one request
     max_queue: int  # texts of all requests that are being answered
     timeout: float  # seconds, from the headers of a request to the end of its answer
-    max_item_tokens: int = 32768  # of a text with all its options; the model limits other texts
+    max_item_tokens: int = 32768  # of a text, with all its options
     max_option_tokens: int = 8 * 32768  # of the options of all texts of one request
 
 

@@ -156,10 +156,8 @@ class ModelWorker:
         return await asyncio.to_thread(predictor.decode, split, outputs, calibrated)
 
     def _sizes(self, items: Sequence[Example]) -> list[Size]:
-        """Return sizes. Raises HTTPException for a text whose options, computed at once, take too much memory."""
+        """Return sizes. Raises HTTPException for an item that takes too much time or memory: it is computed at once."""
         sizes = [Size(len(item.sequences), self._padded or item.longest) for item in items]
-        most = max((size.tokens for size in sizes if size.sequences > 1), default=0)
-        if most > (limit := self._limits.max_item_tokens):
-            message = f"a text whose options have {most:,} tokens; at most {limit:,} are accepted"
-            raise HTTPException(413, message)
+        if (most := max((size.tokens for size in sizes), default=0)) > (limit := self._limits.max_item_tokens):
+            raise HTTPException(413, f"a text, with its options, has {most:,} tokens; at most {limit:,} are accepted")
         return sizes

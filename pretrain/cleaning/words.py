@@ -31,7 +31,7 @@ CLOSING = r"\"'”’)\]）」』》】"
 # Half-width marks in Chinese may have no space after them.
 _SENTENCE_END = regex.compile(
     rf"(?=\s)(?<=[.!?…][{CLOSING}]*)\s+|(?![。！？!?…{CLOSING}])(?<=[。！？][!?…{CLOSING}]*)"
-    rf"|(?=[{UNSPACED}])(?<=[!?…][{CLOSING}]*)"
+    rf"|(?=[{UNSPACED}])(?<=[!?][{CLOSING}]*)"
 )
 
 

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import read_items
 from experiment.models.model_names import local_tokenizer
-from experiment.models.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
+from experiment.models.tokenizer import decode_token, load_tokenizer, save_tokenizer, vocabulary_size
 from experiment.output_folder import new_folder
 from experiment.unspaced_scripts import UNSPACED
 
@@ -114,8 +114,8 @@ def _new_tokens(
     normalize, seen = _normalizer(tokenizer), set[str]()
     for line, word in words:
         token, is_entry = _parse_word(word, state, tokenizer, f"{path}, line {line}")
-        if normalize(token) not in seen and not _is_one_token(token, tokenizer):
-            seen.add(normalize(token))
+        if (normal := normalize(token)) not in seen and not _is_one_token(token, tokenizer):
+            seen.add(normal)
             (entries if is_entry else added_tokens)[token] = line
     return entries, added_tokens
 
@@ -199,7 +199,7 @@ def _check_new_tokens(
         if found != [identifier] and not (prefix and token.startswith(prefix)):
             raise UserError(
                 f"{path}, line {lines[token]}: '{token}' would not become one token, found "
-                f"{tokenizer.convert_ids_to_tokens(found)}"
+                f"{[decode_token(tokenizer, piece) for piece in found]}"
             )
     inside = next(filter(_matches_anywhere, new_ids), None)
     if inside and any(piece.startswith(("▁", "Ġ")) for piece in tokenizer.tokenize(f"{inside}a")[1:]):

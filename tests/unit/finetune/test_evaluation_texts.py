@@ -142,6 +142,8 @@ def test_each_choice_is_a_text_and_words_are_one(tmp_path: Path) -> None:
     cases = [("multiple_choice", choices, ["曹雪芹", "吴承恩", "谁写了红楼梦？"])]
     for words, text in (
         (["New York", "is", "large"], "New York is large"),
+        ([*"MKTAY"], "M K T A Y"),
+        ([*"특히 영동"], "특히 영동"),
         ([*"2003年加入ABB", "❤️", "……"], "2003年加入ABB❤️……"),
     ):
         cases.append(("token_classification", {"tokens": words, "tags": ["O"] * len(words)}, [text]))
