@@ -131,8 +131,7 @@ class TrainingConfig(Section):
     """`balanced` weights the loss of each label inversely to its frequency, for rare labels."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto` is bf16 if the device supports it natively, otherwise fp32. fp16 needs CUDA. Outputs of heads are fp32,
-    but for masked LMs."""
+    """`auto` is bf16 if the device supports it natively, otherwise fp32. fp16 needs CUDA. Outputs of heads are fp32."""
 
     def warnings(self, steps: int) -> Iterator[str]:
         """Yield settings that are probably mistakes. steps: updates of each seed; 0 if nothing is trained."""
