@@ -127,7 +127,7 @@ def build_model(spec: ModelSpec) -> BuiltModel:
         built = BuiltModel(model, tuple(name for name, _ in model.named_parameters()))
     for name in parameters_in(spec.freeze, built.model):
         built.model.get_parameter(name).requires_grad_(False)
-    if spec.auto_model not in ("AutoModel", "AutoModelForMaskedLM"):
+    if spec.auto_model != "AutoModel":
         _compute_outputs_in_fp32(built.model)
     return built
 

@@ -161,7 +161,7 @@ class Kind(TaskKind[Config]):
         return choice_loss(torch.split(outputs[:, 0].float(), sizes), batch.targets)
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
-        probabilities = torch.softmax(torch.from_numpy(np.concatenate(outputs)), dim=0).tolist()
+        probabilities = torch.softmax(torch.from_numpy(np.concatenate(outputs)).double(), dim=0).tolist()
         names = self._names(record.values["choices"], record.place)
         best = names[int(np.argmax(probabilities))]
         if not self.labels:

@@ -17,6 +17,7 @@ _NDCG_CUTOFF = 10
 _CJK = re.compile("[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ROWS = 256  # of a matrix of similarities that are computed at once
+_ROUNDING = 1e-6  # of a product of unit vectors in fp32
 # Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
 _LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
 # Of tags that are not written as B-X: b-X and B_X; X-B and X_B.
@@ -231,18 +232,15 @@ def document_ranks(
     own_N: its number. left_out_N: the number of a document that does not count, such as the query's own text; the
     query's own document always counts.
 
-    Of documents that are equally similar, all have the last of their ranks, so that a model that gives all texts the
-    same vector finds nothing; so does one whose vectors are not numbers.
+    Of documents that are equally similar, up to rounding, all have the last of their ranks, so that a model that gives
+    all texts the same vector finds nothing; so does one whose vectors are not numbers.
     """
     ranks: list[int] = []
-    first: dict[bytes, int] = {}
-    same_M = np.array([first.setdefault(vector.tobytes(), number) for number, vector in enumerate(documents_MD)])
     for start in range(0, len(queries_ND), _ROWS):
-        # Products of equal vectors may differ by rounding: take the first one for all.
-        similarity_RM = (queries_ND[start : start + _ROWS] @ documents_MD.T)[:, same_M]
+        similarity_RM = queries_ND[start : start + _ROWS] @ documents_MD.T
         own_R1, other_R1 = own_N[start : start + _ROWS, None], left_out_N[start : start + _ROWS, None]
         least_R1 = np.take_along_axis(similarity_RM, own_R1, axis=1)
-        found_RM = ~(similarity_RM < least_R1)  # NaN is not smaller
+        found_RM = ~(similarity_RM < least_R1 - _ROUNDING)  # NaN is not smaller
         too_many_R1 = np.take_along_axis(found_RM, other_R1, axis=1) & (other_R1 != own_R1)
         ranks += (found_RM.sum(axis=1) - too_many_R1[:, 0]).tolist()
     return ranks

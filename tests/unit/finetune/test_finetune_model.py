@@ -346,24 +346,21 @@ def test_a_head_of_another_kind_of_task_is_not_kept(encoder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("auto_model", "output", "dtype"),
+    ("auto_model", "output"),
     [
-        (AUTO, "logits", torch.float32),
-        ("AutoModelForTokenClassification", "logits", torch.float32),
-        ("AutoModelForQuestionAnswering", "end_logits", torch.float32),
-        ("AutoModelForMaskedLM", "logits", torch.bfloat16),
+        (AUTO, "logits"),
+        ("AutoModelForTokenClassification", "logits"),
+        ("AutoModelForQuestionAnswering", "end_logits"),
+        ("AutoModelForMaskedLM", "logits"),
     ],
 )
-def test_the_output_layer_of_a_head_computes_in_fp32(
-    encoder: Path, auto_model: str, output: str, dtype: torch.dtype
-) -> None:
-    """Catches values of a regression that are multiples of 0.5 in bf16, and a vocabulary as output that is computed in
-    fp32, which takes much longer."""
+def test_the_output_layer_of_a_head_computes_in_fp32(encoder: Path, auto_model: str, output: str) -> None:
+    """Catches values of a regression that are multiples of 0.5 in bf16, and options of a blank with equal scores."""
     model = build_model(ModelSpec(encoder, True, auto_model, {})).model
     with torch.autocast("cpu", torch.bfloat16):
         values = model(input_ids=torch.tensor([[1, 2, 3]]))[output]
-    assert values.dtype == dtype
-    assert torch.equal(values, values.bfloat16().float()) == (dtype == torch.bfloat16)
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float())
 
 
 @pytest.mark.parametrize("tokenizer", [BertweetTokenizer, LukeTokenizer, PhobertTokenizer, RoCBertTokenizer])
