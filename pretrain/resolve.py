@@ -128,6 +128,7 @@ def resolve(
     model_config = resolve_model_config(model_source, tokenizer)
     _check_precision(model_config.model_type, deepspeed)
     _check_layer_drop(model_config, deepspeed)
+    _check_quantization(model_config)
     skeleton = meta_model(model_config)
     check_freeze(config.model.freeze, skeleton)
     _check_layer_decay(config.optimizer.layer_decay, skeleton)
@@ -263,6 +264,15 @@ def _check_layer_drop(model_config: PreTrainedConfig, deepspeed: DeepSpeedSettin
                 f"model.config.{field} is {rate}: dropping layers works at ZeRO 0 and 1 without offload only; "
                 f"use --engine.ds_config=ds_configs/{deepspeed.precision}_zero1.json, or set it to 0"
             )
+
+
+def _check_quantization(model_config: PreTrainedConfig) -> None:
+    """Raise UserError for I-BERT with integer arithmetic."""
+    if getattr(model_config, "quant_mode", False):
+        raise UserError(
+            f"model.config.quant_mode: '{model_config.model_type}' quantizes by ranges of activations, which depend on "
+            "the microbatches; set it to false"
+        )
 
 
 def _check_layer_decay(layer_decay: float, model: PreTrainedModel) -> None:

@@ -168,17 +168,22 @@ def keep_fixed(model: "PreTrainedModel", new: "PreTrainedModel") -> None:
             parameter.requires_grad_(False)
 
 
+def saved_names(model: "PreTrainedModel") -> dict[str, str]:
+    """Return the names of parameters in folders, by their names in the model. They differ for XLM-RoBERTa and others,
+    which name tied embeddings after the decoder: classes without the masked-LM head look for the embeddings."""
+    return {name: model.all_tied_weights_keys.get(name, name) for name, _ in model.named_parameters()}
+
+
 def parameters_in(modules: Iterable[str], model: "PreTrainedModel") -> set[str]:
     """Return the names of the parameters in any of the modules, each of which is one part, or several consecutive
-    dotted parts, of a parameter's name. A tied decoder is in the embeddings, also where the model names the table after
-    the decoder, as XLM-RoBERTa does."""
-    names = {name: model.all_tied_weights_keys.get(name, name) for name, _ in model.named_parameters()}
-    return {own for own, name in names.items() if any(f".{module}." in f".{name}." for module in modules)}
+    dotted parts, of the parameter's `saved_names`: a tied decoder is in the embeddings."""
+    names = saved_names(model).items()
+    return {own for own, name in names if any(f".{module}." in f".{name}." for module in modules)}
 
 
 def check_freeze(freeze: tuple[str, ...], model: "PreTrainedModel") -> None:
     """Raise UserError for a module without parameters, and if nothing would be left to train."""
-    names = [name for name, _ in model.named_parameters()]
+    names = saved_names(model).values()
     for module in freeze:
         if not parameters_in([module], model):
             raise UserError(
@@ -189,6 +194,6 @@ def check_freeze(freeze: tuple[str, ...], model: "PreTrainedModel") -> None:
         raise UserError(f"model.freeze: {', '.join(freeze)} is the whole model; nothing would be trained")
 
 
-def _modules(names: list[str]) -> set[str]:
+def _modules(names: Iterable[str]) -> set[str]:
     """Return short names of these parameters' modules: embeddings, layer.0, attention, …"""
     return set(re.findall(r"(?<=\.)[a-zA-Z_]\w*(?:\.\d+)?(?=\.)", "\n".join(f".{name}" for name in names)))

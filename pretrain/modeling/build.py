@@ -17,7 +17,13 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from experiment.errors import UserError, user_errors_in
 from experiment.models.model_folder import first_use, load_model_config, load_weights
 from experiment.models.tokenizer import load_tokenizer
-from experiment.models.transformers_models import describe_unused_layers, first_position, is_in_encoder, keep_fixed
+from experiment.models.transformers_models import (
+    describe_unused_layers,
+    first_position,
+    is_in_encoder,
+    keep_fixed,
+    saved_names,
+)
 from pretrain.batching.packing import RowKind
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
@@ -130,7 +136,7 @@ def _load(folder: Path, config: PreTrainedConfig, new_head: bool, fields: Mappin
     if line := describe_unused_layers(folder, model, unused):
         log.warning(line)
     if missing := sorted(new - _fill_biases(model, new)):
-        present = {model.all_tied_weights_keys.get(name, name) for name, _ in model.named_parameters()} - new
+        present = set(saved_names(model).values()) - new
         is_part = not all(name.startswith(encoder) for name in present)
         problem = "lacks parts of its masked-LM head" if is_part else "has no masked-LM head"
         if not new_head:

@@ -144,11 +144,6 @@ def _check_settings(config: PreTrainedConfig) -> None:
             "model.config.rope_parameters: with 'longrope' the positions of all sequences depend on the longest one of "
             "their microbatch; use another rope_type, such as yarn"
         )
-    if getattr(config, "quant_mode", False):
-        raise UserError(
-            f"model.config.quant_mode: '{config.model_type}' quantizes by ranges of activations, which depend on the "
-            "microbatches and start over after a resume; set it to false"
-        )
     if config.model_type in _UNTRAINABLE:
         raise UserError(f"model: '{config.model_type}' cannot be trained: {_UNTRAINABLE[config.model_type]}")
 

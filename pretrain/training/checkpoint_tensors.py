@@ -29,6 +29,7 @@ from experiment.errors import UserError, describe_disk_error
 from experiment.files import checksum, fsync, write_json
 from experiment.models.tensor_files import save_tensors
 from experiment.models.tokenizer import save_model_tokenizer
+from experiment.models.transformers_models import saved_names
 from experiment.run_files.checkpoints import checkpoint_step, mark_complete, read_state, write_best
 from experiment.run_files.retention import Retention, apply_retention, discard
 from pretrain.engine.engine import Engine
@@ -152,9 +153,8 @@ def write_hugging_face_folder(
 
     `weights`: fp32, by the model's own parameter names, tied ones once; with the `persistent_buffers`.
     """
-    # Classes without the masked-LM head look for the embeddings, which XLM-RoBERTa names after its decoder.
-    tied = model.all_tied_weights_keys
-    weights = {tied.get(name, name): tensor for name, tensor in weights.items()}
+    names = saved_names(model)
+    weights = {names.get(name, name): tensor for name, tensor in weights.items()}
     folder.mkdir(parents=True)
     save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = copy.deepcopy(model.config)

@@ -263,6 +263,13 @@ def test_layer_drop_where_ranks_need_the_same_layers(
     resolve(config_of(tmp_path / "run", wordpiece_corpus, model=model, engine={"ds_config": "fp32_zero2"}), 2)
 
 
+def test_quantization_by_ranges_of_activations_is_rejected(tmp_path: Path, wordpiece_corpus: Path) -> None:
+    """Catches I-BERT's ranges, which are buffers: each rank has others, and a resumed run those of rank 0."""
+    model = {"config": {"model_type": "ibert", "quant_mode": True, **tiny_fields("ibert")}}
+    with pytest.raises(UserError, match=r"model\.config\.quant_mode: 'ibert'"):
+        resolve(config_of(tmp_path / "run", wordpiece_corpus, model=model), 1)
+
+
 def test_layers_of_a_decoder_have_no_rates_of_their_own(tmp_path: Path, wordpiece_corpus: Path) -> None:
     """Catches the lowest learning rate for the last layers of Funnel, which are numbered from 0 again."""
     for model_type in ("funnel", "bart"):

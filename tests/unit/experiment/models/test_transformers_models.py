@@ -30,6 +30,8 @@ def test_a_tied_decoder_is_in_the_embeddings(model_type: str) -> None:
         found = parameters_in(modules, model)
         assert any(model.get_parameter(name) is table for name in found) == expected
     check_freeze(("word_embeddings",), model)
+    with pytest.raises(UserError, match="did you mean 'word_embeddings'"):
+        check_freeze(("word_embedding",), model)
     with pytest.raises(UserError, match="whole model"):
         check_freeze(("roberta", "lm_head"), model)
 

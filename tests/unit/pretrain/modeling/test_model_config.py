@@ -168,12 +168,6 @@ def test_a_decoder_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
         resolve(tokenizer, is_decoder=True)
 
 
-def test_quantization_by_ranges_of_activations_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Catches I-BERT's ranges, which are buffers: they start over after a resume, and each rank has others."""
-    with pytest.raises(UserError, match=r"model\.config\.quant_mode: 'ibert'"):
-        resolve(tokenizer, model_type="ibert", quant_mode=True)
-
-
 def test_positions_that_depend_on_other_sequences_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     """Catches losses that depend on which sequences are in a microbatch: transformers scales all positions alike."""
     factors = {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 16}
