@@ -15,14 +15,12 @@ import logging
 import os
 import random
 import re
-import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -192,21 +190,21 @@ def read_bytes(url: str) -> bytes:
 
 def write_bytes(url: str, content: bytes) -> None:
     """Create or replace a file. Nobody sees a part of it."""
-    _write(url, lambda path: path.write_bytes(content), lambda fs, path: fs.pipe_file(path, content))
+    _write(url, lambda fs, path: fs.pipe_file(path, content))
 
 
 def upload(path: Path, url: str) -> None:
     """Copy a file to a URL, where nobody sees a part of it. Raises OSError if it cannot be read."""
     try:
-        _write(url, partial(shutil.copyfile, path), lambda fs, target: fs.put_file(str(path), target))
+        _write(url, lambda fs, target: fs.put_file(str(path), target))
     except StorageError:
         path.open("rb").close()  # raises if the file is the cause: it may have been deleted
         raise
 
 
-def _write(url: str, write: Callable[[Path], object], put: Callable[[Any, str], object]) -> None:
-    """Create or replace a file: on a disk, where fsspec would overwrite it in place, with `write`, which gets a
-    temporary path; else with `put`, which gets the file system and the path in it."""
+def _write(url: str, put: Callable[[Any, str], object]) -> None:
+    """Create or replace a file with `put`, which gets the file system and a path in it: on a disk, where fsspec would
+    overwrite the file in place, a temporary one."""
 
     def replace(fs: Any, path: str) -> None:
         if not url.startswith("file:"):
@@ -215,7 +213,7 @@ def _write(url: str, write: Callable[[Path], object], put: Callable[[Any, str], 
         file = Path(path)
         remove_unfinished(file.parent, file.name)  # of a process that was killed
         with atomic_write(file) as temporary:
-            write(temporary)
+            put(fs, str(temporary))
 
     _call(url, replace)
 

@@ -355,7 +355,7 @@ class PretrainConfig(Section):
             yield f"optimizer.lr is {self.optimizer.lr:g}: usual learning rates are 1e-4 to 1e-2"
         yield from self.warnings_of_unset_keys()
         every, kept = self.checkpoint.every_steps, self.checkpoint.keep_every
-        if kept is not None and (every is None or kept % every):
+        if kept not in (None, 1) and (every is None or (kept % every and every % kept)):
             found = "null" if every is None else every
             yield f"checkpoint.keep_every is {kept}: few of these steps are saved, as checkpoint.every_steps is {found}"
         if steps is not None:

@@ -70,7 +70,7 @@ class Goodput:
 
     @property
     def wall_clock(self) -> float:
-        """Seconds from the first start to the last line."""
+        """Seconds of all attempts and between them."""
         return sum(self.seconds.values())
 
     @property

@@ -6,13 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.run_files.checkpoints import (
-    BEST,
-    checkpoint_step,
-    complete_checkpoints,
-    incomplete_checkpoints,
-    named_best,
-)
+from experiment.run_files.checkpoints import BEST, checkpoint_step, complete_checkpoints, named_best
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +39,10 @@ def apply_retention(checkpoints: Path, keep: Retention, newest: int, before: int
     """Delete the checkpoints that need not be kept, and the leftovers of interrupted saves and deletions.
 
     newest: step of the checkpoint just saved, see `Retention.superseded`. before: step of the undamaged one before it,
-    if any; those between them are damaged, or the run would have resumed from them, unless one is the best. Of earlier
-    incomplete ones, milestones stay: they may be copied back from an archive. Warns about checkpoints that cannot be
-    deleted (open on a network file system, immutable); the next call tries again.
+    if any; those between them are damaged, or the run would have resumed from them, unless one is the best. Warns about
+    checkpoints that cannot be deleted (open on a network file system, immutable); the next call tries again.
     """
     remove_leftovers(checkpoints)
-    for path in incomplete_checkpoints(checkpoints):
-        step = checkpoint_step(path)
-        if step < newest and (not keep.is_milestone(step) or (before is not None and before < step)):
-            abandon(path)
     best = named_best(checkpoints)  # an earlier one than `keep.best` if that could not be saved
     by_step = {checkpoint_step(path): path for path in complete_checkpoints(checkpoints)}
     damaged = [step for step in by_step if before is not None and before < step < newest and step != keep.best]

@@ -14,11 +14,12 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from experiment.process.signals import WARNING_SIGNALS, signals_blocked
@@ -156,7 +157,8 @@ class WandbTracker:
                         raise RuntimeError("the active W&B run is not online")
                 else:
                     with suppress(AttributeError, TypeError):  # no part of W&B's documentation: it may change
-                        wandb.termsetup(settings, _Messages(self._warn))
+                        logs = dict.fromkeys(("info", "warning", "error"), self._warn_of_fatal_error)
+                        wandb.termsetup(settings, SimpleNamespace(**logs))
                     if not wandb.login(prompt=False):
                         raise RuntimeError("no API key; `wandb login` stores one")
                 run = wandb.init(mode="online", settings=settings, **self._options)
@@ -195,24 +197,14 @@ class WandbTracker:
         except Exception as error:
             self._warn(f"has no artifact of this run: {_describe(error)}")
 
+    def _warn_of_fatal_error(self, printed: str) -> None:
+        """Warn if W&B stops uploading, which it says only in what it would print."""
+        if "Fatal error while uploading" in printed:
+            self._warn("has stopped uploading, as after an answer 403; to send the rest, stop the run and resume it")
+
     def _warn(self, message: str) -> None:
         if not self._off:
             logger.warning("W&B %s", message)
-
-
-class _Messages:
-    """Gets what W&B would print. Warns if it stops uploading, which it only says there."""
-
-    def __init__(self, warn: Callable[[str], None]) -> None:
-        self._warn = warn
-
-    def info(self, message: str) -> None: ...
-
-    def warning(self, message: str) -> None:
-        if "Fatal error while uploading" in message:
-            self._warn("has stopped uploading, as after an answer 403; to send the rest, stop the run and resume it")
-
-    error = warning
 
 
 class _Rows:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from experiment.files import REPOSITORY
-from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, named_best
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import is_url
@@ -127,6 +127,7 @@ def _checkpoint_bytes(config: PretrainConfig, num_parameters: int, folder: RunFo
     kept = keep.keep_last + (config.evaluation.best_metric is not None)  # the best one is kept too
     if keep.keep_every is not None and steps is not None:
         kept += max(0, steps // keep.keep_every - first_step // keep.keep_every)
-    present = [checkpoint_step(path) for path in complete_checkpoints(folder.checkpoints)]
+    best = named_best(folder.checkpoints) if config.evaluation.best_metric is None else None  # of before: stays
+    present = [checkpoint_step(path) for path in complete_checkpoints(folder.checkpoints) if path != best]
     deleted = sum(step <= first_step and not keep.is_milestone(step) for step in present)  # later ones are damaged
     return max(0, kept + 1 - deleted) * per_parameter * num_parameters

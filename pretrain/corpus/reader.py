@@ -59,8 +59,8 @@ class Corpus:
 
     def document_lengths(self) -> Iterator[NDArray[np.int32]]:
         """Yield the length in tokens of each document, one array per shard, in order. No document is empty."""
-        for shard in self.manifest.shards:
-            yield np.diff(map_shard(self.path / shard.file).offsets)
+        for shard in self._mapped_shards:
+            yield np.diff(shard.offsets)
 
     def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int32]:
         """Return the token ids of S spans, concatenated: [sum(lengths)].

@@ -123,10 +123,11 @@ class BackgroundSave:
 
     def delete_superseded(self, keep: Retention) -> None:
         """Delete what the config does not keep, if it has changed, before a save needs the room. None may be in
-        flight."""
-        if self.saved_step is not None and self.group.world.rank == 0:
-            with suppress(OSError):  # the next save tries again
-                apply_retention(self.checkpoints, self._on_disk(keep), newest=self.saved_step)
+        flight. Collective."""
+        if (newest := self.saved_step) is not None:
+            rank, kept = self.group.world.rank, self._on_disk(keep)
+            part = self._thread.submit(lambda: None if rank else apply_retention(self.checkpoints, kept, newest))
+            self.group.wait_for_all(part, self._work.has_worked)  # after an error the next save tries again
 
     def begin(self, snapshot: Snapshot) -> None:
         """Begin to write a checkpoint; none may be in flight. Collective."""

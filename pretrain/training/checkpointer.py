@@ -160,12 +160,13 @@ class Checkpointer:
 
     def save_at_start(self, progress: TrainingProgress, finished: bool, evaluated: bool) -> None:
         """Save if it is due before the next step: a checkpoint to rewind to, the best step, the end. Before, delete
-        what is not kept. Collective.
+        what is not kept, unless the run has finished. Collective.
 
         `evaluated`: an evaluation that was left to this attempt was just made; it is added to the checkpoint of its
         step. Raises UnwritableError like `save_if_due`.
         """
-        self.saves.delete_superseded(self._retention(progress))
+        if not finished:
+            self.saves.delete_superseded(self._retention(progress))
         if evaluated and self.saves.saved_step == progress.step:
             self.update(progress)  # uploads it, once it is written
             return

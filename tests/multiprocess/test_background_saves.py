@@ -246,6 +246,18 @@ def test_leftovers_are_removed_at_the_start(
     assert not leftover.exists()
 
 
+def kept_before_the_save_case(world: World, tree: Tree) -> list[str]:
+    """The checkpoints at the first step of a resumed run."""
+    found: list[str] = []
+
+    def look(_: Any, step: int) -> None:
+        found.extend(path.name for path in (Path(tree["run"]["dir"]) / "checkpoints").iterdir() if step == 7)
+
+    with _after_log(look):
+        pretrain_case(world, tree)
+    return found
+
+
 def test_a_lower_keep_last_frees_room_at_the_start(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
@@ -254,9 +266,11 @@ def test_a_lower_keep_last_frees_room_at_the_start(
     tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=2, checkpoint__keep_last=3)
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     assert len(complete_checkpoints(tmp_path / "checkpoints")) == 3
-    tree["checkpoint"]["keep_last"] = 1
-    assert pools[2].run(pretrain_case, tree) == ["done", "done"]  # has no step to train
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+    tree["checkpoint"] |= {"keep_last": 1, "every_steps": 100}
+    assert pools[2].run(pretrain_case, tree) == ["done", "done"]  # has no step to train, and deletes nothing
+    assert len(complete_checkpoints(tmp_path / "checkpoints")) == 3
+    tree["schedule"]["steps"] = 8
+    assert pools[2].run(kept_before_the_save_case, tree) == [["step-00000006"], ["step-00000006"]]
 
 
 def stopped_case(world: World, tree: Tree) -> str:

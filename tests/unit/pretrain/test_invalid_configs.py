@@ -141,6 +141,8 @@ def test_the_default_rate_is_too_high_to_continue_a_model() -> None:
         ({"every_steps": None, "every_minutes": 10}, "null"),
         ({"every_steps": 300}, "300"),
         ({"every_steps": 500}, None),
+        ({"every_steps": 5000}, None),
+        ({"every_steps": None, "every_minutes": 10, "keep_every": 1}, None),
         ({}, None),  # 100
     ],
 )

@@ -377,19 +377,6 @@ def test_damaged_checkpoints_that_a_run_has_passed_are_deleted(
     assert not (tmp_path / "best").exists()
 
 
-def test_incomplete_checkpoints_that_a_run_has_passed_are_deleted(tmp_path: Path) -> None:
-    """Catches a checkpoint without COMPLETE that takes room until the run ends, and a milestone that is deleted while
-    its user copies it back."""
-    for path in make(tmp_path, 10, 20, 25, 30, 35, 40, 50):
-        if path.name[-2:] not in ("25", "40"):
-            (path / "COMPLETE").unlink()
-    write_best(tmp_path, 35)
-    apply_retention(tmp_path, Retention(2, keep_every=10), newest=40, before=25)
-    assert sorted(path.name[-2:] for path in tmp_path.iterdir()) == ["10", "20", "25", "40", "50"]
-    apply_retention(tmp_path, Retention(2), newest=40)
-    assert sorted(path.name[-2:] for path in tmp_path.iterdir()) == ["25", "40", "50"]
-
-
 def test_the_best_checkpoint_is_kept_although_its_save_seemed_to_fail(tmp_path: Path) -> None:
     """Catches the loss of a checkpoint whose rename took effect on a network file system, but returned an error."""
     make(tmp_path, 10, 20, 25, 30)

@@ -83,7 +83,7 @@ def test_the_bytes_of_the_planned_checkpoints(tmp_path: Path, sections: dict[str
     ("present", "first_step", "options", "expected"),
     [
         ([300, 400], 400, {"keep_last": 2}, 1),  # the next one
-        ([100, 200, 300, 400], 400, {"keep_last": 2}, 0),  # the run deletes three before
+        ([100, 200, 300, 400], 400, {"keep_last": 2}, 0),  # the run deletes two before
         ([100, 200, 300, 400], 200, {"keep_last": 2}, 1),  # the last two are damaged
         ([200, 400, 450, 500], 500, {"keep_last": 2, "keep_every": 200}, 1 + 3),  # of steps 600, 800 and 1,000
         ([450, 500], 500, {"keep_last": 2, "keep_every": 200}, 1 + 3),  # the others were moved away

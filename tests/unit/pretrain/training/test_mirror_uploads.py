@@ -176,9 +176,11 @@ def test_incomplete_checkpoints_are_deleted(mirror: Mirror, run: RunFolder, tmp_
     assert "step-00000007" in list_folders(mirror.url)
 
 
-def test_an_outage_leaves_no_incomplete_checkpoint(store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_leaves_no_incomplete_checkpoint(
+    mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a bucket that grows with every outage of a run of weeks."""
-    mirror, upload = Mirror(f"{store}/run"), mirror_module.upload
+    upload = mirror_module.upload
 
     def break_off(path: Path, url: str) -> None:
         upload(path, url)
@@ -203,11 +205,11 @@ def test_an_outage_leaves_no_incomplete_checkpoint(store: str, run: RunFolder, m
 
 @pytest.mark.parametrize("may_delete", [True, False])
 def test_a_mirror_makes_room_before_it_copies(
-    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, may_delete: bool
+    mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch, may_delete: bool
 ) -> None:
     """Catches a full mirror that stays full when `keep_last` is lowered, one that has no checkpoint meanwhile, or loses
     the best one; and one that gets no checkpoints because its user may not delete any."""
-    mirror, upload, delete, seen = Mirror(f"{store}/run"), mirror_module.upload, mirror_module.delete, list[int]()
+    upload, delete, seen = mirror_module.upload, mirror_module.delete, list[int]()
     for step in (1, 2, 3, 4):
         mirror.upload(save(run, step))
         shutil.rmtree(run.checkpoints / f"step-{step:08d}")
