@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from experiment.downloads import local_folder
 from experiment.errors import UserError, notify, warn_once
 from experiment.models.hub import download_model, resolve_commit
 from experiment.models.hub_names import HubName, meant_name
@@ -24,7 +25,7 @@ from experiment.run_files.goodput import read_attempt_times
 from experiment.run_files.mirror import local_checkpoint
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_life import read_life
-from experiment.storage import is_url, local_folder
+from experiment.storage import is_url
 
 _UNFINISHED = ("running", "stopped", "failed", "killed")
 # Files that may be in the folder of a tokenizer.

@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 from filelock import FileLock
 
+from experiment.downloads import Download, download_files
 from experiment.errors import UserError
 from experiment.files import cache_folder, check_relative, fsync_tree, json_digest, parse_json, write_file, write_text
 from experiment.run_files.checkpoints import (
@@ -34,10 +35,8 @@ from experiment.run_files.retention import Retention, abandon, discard
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import (
     DamagedError,
-    Download,
     MissingError,
     delete,
-    download_files,
     exists,
     join,
     list_files,

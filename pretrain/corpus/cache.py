@@ -22,10 +22,11 @@ from typing import NamedTuple
 from xxhash import xxh3_128_hexdigest
 
 from experiment.decontamination import CLEAN_SUMMARY
+from experiment.downloads import Download, download_files
 from experiment.errors import UserError, describe_disk_error
 from experiment.file_locks import open_for_lock, try_lock
 from experiment.files import cache_folder, json_digest, paths_below, write_file
-from experiment.storage import Download, download_files, is_url, join, list_files, read_bytes
+from experiment.storage import is_url, join, list_files, read_bytes
 from pretrain.config import CorpusConfig
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, parse_manifest, read_manifest
 from pretrain.corpus.reader import Corpus, open_corpus

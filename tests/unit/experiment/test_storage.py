@@ -12,18 +12,17 @@ from threading import Thread
 
 import pytest
 
-from experiment import storage
+from experiment import downloads, storage
+from experiment.downloads import download, local_folder
 from experiment.errors import UserError
 from experiment.storage import (
     DeniedError,
     FileInfo,
     StorageError,
     delete,
-    download,
     exists,
     list_files,
     list_folders,
-    local_folder,
     open_url,
     read_bytes,
     stat_file,
@@ -285,8 +284,8 @@ def test_a_folder_that_names_files_elsewhere(tmp_path: Path, monkeypatch: pytest
     """Catches a bucket with names of objects that make a command write files anywhere."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     names = ["tokenizer.json", "sub/../../../../x"]
-    monkeypatch.setattr(storage, "list_files", lambda url: {f"{url}/{name}": FileInfo(4, "1") for name in names})
-    monkeypatch.setattr(storage, "download", lambda *_: pytest.fail("copies a part"))
+    monkeypatch.setattr(downloads, "list_files", lambda url: {f"{url}/{name}": FileInfo(4, "1") for name in names})
+    monkeypatch.setattr(downloads, "download", lambda *_: pytest.fail("copies a part"))
     with pytest.raises(UserError, match=r"^s3://b/t: 'sub/../../../../x' is not in this folder$"):
         local_folder("s3://b/t", [])
 

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from experiment import storage
+from experiment import downloads
 from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.storage import FileInfo, StorageError, delete, list_files, read_bytes, upload, write_bytes
@@ -76,9 +76,9 @@ def test_what_is_complete_is_not_copied_again(in_bucket: str, tmp_path: Path, mo
     shards[0].unlink()
     (folder / f".{shards[0].name}.partial").write_bytes(content[:1000])  # where it was interrupted
     opened: list[str] = []
-    original = storage.open_url
+    original = downloads.open_url
     monkeypatch.setattr(
-        storage, "open_url", lambda url, start=0: opened.append(f"{url}@{start}") or original(url, start)
+        downloads, "open_url", lambda url, start=0: opened.append(f"{url}@{start}") or original(url, start)
     )
     cache.locate(in_bucket)
     assert f"{in_bucket}/{shards[0].name}@1000" in opened
