@@ -19,7 +19,7 @@ from experiment.errors import StoppedError, UserError, inform
 from experiment.formatting import UNKNOWN
 from experiment.process.signals import handle_stop_signals
 from experiment.run_files.metrics_file import Event, read_events
-from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
+from experiment.run_files.outcome_file import Cause, Outcome, read_outcome, read_rank_records
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import Renewal, lock_run
 from experiment.tracking.config import TrackingConfig
@@ -243,7 +243,8 @@ class TrialRunner:
             self._stop.kill_ranks()
 
     def run(self, sizes: Sequence[int]) -> TrialResult:
-        """Train with these sizes, in ascending order. No process remains."""
+        """Train with these sizes, in ascending order. No process remains. Raises TrialsFailedError if a rank was killed
+        before any of them trained."""
         config, stages = self._plan.config, len(self._plan.config.stages)
         tokens = scaled_microbatch(config, sizes[0]).batch.microbatch_tokens
         folder = open_run_folder(self._plan.folder.trials / str(tokens))
@@ -256,7 +257,13 @@ class TrialRunner:
             return TrialResult({})
         with self._watched(folder, sizes, stages) as ended:
             result = run_attempt(replace(plan.settings(), quiet=True), Layout(plan.slots), stop, record)
-        return TrialResult(_read_speeds(folder, sizes, stages), None if ended.is_set() or self.interrupted else result)
+        speeds = _read_speeds(folder, sizes, stages)
+        if ended.is_set() or self.interrupted:
+            return TrialResult(speeds)
+        trained = bool(speeds) or any(rank.training for rank in read_rank_records(folder))
+        if result.cause is Cause.KILLED and not trained:
+            raise TrialsFailedError(result.message)  # not for lack of memory
+        return TrialResult(speeds, result)
 
     @contextmanager
     def _watched(self, folder: RunFolder, sizes: Sequence[int], stages: int) -> Iterator[threading.Event]:

@@ -13,7 +13,7 @@ import pytest
 
 from experiment.config import build_config, dump_config
 from experiment.errors import StoppedError, UserError
-from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_files.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_lock import is_locked
 from launcher import autotune as autotune_module
@@ -371,6 +371,23 @@ def test_a_failure_is_returned(runner: Callable[..., TrialRunner]) -> None:
     failure = LaunchResult(Outcome.FAILED, "it broke")
     result = runner(trains(then=failure)).run(range(3))
     assert (result.speeds, result.failure) == ({}, failure)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_kill_counts_as_a_lack_of_memory_if_ranks_have_trained(
+    runner: Callable[..., TrialRunner], training: bool
+) -> None:
+    """Catches a run that trains with a smaller microbatch because a rank was killed during its imports."""
+
+    def rank(folder: RunFolder, stop: StopSignals) -> LaunchResult:
+        RankRecord(0, "node-0", 70, training).write(folder)
+        return KILLED
+
+    if training:
+        assert runner(rank).run(range(3)).failure == KILLED
+    else:
+        with pytest.raises(TrialsFailedError, match=KILLED.message):
+            runner(rank).run(range(3))
 
 
 def test_an_interrupted_trial_kills_its_ranks(runner: Callable[..., TrialRunner]) -> None:

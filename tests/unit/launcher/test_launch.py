@@ -534,7 +534,12 @@ def test_trials_of_a_resumed_run_need_no_model_that_is_gone(
 
     monkeypatch.setattr(sys.modules["pretrain.resolve"], "resolve", resolve_resumed)
     trials: list[LaunchSettings] = []
-    monkeypatch.setattr("launcher.autotune.run_attempt", lambda trial, *_: trials.append(trial))
+
+    def run_attempt(trial: LaunchSettings, *_: object) -> LaunchResult:
+        trials.append(trial)
+        return LaunchResult(Outcome.DONE)
+
+    monkeypatch.setattr("launcher.autotune.run_attempt", run_attempt)
     options = PretrainOptions(config=config, overrides={"model.config": "null", "model.init_from": "bert@0123"})
     plan = plan_launch(options, load_config(PretrainConfig, config, options.overrides), launch_machine())
     TrialRunner(plan, deadline=math.inf).run([0])
