@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class LostRankError(Exception):
-    """Another rank did not connect in time."""
+    """Another rank did not connect in time, or has been started twice."""
 
 
 def connect(timeout: datetime.timedelta, end_process: Callable[[str], object]) -> World:
@@ -33,8 +33,8 @@ def connect(timeout: datetime.timedelta, end_process: Callable[[str], object]) -
         end_process: called with a message, in a thread, if a rank is lost in the second part, where torch may wait for
             it forever. It must end the process itself, by `os._exit`: an exception would end the thread only.
 
-    Raises LostRankError if a rank is missing in the first part, HostError if there is a GPU that torch cannot use:
-    DeepSpeed would take the CPU.
+    Raises LostRankError if a rank is missing in the first part, or has connected twice, HostError if there is a
+    GPU that torch cannot use: DeepSpeed would take the CPU.
     """
     if problem := unusable_gpus(os.environ):
         raise HostError(problem)
@@ -96,8 +96,13 @@ def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) ->
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     listener = _listen(address, port) if serves else None
     store = dist.TCPStore(address, port, world.size, serves, timeout, wait_for_workers=False, master_listen_fd=listener)
-    keys = [f"connected/{rank}" for rank in range(world.size)]
-    store.set(keys[world.rank], "")
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun, which keeps its store
+    keys = [f"connected/{restarts}/{rank} of {world.size}" for rank in range(world.size)]
+    if store.add(keys[world.rank], 1) > 1:
+        raise LostRankError(
+            f"another rank {world.rank} has connected to {address}:{port}: this run has been started already, or "
+            "another one uses the port (set --master_port)"
+        )
     try:
         store.wait(keys, timeout)
     except dist.DistStoreError:
