@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> NoReturn:
         config = read_arguments(argv)
     except UserError as error:
         exit_refused(error, rank)
-    # Without our launcher, rank 0 takes the run folder, or is refused; others know that it has when they are connected.
+    # Without our launcher, rank 0 takes the run folder, or is refused; others know that it has when they meet it.
     folder, holds_folder = RunFolder(Path(config.run.dir).absolute()), rank == 0 or has_launcher()
     recorder = RankRecorder(folder, rank, holds_folder)
     run_rank(partial(_connect_and_pretrain, config, recorder), recorder)
@@ -181,12 +181,15 @@ def read_arguments(argv: Sequence[str]) -> PretrainConfig:
 def _connect_and_pretrain(config: PretrainConfig, recorder: RankRecorder, stop: StopRequest) -> Outcome:
     share_cores()
     heartbeat = RankHeartbeat(recorder.folder, recorder.rank, config.health.hang_seconds)
+
+    def take_folder() -> None:
+        if not recorder.holds_folder:
+            recorder.start()
+            heartbeat.start()
+
     if recorder.holds_folder:
         heartbeat.start()
-    world = connect(_timeout(config), partial(give_up, recorder))
-    if not recorder.holds_folder:
-        recorder.start()
-        heartbeat.start()
+    world = connect(_timeout(config), partial(give_up, recorder), take_folder)
     times = ActivityTimer(attempt_start())
     heartbeat.follow(times)
     ending = pretrain(config, world, stop, recorder, times)

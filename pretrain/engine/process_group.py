@@ -25,13 +25,16 @@ class LostRankError(Exception):
     """Another rank did not connect in time, or has been started twice."""
 
 
-def connect(timeout: datetime.timedelta, end_process: Callable[[str], object]) -> World:
+def connect(
+    timeout: datetime.timedelta, end_process: Callable[[str], object], on_met: Callable[[], object] | None = None
+) -> World:
     """Join the process group described by the environment (MASTER_ADDR, RANK, WORLD_SIZE …).
 
     Args:
         timeout: of every collective, and of each of the two parts of connecting: to rank 0, then to all ranks.
         end_process: called with a message, in a thread, if a rank is lost in the second part, where torch may wait for
             it forever. It must end the process itself, by `os._exit`: an exception would end the thread only.
+        on_met: called after the first part. The ranks are then those of one start.
 
     Raises LostRankError if a rank is missing in the first part, or has connected twice, HostError if there is a
     GPU that torch cannot use: DeepSpeed would take the CPU.
@@ -43,6 +46,8 @@ def connect(timeout: datetime.timedelta, end_process: Callable[[str], object]) -
     deepspeed.ops.__compatible_ops__ = {}
     world = _local_world()
     store = _meet(world, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
+    if on_met is not None:
+        on_met()
     accelerator = get_accelerator()
     backend = accelerator.communication_backend_name()
     message = f"the ranks did not connect to each other within {timeout.total_seconds():.0f} s ({backend})"

@@ -49,7 +49,7 @@ def test_loss_scale_errors_exit_with_their_message(
     """Catches a trace instead of advice, an outcome that is not recorded, and a hang_seconds that has no effect."""
     timeouts: list[timedelta] = []
 
-    def connect(timeout: timedelta, _: Any) -> World:
+    def connect(timeout: timedelta, *_: Any) -> World:
         timeouts.append(timeout)
         return World(0, 1)
 
@@ -66,11 +66,11 @@ def test_loss_scale_errors_exit_with_their_message(
 
 
 @pytest.mark.parametrize("launched", [True, False])
-def test_a_rank_that_deepspeed_starts_writes_nothing_until_it_is_connected(
+def test_a_rank_that_deepspeed_starts_writes_nothing_until_it_has_met_rank_0(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: bool
 ) -> None:
     """Catches a second start that is refused, but changes the records by which the launch of the first one watches its
-    ranks."""
+    ranks, and a rank that fails to connect to the others, but does not record it."""
     logs = open_run_folder(tmp_path / "run").logs
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv(LAUNCH_VARIABLE, raising=False)
@@ -87,13 +87,13 @@ def test_a_rank_that_deepspeed_starts_writes_nothing_until_it_is_connected(
     def lose_rank_0(*_: Any) -> World:
         raise LostRankError("not connected: rank 0")
 
-    def fail(*_: Any) -> Outcome:
-        raise AgreedFailureError("try a lower optimizer.lr")
+    def lose_network(_: timedelta, __: object, on_met: Callable[[], None]) -> World:
+        on_met()
+        raise RuntimeError("NCCL error")
 
-    monkeypatch.setattr(pretrain.run, "pretrain", fail)
     written = {"outcome.json", "processes.lock", "rank-1.json", "rank-1.log"}
     assert files(lose_rank_0) - {"rank-1.beat"} == (written if launched else set())
-    assert files(lambda *_: World(1, 2)) - {"rank-1.beat"} == written
+    assert files(lose_network) - {"rank-1.beat"} == written
 
 
 def test_a_checkpoint_that_cannot_be_written_is_agreed_on() -> None:
