@@ -113,9 +113,11 @@ def read_result(
         return LaunchResult(Outcome.FAILED, message, cause)
     outcome, message, reported_cause = reported
     if BEFORE_FIRST_STEP in message:
-        # DeepSpeed's launcher stops the other ranks, or those of its host, when one is killed, and they report that.
+        # DeepSpeed's launcher stops the other ranks, or those of its host, when one fails, and they report that.
         unrecorded = ranks - Counter(rank.host for rank in read_rank_records(folder))  # ended during their imports
         hosts, reporter = {*unrecorded, *(rank.host for rank in silent)}, host_of(message)
+        if unrecorded and not remote and exit_code in (Outcome.FAILED.exit_code, Outcome.REFUSED.exit_code):
+            return LaunchResult(Outcome.FAILED, f"a rank failed during its start (exit code {exit_code})", Cause.ERROR)
         if hosts and (killer not in (None, *STOP_SIGNALS) or (others_killed and reporter in hosts)):
             ending = ending or f"a rank that was starting on {reporter} ended first"
             return LaunchResult(Outcome.FAILED, ending, Cause.KILLED)

@@ -136,13 +136,17 @@ def test_a_rank_killed_before_the_first_step(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("remote", [True, False])
-def test_a_rank_killed_during_its_imports(folder: RunFolder, remote: bool) -> None:
-    """Catches a launch that counts as stopped because the killed rank has not recorded that it has begun."""
+def test_a_rank_that_fails_during_its_imports(folder: RunFolder, remote: bool) -> None:
+    """Catches a launch that counts as stopped because the failed rank has not recorded that it has begun."""
     write_outcome(folder, Outcome.STOPPED, "node-0, rank 0: SIGTERM before the first step", Cause.SIGNAL)
     record(folder, 0, 75)
     ranks = Counter({"node-0": 2})
     killed = LaunchResult(Outcome.FAILED, f"a rank {OUT_OF_MEMORY}", Cause.KILLED)
     assert result_of(folder, 247, remote, ranks) == killed
+    if not remote:
+        failed = LaunchResult(Outcome.FAILED, "a rank failed during its start (exit code 1)", Cause.ERROR)
+        assert result_of(folder, 1, remote, ranks) == failed
+        assert result_of(folder, 1, remote).outcome is Outcome.STOPPED, "all have begun"
     for exit_code in STOPPED:
         assert result_of(folder, exit_code, remote, ranks).outcome is Outcome.STOPPED, "the others have not begun"
 
