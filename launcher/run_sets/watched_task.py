@@ -75,7 +75,6 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
     if not name:
         raise UserError(f"{file}: task.name: expected a name with letters or digits, found '{task.name}'")
     settings = config.model_dump(mode="json", exclude={"run": True, "tracking": True, "task": {"name"}})
-    settings["training"]["microbatch_size"] = None  # as by default: it changes scores by rounding only
     for key in _NEWER_KEYS:
         if key in CHANGE_ROUNDING_ONLY or settings["training"][key] == TrainingConfig.model_fields[key].default:
             del settings["training"][key]

@@ -249,7 +249,6 @@ def test_settings_that_change_scores_identify_a_task(write_task: WriteTask) -> N
     new keys ends."""
     before = task_of(write_task())
     assert task_of(write_task(training__grad_clip=1.0, training__parallel_seeds=2)) == before
-    assert task_of(write_task(training__microbatch_size=1)) == before
     assert task_of(write_task(training__grad_clip=2.0)).config != before.config
     assert task_of(write_task(model__config={"hidden_dropout_prob": 0.0})).config != before.config
     assert task_of(write_task(task__test=None, run__dir="other", model__init_from="other")) == before
