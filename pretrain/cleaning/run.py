@@ -177,7 +177,8 @@ def _unfinished(folder: Path) -> Path:
 
 
 def _is_cleaning(partial: Path) -> bool:
-    return (partial / _RECIPE).exists() or any(partial.glob("pass-*"))
+    patterns = (_RECIPE, f".{_RECIPE}.*", "pass-*")  # the second one: a temporary file of `write_json`
+    return any(any(partial.glob(pattern)) for pattern in patterns)
 
 
 def _holds_parts(partial: Path) -> bool:

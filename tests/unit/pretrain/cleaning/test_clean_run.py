@@ -271,10 +271,15 @@ def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path:
 
 
 def test_a_folder_in_the_way_is_left_as_it_is(clean: Any, tmp_path: Path) -> None:
-    """Catches a cleaning that deletes the unfinished corpus of the same name, or other files in `DIR.partial`."""
+    """Catches a cleaning that deletes the unfinished corpus of the same name, or other files in `DIR.partial`, and one
+    that was killed in its first write and cannot be started again."""
     other = tmp_path / "out.partial" / "build.json"
     other.parent.mkdir()
     assert clean(["a text"], {"exact_dedup": {}})["kept"] == 1  # empty
+    shutil.rmtree(tmp_path / "out")
+    other.parent.mkdir()
+    (other.parent / ".recipe.json.host.1234").touch()
+    assert clean(["a text"], {"exact_dedup": {}})["kept"] == 1
     other.parent.mkdir()
     other.touch()
     clean(["a text"], {"exact_dedup": {}})  # the result is kept
