@@ -151,7 +151,8 @@ def _evaluation_settings(config: FinetuneConfig | PretrainConfig, metric: str | 
     several masking rates the last one, as in evaluations; for the metric `loss` the corpora that it is computed on."""
     if isinstance(config, FinetuneConfig):
         task, read = config.task, {"validation", "on_bad_lines", "labels", "header", "quoting"}
-        candidates = {"columns.negative": getattr(task.columns, "negative", None)}  # that retrieval ranks
+        ranks = (metric or task.metric) in ("mrr", "ndcg@10")  # the negatives of all rows
+        candidates = {"columns.negative": getattr(task.columns, "negative", None)} if ranks else {}
         if task.validation is not None:
             return flatten({"task": {**task.model_dump(include=read), **candidates}})
         drawn = task.model_dump(include={*read, "train", "validation_share", "split_seed"}) | candidates
