@@ -149,7 +149,7 @@ def mention_newer(path: Path, model: Path) -> None:
     if (found := checkpoint_candidates(path)) and found[-1].resolve() != model.resolve().parent:
         notify(
             f"{path}: keeping step {checkpoint_step(model.parent):,}, with which this began; to start from step "
-            f"{checkpoint_step(found[-1]):,}, choose another run folder"
+            f"{checkpoint_step(found[-1]):,}, choose another run folder, or remove what has begun"
         )
 
 

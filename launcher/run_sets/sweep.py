@@ -13,6 +13,7 @@ from pathlib import Path
 from experiment.config import FlatConfig, did_you_mean, flatten, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest
+from experiment.models.model_names import mention_state
 from experiment.process.own_process import deepcloze_command
 from experiment.results.sweep_summary import (
     metric_title,
@@ -23,6 +24,7 @@ from experiment.results.sweep_summary import (
     write_summary,
 )
 from experiment.run_files.checkpoints import (
+    BEST,
     checkpoint_candidates,
     last_usable,
     mention_newer,
@@ -38,7 +40,7 @@ from launcher.options import LaunchOptions, SweepOptions
 from launcher.run_sets.recorded_runs import record_model_of_set, recorded_configs, recorded_data
 from launcher.run_sets.run_set import PlannedRun, RunSet
 from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
-from pretrain.config import PretrainConfig, RunConfig
+from pretrain.config import PretrainConfig
 
 _CLOSING = {"[": "]", "{": "}"}
 _QUOTES = ("'", '"')
@@ -185,10 +187,13 @@ class _Pins:
         else:
             if config.checkpoint.mirror is not None and "checkpoint.mirror" not in self._points[point]:
                 pinned["checkpoint.mirror"] = f"{config.checkpoint.mirror}/{point}"
-            if (resume := config.run.resume) != "auto":
+            resume, parent = config.run.resume, config.run.parent
+            if parent is not None:
                 if resume not in self._parents:
-                    self._parents[resume] = self._find_parent(config.run, point)
+                    self._parents[resume] = self._find_parent(resume, parent, point)
                 pinned["run.resume"] = self._parents[resume]
+            elif resume == "never":
+                pinned["run.resume"] = "auto"  # the record of the sweep guards the folders
         if init_from is not None and (isinstance(config, FinetuneConfig) or self._pins_model(config, init_from)):
             if init_from not in self._models:
                 same = self._recorded("model.init_from", point)
@@ -202,21 +207,25 @@ class _Pins:
         value = self._points[point].get(key)  # None: no key of the grid, and so the same for all
         return [found for name, found in self._configs.items() if self._points.get(name, {}).get(key) == value]
 
-    def _find_parent(self, run: RunConfig, point: str) -> str:
-        """Return the checkpoint that `run.resume` referred to when the sweep began; `auto` for `never`. A value that is
-        recorded, as by version 0.2.0, or that names no checkpoint, which is rejected, is returned as it is."""
-        if run.parent is None:
-            return "auto"  # the record of the sweep guards the folders
+    def _find_parent(self, resume: str, parent: str, point: str) -> str:
+        """Return the checkpoint that `run.resume` referred to when the sweep began; relative if that is, so that the
+        project may be moved. A value that is recorded, as by version 0.2.0, that is a checkpoint itself, or that names
+        none, which is rejected, is returned as it is."""
         began = [str(found.get("run.resume")) for found in self._recorded("run.resume", point)]
-        if run.resume in began:
-            return run.resume
-        path = Path(run.parent)
+        if resume in began:
+            return resume
+        path = Path(parent)
         for checkpoint in map(Path, began):
             if names_model_folder(path, checkpoint / "hf", any_best=True):
                 mention_newer(path, checkpoint / "hf")
                 return str(checkpoint)
         candidates = checkpoint_candidates(path)
-        return str(last_usable(candidates, verify)) if candidates else run.resume
+        if not candidates or candidates == [path.resolve()]:
+            return resume
+        checkpoints = path.parent if path.name == BEST else path / "checkpoints"
+        checkpoint = checkpoints / last_usable(candidates, verify).name
+        mention_state(parent, f"{checkpoint}/hf")
+        return str(checkpoint)
 
     def _pins_model(self, config: PretrainConfig, init_from: str) -> bool:
         """Return whether points start from a checkpoint or commit: not forks, which have the weights of their parents,

@@ -672,7 +672,10 @@ def test_all_points_start_from_one_checkpoint(
     cannot be resumed because its run has saved another one, because a value was added in front, because version 0.2.0
     recorded the run for pretraining, or which keeps a checkpoint after its points were removed."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.chdir(tmp_path)
     run, config = tmp_path / "pretrained", request.getfixturevalue(kind)
+    if key == "run.resume":
+        run = Path(run.name)  # relative: the project may be moved
     grid, overrides = (f"{key}={run} ", []) if in_grid else ("", [f"--{key}={run}"])
     (name,) = grid_points(parse_grid(f"{grid}{rate}=1e-5"))
     if key == "run.resume":  # the checkpoints have no state
@@ -705,6 +708,8 @@ def test_all_points_start_from_one_checkpoint(
         assert models("1e-5,2e-5") == [str(run)] * 2
     point.rmdir()
     assert models("1e-5") == [second]
+    if key == "run.resume":
+        assert dry_run(capsys, config, f"{rate}=1e-5", f"--run.resume={first}") == [[f"--run.resume={first}"]]
 
 
 def test_the_model_of_all_points_is_checked(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
