@@ -18,7 +18,7 @@ from finetune.device import choose_device
 from finetune.resolve import check_data, load_run_config
 from launcher.options import CompareOptions, LaunchOptions
 from launcher.run_sets.compare_config import CompareConfig, RowConfig
-from launcher.run_sets.recorded_runs import record_model_of_set, recorded_configs, recorded_data
+from launcher.run_sets.recorded_runs import has_begun, record_model_of_set, recorded_configs, recorded_data
 from launcher.run_sets.run_set import CONFIG_COPIES, PlannedRun, RunSet
 from launcher.run_sets.sweep import check_points, parse_grid, read_grid
 from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
@@ -78,7 +78,7 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     models: set[str] = set()
     for name, row in config.rows.items():
         with user_errors_in(f"{options.file}: rows.{name}"):
-            pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement)
+            pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement, recorded)
             cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config, models)
         runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
     if trained := [task for task in tasks if task.is_trained]:
@@ -137,15 +137,17 @@ def _read_tasks(config: CompareConfig, recorded: Sequence[str]) -> list[_Task]:
     return tasks
 
 
-def _plan_pretraining(row: RowConfig, parent: Path, folder: str, placement: Mapping[str, Any]) -> PlannedRun | None:
+def _plan_pretraining(
+    row: RowConfig, parent: Path, folder: str, placement: Mapping[str, Any], recorded: Mapping[str, FlatConfig]
+) -> PlannedRun | None:
     if row.pretrain is None:
         return None
     name = f"{folder}/{_PRETRAINING}"
     overrides = {"model.init_from": row.init_from, "run.dir": str(parent / name)}
-    loaded = load_config(PretrainConfig, row.pretrain, overrides)
+    loaded, resumes = load_config(PretrainConfig, row.pretrain, overrides), has_begun(name, parent, recorded)
     if loaded.checkpoint.mirror is not None:
         overrides["checkpoint.mirror"] = f"{loaded.checkpoint.mirror}/{name}"
-    if loaded.run.resume == "never":  # the record of the comparison guards the folder
+    if loaded.run.resume == "never" and resumes:
         overrides["run.resume"] = "auto"
     config = validate_pretraining(row.pretrain, overrides, placement)
     return PlannedRun(name, deepcloze_command("pretrain", row.pretrain, {**placement, **overrides}), config)

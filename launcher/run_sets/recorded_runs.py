@@ -11,13 +11,14 @@ from experiment.hub_data import PREFIX
 from experiment.models.hub_names import HubName
 from experiment.models.model_names import mention_state, record_model
 from experiment.run_files.checkpoints import mention_newer, names_model_folder
+from experiment.run_files.run_folder import RunFolder
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, config_of_kind
 from pretrain.config import CHANGE_ROUNDING_ONLY as PRETRAINING_ROUNDING_ONLY
 from pretrain.config import PretrainConfig
 
 SEEDS = "training.seeds"  # may change: finished seeds are not trained again
 _PRECISION = "training.precision"
-_RESUME = ("run.resume", "pretrain.run.resume")  # `never` in earlier versions, as in the config
+_RESUME = ("run.resume", "pretrain.run.resume")  # `auto` for `never` once the run has begun
 _IRRELEVANT = (  # beginnings of keys
     "run.keep",
     *PRETRAINING_ROUNDING_ONLY,
@@ -37,6 +38,13 @@ def recorded_configs(record: Path) -> dict[str, FlatConfig]:
         configs = {name: dict(run["config"]) for name, run in content.get("runs", content).items()}
         return {name: config for name, config in configs.items() if (record.parent / name).exists()}
     return {}
+
+
+def has_begun(name: str, folder: Path, configs: Mapping[str, FlatConfig]) -> bool:
+    """Return whether a pretraining run of the set in `folder` has begun with its recorded config. Until a run has
+    written its provenance, it may be rejected because its folder or mirror holds another one. configs:
+    `recorded_configs` of the set."""
+    return name in configs and RunFolder(folder / name).provenance.exists()
 
 
 def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig], same: Iterable[FlatConfig]) -> str:
@@ -78,7 +86,7 @@ def with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
     missing = tuple(part for part in _ORIGINS if not any(key.startswith(part) for key in before))
     origins = {key: value for key, value in now.items() if key.startswith(missing)}
     full = origins | {key: known[key] for key in now if key in known} | dict(before)
-    full |= {key: "auto" for key in _RESUME if full.get(key) == "never"}
+    full |= {key: now[key] for key in _RESUME if {full.get(key), now.get(key)} == {"auto", "never"}}
     return full if full.get(_PRECISION) != "auto" else full | {_PRECISION: now.get(_PRECISION)}
 
 

@@ -37,7 +37,7 @@ from finetune.config import FinetuneConfig, check_validation
 from finetune.data.columns import CONTEXT, LABEL
 from launcher.configs import command_of
 from launcher.options import LaunchOptions, SweepOptions
-from launcher.run_sets.recorded_runs import record_model_of_set, recorded_configs, recorded_data
+from launcher.run_sets.recorded_runs import has_begun, record_model_of_set, recorded_configs, recorded_data
 from launcher.run_sets.run_set import PlannedRun, RunSet
 from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
@@ -172,10 +172,13 @@ class _Pins:
 
     def __init__(self, record: Path, points: Mapping[str, Mapping[str, str]]) -> None:
         """record: of the sweep, if it has begun. points: name -> values of the grid."""
-        self._configs, self._points = recorded_configs(record), points
+        self._folder, self._configs, self._points = record.parent, recorded_configs(record), points
         self._models: dict[str, str] = {}  # `model.init_from` -> pinned
         self._parents: dict[str, str] = {}  # `run.resume` -> pinned
         self._data = recorded_data(self._configs)  # pinned
+
+    def has_begun(self, point: str) -> bool:
+        return has_begun(point, self._folder, self._configs)
 
     def overrides(self, config: FinetuneConfig | PretrainConfig, point: str) -> dict[str, str]:
         """Return the overrides of a point. config: without them. Raises UserError."""
@@ -192,8 +195,8 @@ class _Pins:
                 if resume not in self._parents:
                     self._parents[resume] = self._find_parent(resume, parent, point)
                 pinned["run.resume"] = self._parents[resume]
-            elif resume == "never":
-                pinned["run.resume"] = "auto"  # the record of the sweep guards the folders
+            elif resume == "never" and self.has_begun(point):
+                pinned["run.resume"] = "auto"
         if init_from is not None and (isinstance(config, FinetuneConfig) or self._pins_model(config, init_from)):
             if init_from not in self._models:
                 same = self._recorded("model.init_from", point)

@@ -18,10 +18,11 @@ import yaml
 from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
 from experiment.errors import StoppedError, UserError
+from experiment.files import write_json
 from experiment.results.plots import draw_dots
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete, write_best
 from experiment.run_files.outcome_file import Outcome, write_outcome
-from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from finetune.data.records import Record
 from finetune.data.splits import read_splits
 from finetune.kinds.question_answering import QuestionAnsweringColumns
@@ -583,10 +584,9 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     best_metric: str | None,
 ) -> None:
     """Catches a comparison of the overfitted model that early stopping leaves, one of models that pool differently, a
-    sweep over the pooling that is refused after the pretraining, a pretraining that cannot be resumed, and warnings
-    that only the run prints."""
+    sweep over the pooling that is refused after the pretraining, and warnings that only the run prints."""
     pretraining = {
-        "run": {"dir": "replaced", "resume": "never"},
+        "run": {"dir": "replaced"},
         "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(wordpiece_corpus)}},
         "schedule": {"steps": 6, "warmup_steps": 2},
         "evaluation": {"best_metric": best_metric},
@@ -603,7 +603,6 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     assert f"{tmp_path}/more.yaml: optimizer.lr is 0.0005, for training from scratch" in caplog.text
     suffix = "" if best_metric is None else "/checkpoints/best"
     assert f"--model.init_from={tmp_path}/compare/a/pretrain{suffix} " in printed
-    assert "--run.resume=auto" in printed
     assert "task.pooling" not in printed
     (tmp_path / "pairs.jsonl").write_text('{"sentence1": "a", "sentence2": "b"}\n' * 4)
     pairs = {"kind": "embedding", "train": str(tmp_path / "pairs.jsonl"), "validation": str(tmp_path / "pairs.jsonl")}
@@ -612,6 +611,41 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     for grid, kept in (("null", True), ("task.scale=10,20", True), ("task.pooling=mean,cls", False)):
         assert main(["compare", str(path), "--dry_run", f"--grid={grid}"]) == 0
         assert (" --task.pooling=cls" in capsys.readouterr().out) == kept, grid
+
+
+def test_a_chain_whose_pretraining_has_begun(
+    write_files: Callable[..., Path],
+    wordpiece_corpus: Path,
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a pretraining that takes over an earlier run, or cannot be resumed."""
+    pretraining = {
+        "run": {"dir": "replaced", "resume": "never"},
+        "corpus": {"train": str(wordpiece_corpus)},
+        "schedule": {"steps": 6, "warmup_steps": 2},
+        "engine": {"ds_config": "fp32_zero1"},
+    }
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(pretraining))
+    path = write_files(rows={"a": {"init_from": str(encoder), "pretrain": str(tmp_path / "more.yaml")}})
+
+    def plan() -> str:
+        code = main(["compare", str(path), "--dry_run"])
+        found = capsys.readouterr()
+        assert code == (2 if found.err else 0)
+        return found.err or found.out
+
+    assert "--run.resume" not in plan()
+    run = open_run_folder(tmp_path / "compare" / "a" / "pretrain")
+    checkpoint = checkpoint_path(run.checkpoints, 6)
+    shutil.copytree(encoder, checkpoint / "hf")
+    write_json(checkpoint / "state.json", {"step": 6, "config": {"model": {"init_from": "/moved/since"}}})
+    mark_complete(checkpoint)
+    run.provenance.touch()
+    assert "run.resume is 'never', but" in plan()
+    write_json(tmp_path / "compare" / "runs.json", {"a/pretrain": {"config": {}}})
+    assert "cannot be resumed with another model.init_from" in plan()
 
 
 @pytest.mark.parametrize(
@@ -851,7 +885,7 @@ def test_a_row_starts_from_one_checkpoint(
     newest = save(3, b"\1\2\3\4")
     capsys.readouterr()
     assert main(["compare", str(file)]) == 0
-    line = f"{tmp_path}/run: keeping step 1, with which this began; to start from step 3, choose another run folder"
+    line = f"{tmp_path}/run: keeping step 1, with which this began; to start from step 3, choose another run folder, or"
     assert capsys.readouterr().err.count(line) == 1
     assert started == ["ours/toy"]
     write_best(tmp_path / "run" / "checkpoints", 3)

@@ -103,6 +103,7 @@ def test_never_was_recorded_for_runs_that_may_resume(tmp_path: Path) -> None:
     write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": dict.fromkeys(keys, "never")}}})
     (tmp_path / "a").mkdir()
     assert finish(tmp_path, dict.fromkeys(keys, "auto"))
+    assert finish(tmp_path, dict.fromkeys(keys, "never"))  # its pretraining was removed, to run again
 
 
 def test_a_new_key_with_another_value_changes_a_run(tmp_path: Path) -> None:

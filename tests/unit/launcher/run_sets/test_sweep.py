@@ -169,14 +169,28 @@ def test_points_of_pretraining_are_evaluated_alike(reject: Reject, pretraining: 
 def test_the_run_folder_of_the_config_may_be_in_use(
     pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches points validated as resumes of a run made with the same config, and those that cannot be resumed."""
+    """Catches points validated as resumes of a run made with the same config, those that cannot be resumed, and those
+    that take over a run which the sweep has not started."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
     arguments = ["--config", str(pretraining), "--grid", "batch.sequences=4,8", "--run.resume=never", "--dry_run"]
     assert main(["sweep", *arguments]) == 0
     first, _ = capsys.readouterr().out.splitlines()
     assert f"--run.dir={tmp_path}/run-sweep/sequences=4" in first
-    assert "--run.resume=auto" in first
+    assert "--run.resume=never" in first
+    used = open_run_folder(tmp_path / "run-sweep" / "sequences=4")
+    used.provenance.touch()
+    used.metrics.touch()
+    assert main(["sweep", *arguments]) == 2
+    assert "sequences=4: run.resume is 'never', but" in capsys.readouterr().err
+    write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": {"sequences=4": {"config": {}}}})
+    assert main(["sweep", *arguments]) == 0
+    flags = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["--run.resume=auto" in command for command in flags] == [True, False]
+    used.metrics.unlink()
+    used.provenance.unlink()  # it was rejected, as for what its mirror holds
+    assert main(["sweep", *arguments]) == 0
+    assert "--run.resume=auto" not in capsys.readouterr().out
 
 
 def test_a_finished_point_may_lack_its_checkpoints(
