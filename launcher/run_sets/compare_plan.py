@@ -11,7 +11,7 @@ from experiment.formatting import shorten
 from experiment.models.model_folder import load_model_config
 from experiment.models.model_names import local_model
 from experiment.process.own_process import deepcloze_command
-from experiment.run_files.checkpoints import BEST
+from experiment.run_files.checkpoints import BEST, find_model_folder
 from experiment.run_files.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
 from finetune.config import FinetuneConfig
 from finetune.device import choose_device
@@ -19,7 +19,7 @@ from finetune.resolve import check_data, load_run_config
 from launcher.options import CompareOptions, LaunchOptions
 from launcher.run_sets.compare_config import CompareConfig, RowConfig
 from launcher.run_sets.recorded_runs import has_begun, record_model_of_set, recorded_configs, recorded_data
-from launcher.run_sets.run_set import CONFIG_COPIES, PlannedRun, RunSet
+from launcher.run_sets.run_set import CONFIG_COPIES, PlannedRun, RunSet, is_finished
 from launcher.run_sets.sweep import check_points, parse_grid, read_grid
 from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
@@ -149,7 +149,7 @@ def _plan_pretraining(
         overrides["checkpoint.mirror"] = f"{loaded.checkpoint.mirror}/{name}"
     if loaded.run.resume == "never" and resumes:
         overrides["run.resume"] = "auto"
-    config = validate_pretraining(row.pretrain, overrides, placement)
+    config = validate_pretraining(row.pretrain, overrides, placement, resumes)
     return PlannedRun(name, deepcloze_command("pretrain", row.pretrain, {**placement, **overrides}), config)
 
 
@@ -163,7 +163,7 @@ def _plan_cells(
     models: set[str] | None,
 ) -> dict[str, PlannedRun]:
     """Return the runs of a row by task. Their configs have the checksums of all files that they read. models: see
-    `check_model`."""
+    `check_model`. Raises UserError."""
     origin = encoder_origin(row.init_from, row.weights)
     seeds = ",".join(map(str, config.seeds))
     now = {"model.init_from": row.init_from, "model.weights": row.weights, "training.seeds": seeds}
@@ -188,6 +188,9 @@ def _plan_cells(
         argv = _cell_argv(task.file, {**then, **pinned}, parent / name, config.grid)
         all_keys = {**checked, **task.data, **origin, "model.init_from": then["model.init_from"]}
         cells[task.name] = PlannedRun(name, argv, all_keys, pretraining.name if pretraining is not None else None)
+    is_read = any(not is_finished(cell, RunFolder(parent / cell.name)) for cell in cells.values())
+    if is_read and pretraining is not None and is_finished(pretraining, RunFolder(parent / pretraining.name)):
+        find_model_folder(Path(then["model.init_from"]))  # it may have been deleted
     return cells
 
 

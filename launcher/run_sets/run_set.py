@@ -130,7 +130,7 @@ class RunSet:
         versions: dict[str, str | None] = {}  # name -> another version; None: this one
         for run in (run for run in self.runs if run.name not in pretrainings):
             folder = self.run_folder(run)
-            points = (planned_folders(folder.path) or [folder.path]) if _is_finished(run, folder) else []
+            points = (planned_folders(folder.path) or [folder.path]) if is_finished(run, folder) else []
             versions[run.name] = next(filter(None, (other_version(RunFolder(point)) for point in points)), None)
         if len(set(versions.values())) > 1:
             others = ", ".join(f"{name} ({version})" for name, version in versions.items() if version is not None)
@@ -143,7 +143,7 @@ class RunSet:
     def _finish(self, run: PlannedRun, label: str) -> str:
         child = ChildRun(self.command, label, self.run_folder(run), run.argv, environment=self._names_in_wandb(run))
         wait_for_other_process(child)
-        if _is_finished(run, child.folder):
+        if is_finished(run, child.folder):
             inform(f"{self.command}: {label}: already finished")
             return DONE
         inform(f"{self.command}: {label}: running")
@@ -247,7 +247,7 @@ def _has_failed(run: PlannedRun, records: Mapping[str, RunRecord]) -> bool:
     return any(records[name].get("state", DONE) != DONE for name in names)
 
 
-def _is_finished(run: PlannedRun, folder: RunFolder) -> bool:
+def is_finished(run: PlannedRun, folder: RunFolder) -> bool:
     """Return whether a run is done, also if the command was killed before it could note that. The folder of a
     fine-tuning run that has more seeds now may still report the end of the run with fewer."""
     outcome = read_outcome(folder)

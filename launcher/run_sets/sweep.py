@@ -115,7 +115,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
                 model = run.model
                 validated = {**flatten(run), **data_origin(run.task), **encoder_origin(model.init_from, model.weights)}
             else:
-                validated = validate_pretraining(config, overrides, placement)
+                validated = validate_pretraining(config, overrides, placement, pins.has_begun(name))
         argv = deepcloze_command("finetune" if finetuning else "pretrain", config, {**placement, **overrides})
         runs.append(PlannedRun(name, argv, validated, values=values))
     metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)

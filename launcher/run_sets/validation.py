@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.config import FlatConfig, flatten, load_config
-from experiment.errors import notify, user_errors_in, warn_once
+from experiment.errors import UserError, notify, user_errors_in, warn_once
 from experiment.files import checksum
 from experiment.models.model_names import local_model
 from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
-from experiment.run_files.checkpoints import complete_checkpoints, verify_descriptions
 from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder, check_not_moved
 from finetune.data.task_config import TaskConfig, data_checksums
@@ -43,17 +42,27 @@ def check_pretraining(config: str, overrides: dict[str, str]) -> None:
         notify(f"warning: {warning}")
 
 
-def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> FlatConfig:
+def validate_pretraining(
+    config: str, overrides: dict[str, str], placement: Mapping[str, Any], has_begun: bool
+) -> FlatConfig:
     """Return the config of a pretraining run, the fingerprints of its corpora, the checksums of the model that it
     starts from, and the settings of precision in its DeepSpeed JSON, and print warnings. placement: of `LaunchOptions`.
+    has_begun: see `recorded_runs.has_begun`.
 
-    Raises UserError for anything that would keep the run from starting. A run that is done may lack its checkpoints.
+    Raises UserError for anything that would keep the run from starting. One that is done is not started again: it may
+    lack its checkpoints, the model that it started from may have been moved, and the checkpoint that it forked deleted.
     """
-    loaded = planned = load_config(PretrainConfig, config, overrides)
-    if _is_done_without_checkpoint(RunFolder(Path(loaded.run.dir))):  # it is not started again
-        planned = loaded.model_copy(update={"run": loaded.run.model_copy(update={"dir": f"{loaded.run.dir}/new"})})
+    loaded, machine = load_config(PretrainConfig, config, overrides), launch_machine()
+    options = PretrainOptions(config=config, overrides=overrides, **placement)
     with warnings_left_to_rank0():
-        plan = plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), planned, launch_machine())
+        try:
+            plan = plan_launch(options, loaded, machine)
+        except UserError:
+            reported = read_outcome(RunFolder(Path(loaded.run.dir)))
+            if not has_begun or reported is None or reported.outcome is not Outcome.DONE:
+                raise
+            new = loaded.run.model_copy(update={"dir": f"{loaded.run.dir}/new", "resume": "auto"})
+            plan = plan_launch(options, loaded.model_copy(update={"run": new}), machine)
     for warning in loaded.warnings(loaded.schedule.known_steps):
         warn_once(f"{config}: {warning}")  # points of a sweep have the same
     content = {key: value for key, value in plan.identity.items() if key.startswith(_PRECISION)}
@@ -62,12 +71,6 @@ def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapp
         content |= encoder_origin(loaded.model.init_from, "pretrained")
     # Not the resolved config, whose model.init_from may be a newer checkpoint after a restart.
     return flatten(loaded) | content
-
-
-def _is_done_without_checkpoint(folder: RunFolder) -> bool:
-    reported, checkpoints = read_outcome(folder), complete_checkpoints(folder.checkpoints)
-    is_done = reported is not None and reported.outcome is Outcome.DONE
-    return is_done and not any(verify_descriptions(checkpoint) is None for checkpoint in checkpoints)
 
 
 def validate_finetuning(config: str, overrides: Mapping[str, str], models: set[str] | None) -> "FinetuneConfig":

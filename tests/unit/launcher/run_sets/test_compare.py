@@ -620,7 +620,9 @@ def test_a_chain_whose_pretraining_has_begun(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches a pretraining that takes over an earlier run, or cannot be resumed."""
+    """Catches a pretraining that takes over an earlier run, or cannot be resumed; one that is finished and refused
+    because the encoder was moved or its checkpoints were deleted; and a task that cannot start from it, which shows
+    after other runs."""
     pretraining = {
         "run": {"dir": "replaced", "resume": "never"},
         "corpus": {"train": str(wordpiece_corpus)},
@@ -646,6 +648,12 @@ def test_a_chain_whose_pretraining_has_begun(
     assert "run.resume is 'never', but" in plan()
     write_json(tmp_path / "compare" / "runs.json", {"a/pretrain": {"config": {}}})
     assert "cannot be resumed with another model.init_from" in plan()
+    write_outcome(run, Outcome.DONE)
+    assert "--run.resume=auto" in plan()
+    shutil.rmtree(checkpoint)
+    assert f"rows.a: the run {run.path} has no complete checkpoint" in plan()
+    write_outcome(open_run_folder(tmp_path / "compare" / "a" / "toy"), Outcome.DONE)
+    assert "--run.resume=auto" in plan()
 
 
 @pytest.mark.parametrize(
