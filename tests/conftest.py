@@ -34,6 +34,7 @@ os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that no folder has may be one on the Hub
 # Threads that wait for another one spin for milliseconds otherwise: on busy cores, that one cannot run meanwhile.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process of pytest starts one a core
 # Drawing an example, or running a test with it, can be slow on a busy machine.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")

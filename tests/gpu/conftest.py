@@ -1,14 +1,11 @@
 """Ranks on GPUs, and a limit for each test: `pytest tests/gpu -n 4` replaces a process that hangs or crashes."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from rank_pool import RankPool, RankSpawner
-
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process of pytest starts one a core
 
 RUN_SECONDS = 100  # of a case on ranks; compiling takes most of it
 KERNEL_SECONDS, TEST_SECONDS = 120, 200  # of a test in pytest's own process, and of one with several cases on ranks

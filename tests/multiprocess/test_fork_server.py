@@ -130,6 +130,14 @@ def test_a_server_is_forked_from_another(
     wait_until(lambda: has_ended(process))
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="not in a test process of pytest-xdist")
+def test_the_server_of_a_test_process_is_forked(pools: dict[int, RankPool]) -> None:
+    """Catches a variable that a module of the tests sets while it is imported, and that libraries read: the server of
+    the first process refuses to fork the others', and each imports everything."""
+    ((pid, _),) = pools[1].run(server_case)
+    assert is_served(psutil.Process(pid))
+
+
 def test_a_server_that_nobody_needs_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches tests that end with seconds of imports although none needs a server."""
     (tmp_path / "modules").mkdir()
