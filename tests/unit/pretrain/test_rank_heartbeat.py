@@ -1,7 +1,8 @@
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from experiment.run_files.heartbeat import Heartbeat, main_stack, read_heartbeat, request_stack
 from experiment.run_files.run_folder import RunFolder, open_run_folder
+from launches import patched
 from pretrain.rank_heartbeat import _compiles
 from waiting import LIMIT, wait_until
 
@@ -119,10 +121,12 @@ torch.cuda.synchronize()
 
 @pytest.mark.parametrize("body", WAITS_FOR_GPUS, ids=["copy", "read", "synchronize"])
 def test_a_rank_that_waits_for_its_gpu_is_not_to_blame(
-    folder: RunFolder, processes: "list[subprocess.Popen[bytes]]", body: str
+    folder: RunFolder, processes: "list[subprocess.Popen[bytes]]", handed_over: Mapping[str, str], body: str
 ) -> None:
     """Catches a rank that is named in place of the one that it waits for."""
-    processes.append(rank(folder, TRAINS + body))
+    code = RANK.format(path=str(folder.path), body=TRAINS + body)
+    forked = os.environ | handed_over | patched(folder.path, code)  # it has imported torch
+    processes.append(subprocess.Popen([sys.executable, "-m", "pretrain.run"], env=forked))
     wait_until((folder.path / "blocked").exists, processes[0])
     imported = last_beat(folder).number + 1  # modules of torch.distributed, too
     wait_until(lambda: last_beat(folder).number > imported and last_beat(folder).waits, processes[0])

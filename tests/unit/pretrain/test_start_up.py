@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from packaging.version import Version
 
+from launches import patched
 from pretrain.corpus.shards import write_shard
 from pretrain.world import World
 from rank_pool import ForkServer, RankPool
@@ -52,15 +54,18 @@ def test_an_engine_starts_with_another_muon() -> None:
     assert printed_by(code) == "True"
 
 
-def test_a_rank_rejects_other_releases_of_deepspeed() -> None:
+def test_a_rank_rejects_other_releases_of_deepspeed(tmp_path: Path, handed_over: Mapping[str, str]) -> None:
     """Catches the traceback of an import that another release lacks, in a rank that DeepSpeed's launcher starts."""
     code = (
-        "import runpy, sys, deepspeed\n"
+        "import sys, deepspeed\n"
         "deepspeed.__version__ = '0.20.0'\n"
         "sys.modules['deepspeed.runtime.zero.stage_1_and_2'] = None\n"
-        "runpy.run_module('pretrain.run', run_name='__main__')"
+        "for name in [name for name in sys.modules if name.startswith('pretrain')]:\n"
+        "    del sys.modules[name]\n"  # they have been imported where the rank is forked
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environ = os.environ | handed_over | patched(tmp_path, code)
+    rank = [sys.executable, "-m", "pretrain.run"]
+    done = subprocess.run(rank, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("deepcloze: DeepSpeed 0.20.0 is installed, but ")
 
