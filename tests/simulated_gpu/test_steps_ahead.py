@@ -91,11 +91,18 @@ def test_the_next_microbatch_is_queued_before_the_norm_is_read(
 TWO_BAD = {3: POISONS["loss"], 4: POISONS["loss"]}
 
 
+def one_rank(folder: Path, corpus: Path, policy: str) -> Tree:
+    """A run of five steps with two microbatches each."""
+    tree = runs_by_policy(folder, corpus, "bf16_zero1", 5)[policy]
+    tree["batch"]["sequences"] = 14
+    return tree
+
+
 @pytest.fixture(scope="module")
 def skipping(ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that skips two bad batches in a row: the second is queued before the norm of the first is read."""
     folder = tmp_path_factory.mktemp("runs")
-    tree = runs_by_policy(folder, wordpiece_corpus, "bf16_zero1", 5)["skip"]
+    tree = one_rank(folder, wordpiece_corpus, "skip")
     assert [outcome for outcome, _, _ in ranks[1].run(ahead_case, tree, TWO_BAD)] == ["done"]
     return folder / "skip"
 
@@ -105,7 +112,7 @@ def test_a_run_that_rewinds_ends_as_one_that_skips(
 ) -> None:
     """Catches an update from a bad batch, moments or step counters that it changes, and a microbatch that counts twice,
     not at all, or after a rewind: the two runs are the same, bit by bit."""
-    tree = runs_by_policy(tmp_path, wordpiece_corpus, "bf16_zero1", 5)["rewind"]
+    tree = one_rank(tmp_path, wordpiece_corpus, "rewind")
     assert [outcome for outcome, _, _ in ranks[1].run(ahead_case, tree, TWO_BAD)] == ["done"]
     assert "rewound to step 2" in RunFolder(tmp_path / "rewind").rank_log(0).read_text(encoding="utf-8")
     assert saved_progress(skipping, 5)["skipped"] == [3, 4]
@@ -142,7 +149,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, skipping: Path
 ) -> None:
     """Catches a microbatch that is queued although the run stops, and one that the resumed run leaves out."""
-    tree = runs_by_policy(tmp_path, wordpiece_corpus, "bf16_zero1", 5)["skip"]
+    tree = one_rank(tmp_path, wordpiece_corpus, "skip")
     for _ in range(2):
         found = ranks[1].run(ahead_case, tree, TWO_BAD, 2)
         assert [(outcome, calls[-2:]) for outcome, calls, _ in found] == [("stopped", ["s", "r"])]
