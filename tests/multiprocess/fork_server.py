@@ -247,7 +247,8 @@ def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def _differs(name: str, value: str) -> bool:
-    read_again = name == "DS_ENV_FILE"  # by deepspeed.launcher.runner, which is the program
+    # By deepspeed.launcher.runner, which is the program, and by torch, which sets its variable, when it compiles.
+    read_again = name in ("DS_ENV_FILE", "TORCHINDUCTOR_CACHE_DIR")
     return name.startswith(_READ_AT_IMPORT) and not read_again and os.environ.get(name) != value
 
 

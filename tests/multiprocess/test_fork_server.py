@@ -15,7 +15,7 @@ import sklearn
 import yaml
 
 from fork_server import TITLE
-from launches import Start, wait_for_exit
+from launches import Start, patched, wait_for_exit
 from pretrain.world import World
 from rank_pool import ForkServer, RankPool
 from waiting import wait_until
@@ -87,12 +87,14 @@ def test_the_end_of_the_command_ends_the_process(start: Start, tmp_path: Path, c
 
 
 def test_output_and_exit_code_are_those_of_the_command(start: Start, tmp_path: Path) -> None:
-    """Catches lost arguments, output or exit codes, and variables that were read at an import of the server."""
-    command = (sys.executable, "-m", "launcher", "validate", "missing.yaml")
-    for variables in ({}, {"HF_HOME": str(tmp_path)}):  # with the second, the server refuses it
+    """Catches lost arguments, output or exit codes, variables that were read at an import of the server, and commands
+    that it refuses once their test process has compiled."""
+    command = (sys.executable, "-m", "launcher", "logs", "missing")
+    taken = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | patched(tmp_path, "")  # with a patch, or it fails
+    for variables in (taken, {"HF_HOME": str(tmp_path)}):  # with the second, the server refuses it
         code, output = wait_for_exit(start(*command, **variables))
         assert code == 2
-        assert output.startswith("deepcloze: cannot read the config file missing.yaml"), output
+        assert output == f"deepcloze: there is no run folder {tmp_path}/missing\n"
 
 
 @pytest.mark.real_start
