@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from launcher.preflight import measure
-from launches import patched
 from pretrain.world import World
 from rank_pool import RankPool
 from waiting import LIMIT
@@ -19,8 +18,7 @@ from waiting import LIMIT
 
 def test_ranks_on_this_machine_are_measured(tmp_path: Path, handed_over: Mapping[str, str]) -> None:
     """Catches ranks that do not start as those of a run do, and a result that is not found in their output."""
-    hurry = "import time; seconds = time.perf_counter; time.perf_counter = lambda: 100 * seconds()"  # fewer bytes do
-    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | handed_over | patched(tmp_path, hurry)
+    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | handed_over
     command = [sys.executable, "-m", "launcher", "preflight", "--num_gpus=2", "--oversubscribe"]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr
