@@ -10,7 +10,6 @@ For other errors, and at the last attempt, they raise StorageError: one line tha
 import errno
 import glob
 import io
-import logging
 import os
 import random
 import re
@@ -22,8 +21,6 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 from experiment.errors import UserError, first_line, warn_once
 from experiment.files import atomic_write, remove_unfinished
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

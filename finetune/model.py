@@ -141,14 +141,17 @@ class _Float32Linear(nn.Linear):
 
 
 def _compute_outputs_in_fp32(model: PreTrainedModel) -> None:
-    """Let the output layer, the last linear layer of the head, compute in fp32: bf16 has 8 bits, so that values between
-    64 and 128 would be multiples of 0.5."""
+    """Let the output layer, else the last linear layer of the head, compute in fp32: bf16 has 8 bits, so that values
+    between 64 and 128 would be multiples of 0.5."""
     has_base = model.base_model is not model  # not so for some, such as T5 for question answering
     layers = [
         module
         for name, module in model.named_modules()
         if type(module) is nn.Linear and (_is_in_head(name, model) or not has_base)
     ]
+    output_layer = model.get_output_embeddings()  # of masked LMs
+    if type(output_layer) is nn.Linear:
+        layers.append(output_layer)
     if layers:
         layers[-1].__class__ = _Float32Linear
 

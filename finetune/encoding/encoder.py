@@ -121,7 +121,8 @@ class Encoder:
     def _unknown(self) -> list[int]:
         """Return one token, for a text that the tokenizer drops."""
         tokens = (self.tokenizer.unk_token_id, self.tokenizer.mask_token_id, *self.ids("a A"))
-        return [next(token for token in tokens if token not in (None, self.tokenizer.pad_token_id))]
+        padding = self.tokenizer.pad_token_id  # models skip it
+        return [next((token for token in tokens if token not in (None, padding)), padding)]
 
     def _sequence(self, ids: list[int], types: list[int], cut: int) -> Tokens:
         """Return a sequence of at least one token: no model computes an empty one, which would be all padding."""

@@ -269,7 +269,7 @@ class Kind(TaskKind[Config]):
         rows = iter(outputs)
         scores: list[list[Tensor]] = [[] for _ in record.values["options"]]
         for example in examples:
-            found = torch.from_numpy(np.stack([next(rows) for _ in example.sequences])).double()
+            found = torch.from_numpy(np.stack([next(rows) for _ in example.sequences]))
             scores[example.details.index].append(self._option_scores(found, example.details))
         probabilities = [torch.softmax(torch.stack(each).mean(0), dim=0).tolist() for each in scores]
         return {

@@ -161,7 +161,7 @@ class Kind(TaskKind[Config]):
         return choice_loss(torch.split(outputs[:, 0].float(), sizes), batch.targets)
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
-        probabilities = torch.softmax(torch.from_numpy(np.concatenate(outputs)).double(), dim=0).tolist()
+        probabilities = torch.softmax(torch.from_numpy(np.concatenate(outputs)), dim=0).tolist()
         names = self._names(record.values["choices"], record.place)
         best = names[int(np.argmax(probabilities))]
         if not self.labels:
@@ -197,9 +197,10 @@ def choice_loss(scores: Sequence[Tensor], targets: Tensor) -> Loss:
 
 
 def has_tie(probabilities: list[float]) -> bool:
-    """Return whether several choices are the most probable ones. Then no answer counts as right: a collapsed model,
-    whose choices are all equal, would be right wherever the first one is."""
-    return probabilities.count(max(probabilities)) > 1
+    """Return whether several choices are the most probable ones, up to rounding: scores of the same tokens differ by
+    their place in a batch. Then no answer counts as right: a collapsed model, whose choices are all equal, would be
+    right wherever the first one is."""
+    return sum(each > max(probabilities) - 1e-6 for each in probabilities) > 1
 
 
 def _is_correct(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[bool]:

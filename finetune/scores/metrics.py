@@ -17,7 +17,7 @@ _NDCG_CUTOFF = 10
 _CJK = re.compile("[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ROWS = 256  # of a matrix of similarities that are computed at once
-_ROUNDING = 1e-6  # of a product of unit vectors in fp32
+_ROUNDING = 1e-6  # of a product of unit vectors that were computed in fp32; in bf16 they differ by more
 # Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
 _LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
 # Of tags that are not written as B-X: b-X and B_X; X-B and X_B.

@@ -145,7 +145,9 @@ class ModelInfo(BaseModel):
     accepts: list[str] = Field(description="Forms of input that POST /v1/predict accepts: texts, pairs, records.")
     fields: dict[str, str] = Field(description="The fields of a record, and their content.")
     mask: str | None = Field(description="How a mask is written, for POST /v1/fill-mask; null if it fills none.")
-    max_seq_length: int = Field(description="Tokens of a text; longer ones are cut, or read in windows.")
+    max_seq_length: int = Field(
+        description="Tokens of a text; longer ones are cut, or read in windows. More than 32,768 are refused."
+    )
     precision: str
     calibrated: bool = Field(description="Whether its probabilities can be calibrated.")
     loaded: str = Field(description="When it was loaded.")

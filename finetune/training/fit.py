@@ -217,7 +217,7 @@ def evaluate_untrained(model: nn.Module, task: PreparedTask, config: TrainingCon
 def _check_outputs(evaluations: Mapping[str, Evaluation], task: PreparedTask, place: str = "") -> None:
     """Raise DivergedError if outputs are not finite. evaluations: by split. place: in the training."""
     if found := ", ".join(split for split, evaluation in evaluations.items() if not evaluation.is_finite):
-        advice = "" if task.device.precision == "fp32" else ", or a lower training.lr"
+        advice = ", or a lower training.lr" if place and task.device.precision != "fp32" else ""
         raise DivergedError(f"{place}{found}: {describe_not_finite(task.device.precision)}{advice}")
 
 

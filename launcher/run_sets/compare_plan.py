@@ -11,7 +11,7 @@ from experiment.formatting import shorten
 from experiment.models.model_folder import load_model_config
 from experiment.models.model_names import local_model
 from experiment.process.own_process import deepcloze_command
-from experiment.run_files.checkpoints import BEST, find_model_folder
+from experiment.run_files.checkpoints import BEST, checkpoint_candidates, find_model_folder
 from experiment.run_files.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
 from finetune.config import FinetuneConfig
 from finetune.device import choose_device
@@ -144,12 +144,12 @@ def _plan_pretraining(
         return None
     name = f"{folder}/{_PRETRAINING}"
     overrides = {"model.init_from": row.init_from, "run.dir": str(parent / name)}
-    loaded, resumes = load_config(PretrainConfig, row.pretrain, overrides), has_begun(name, parent, recorded)
+    loaded = load_config(PretrainConfig, row.pretrain, overrides)
     if loaded.checkpoint.mirror is not None:
         overrides["checkpoint.mirror"] = f"{loaded.checkpoint.mirror}/{name}"
-    if loaded.run.resume == "never" and resumes:
+    if loaded.run.resume == "never" and has_begun(name, parent, recorded):
         overrides["run.resume"] = "auto"
-    config = validate_pretraining(row.pretrain, overrides, placement, resumes)
+    config = validate_pretraining(row.pretrain, overrides, placement)
     return PlannedRun(name, deepcloze_command("pretrain", row.pretrain, {**placement, **overrides}), config)
 
 
@@ -189,8 +189,9 @@ def _plan_cells(
         all_keys = {**checked, **task.data, **origin, "model.init_from": then["model.init_from"]}
         cells[task.name] = PlannedRun(name, argv, all_keys, pretraining.name if pretraining is not None else None)
     is_read = any(not is_finished(cell, RunFolder(parent / cell.name)) for cell in cells.values())
-    if is_read and pretraining is not None and is_finished(pretraining, RunFolder(parent / pretraining.name)):
-        find_model_folder(Path(then["model.init_from"]))  # it may have been deleted
+    is_done = pretraining is not None and is_finished(pretraining, RunFolder(parent / pretraining.name))
+    if is_read and is_done and not checkpoint_candidates(path := Path(then["model.init_from"])):  # deleted since
+        find_model_folder(path)  # raises
     return cells
 
 

@@ -4,6 +4,7 @@ OUTPUT/sweep.json is the record of the runs.
 """
 
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from experiment.results.sweep_summary import (
     write_summary,
 )
 from experiment.run_files.checkpoints import (
-    BEST,
     checkpoint_candidates,
     last_usable,
     mention_newer,
@@ -115,7 +115,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
                 model = run.model
                 validated = {**flatten(run), **data_origin(run.task), **encoder_origin(model.init_from, model.weights)}
             else:
-                validated = validate_pretraining(config, overrides, placement, pins.has_begun(name))
+                validated = validate_pretraining(config, overrides, placement)
         argv = deepcloze_command("finetune" if finetuning else "pretrain", config, {**placement, **overrides})
         runs.append(PlannedRun(name, argv, validated, values=values))
     metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
@@ -177,9 +177,6 @@ class _Pins:
         self._parents: dict[str, str] = {}  # `run.resume` -> pinned
         self._data = recorded_data(self._configs)  # pinned
 
-    def has_begun(self, point: str) -> bool:
-        return has_begun(point, self._folder, self._configs)
-
     def overrides(self, config: FinetuneConfig | PretrainConfig, point: str) -> dict[str, str]:
         """Return the overrides of a point. config: without them. Raises UserError."""
         pinned, init_from = dict[str, str](), config.model.init_from
@@ -195,7 +192,7 @@ class _Pins:
                 if resume not in self._parents:
                     self._parents[resume] = self._find_parent(resume, parent, point)
                 pinned["run.resume"] = self._parents[resume]
-            elif resume == "never" and self.has_begun(point):
+            elif resume == "never" and has_begun(point, self._folder, self._configs):
                 pinned["run.resume"] = "auto"
         if init_from is not None and (isinstance(config, FinetuneConfig) or self._pins_model(config, init_from)):
             if init_from not in self._models:
@@ -222,13 +219,14 @@ class _Pins:
             if names_model_folder(path, checkpoint / "hf", any_best=True):
                 mention_newer(path, checkpoint / "hf")
                 return str(checkpoint)
-        candidates = checkpoint_candidates(path)
-        if not candidates or candidates == [path.resolve()]:
+        if not (candidates := checkpoint_candidates(path)):
             return resume
-        checkpoints = path.parent if path.name == BEST else path / "checkpoints"
-        checkpoint = checkpoints / last_usable(candidates, verify).name
-        mention_state(parent, f"{checkpoint}/hf")
-        return str(checkpoint)
+        checkpoint = last_usable(candidates, verify)
+        if checkpoint == path.absolute():
+            return resume
+        named = checkpoint if path.is_absolute() else Path(os.path.relpath(checkpoint))
+        mention_state(parent, f"{named}/hf")
+        return str(named)
 
     def _pins_model(self, config: PretrainConfig, init_from: str) -> bool:
         """Return whether points start from a checkpoint or commit: not forks, which have the weights of their parents,

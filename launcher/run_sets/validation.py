@@ -42,12 +42,9 @@ def check_pretraining(config: str, overrides: dict[str, str]) -> None:
         notify(f"warning: {warning}")
 
 
-def validate_pretraining(
-    config: str, overrides: dict[str, str], placement: Mapping[str, Any], has_begun: bool
-) -> FlatConfig:
+def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> FlatConfig:
     """Return the config of a pretraining run, the fingerprints of its corpora, the checksums of the model that it
     starts from, and the settings of precision in its DeepSpeed JSON, and print warnings. placement: of `LaunchOptions`.
-    has_begun: see `recorded_runs.has_begun`.
 
     Raises UserError for anything that would keep the run from starting. One that is done is not started again: it may
     lack its checkpoints, the model that it started from may have been moved, and the checkpoint that it forked deleted.
@@ -59,7 +56,7 @@ def validate_pretraining(
             plan = plan_launch(options, loaded, machine)
         except UserError:
             reported = read_outcome(RunFolder(Path(loaded.run.dir)))
-            if not has_begun or reported is None or reported.outcome is not Outcome.DONE:
+            if reported is None or reported.outcome is not Outcome.DONE or loaded.run.resume == "never":
                 raise
             new = loaded.run.model_copy(update={"dir": f"{loaded.run.dir}/new", "resume": "auto"})
             plan = plan_launch(options, loaded.model_copy(update={"run": new}), machine)

@@ -98,12 +98,12 @@ def _local_world() -> World:
 def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) -> dist.Store:
     """Return the store of the process group, when all ranks have connected to it."""
     # torchrun serves the store itself.
-    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = world.rank == 0 and not of_torchrun
     listener = _listen(address, port) if serves else None
     store = dist.TCPStore(address, port, world.size, serves, timeout, wait_for_workers=False, master_listen_fd=listener)
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun, which keeps its store
-    keys = [f"connected/{restarts}/{rank} of {world.size}" for rank in range(world.size)]
-    if store.add(keys[world.rank], 1) > 1:
+    keys = [f"connected/{rank} of {world.size}" for rank in range(world.size)]
+    if store.add(keys[world.rank], 1) > 1 and not of_torchrun:  # which keeps its store when it restarts ranks
         raise LostRankError(
             f"another rank {world.rank} has connected to {address}:{port}: this run has been started already, or "
             "another one uses the port (set --master_port)"

@@ -76,23 +76,22 @@ def test_the_store_listens_on_one_address(pools: dict[int, RankPool]) -> None:
     assert pools[2].run(listening_case) == [["127.0.0.1"], []]
 
 
-def test_a_rank_that_meets_another_run_fails() -> None:
+def test_a_rank_that_meets_another_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a start in the folder of a live run whose rank 1 connects to another run at the default port, takes the
     folder for its own, and changes records of the live run."""
     from pretrain.engine.process_group import LostRankError, _meet
 
     port = free_port()
 
-    def meet(rank: int, size: int = 2, seconds: float = LIMIT) -> Any:
-        return _meet(World(rank, size), "127.0.0.1", port, timedelta(seconds=seconds))
+    def meet(rank: int) -> Any:
+        return _meet(World(rank, 2), "127.0.0.1", port, timedelta(seconds=LIMIT))
 
     with ThreadPoolExecutor(2) as ranks:
         stores = list(ranks.map(meet, range(2)))  # open while the others try
     with pytest.raises(LostRankError, match=f"another rank 1 has connected to 127.0.0.1:{port}: "):
         meet(1)
-    with pytest.raises(LostRankError, match=r"within 2 s: rank 0, 2$"):
-        meet(1, size=3, seconds=2)
-    del stores
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # torchrun has restarted the rank
+    stores.append(meet(1))
 
 
 def timeouts_case(world: World) -> list[float]:

@@ -264,7 +264,7 @@ def test_layer_drop_where_ranks_need_the_same_layers(
 
 
 def test_quantization_by_ranges_of_activations_is_rejected(tmp_path: Path, wordpiece_corpus: Path) -> None:
-    """Catches I-BERT's ranges, which are buffers: each rank has others, and a resumed run those of rank 0."""
+    """Catches I-BERT's ranges, which are buffers: each rank has others."""
     model = {"config": {"model_type": "ibert", "quant_mode": True, **tiny_fields("ibert")}}
     with pytest.raises(UserError, match=r"model\.config\.quant_mode: 'ibert'"):
         resolve(config_of(tmp_path / "run", wordpiece_corpus, model=model), 1)

@@ -27,6 +27,8 @@ def test_equal_vectors_are_not_uniform_and_find_nothing(count: int, size: int) -
     vectors, numbers = np.repeat(unit_vectors(1, seed=0, size=size), count, axis=0), np.arange(count)
     assert potentials(vectors) == pytest.approx(np.ones(count), abs=1e-5)
     assert document_ranks(vectors, vectors, numbers, numbers) == [count] * count
+    nearly = vectors[:2] * np.array([[1.0], [1 + 2e-7]], dtype=np.float32)  # by the padding of their batches
+    assert document_ranks(vectors[:2], nearly, numbers[:2], numbers[:2]) == [2, 2]
     assert potentials(vectors[:1]) == [1.0]
     assert document_ranks(vectors * np.nan, vectors, numbers, numbers) == [count] * count
 
