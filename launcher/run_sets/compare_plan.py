@@ -18,7 +18,7 @@ from finetune.device import choose_device
 from finetune.resolve import check_data, load_run_config
 from launcher.options import CompareOptions, LaunchOptions
 from launcher.run_sets.compare_config import CompareConfig, RowConfig
-from launcher.run_sets.recorded_runs import has_begun, record_model_of_set, recorded_configs, recorded_data
+from launcher.run_sets.recorded_runs import record_model_of_set, recorded_configs, recorded_data, resume_overrides
 from launcher.run_sets.run_set import CONFIG_COPIES, PlannedRun, RunSet, is_finished
 from launcher.run_sets.sweep import check_points, parse_grid, read_grid
 from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
@@ -147,8 +147,7 @@ def _plan_pretraining(
     loaded = load_config(PretrainConfig, row.pretrain, overrides)
     if loaded.checkpoint.mirror is not None:
         overrides["checkpoint.mirror"] = f"{loaded.checkpoint.mirror}/{name}"
-    if loaded.run.resume == "never" and has_begun(name, parent, recorded):
-        overrides["run.resume"] = "auto"
+    overrides |= resume_overrides(loaded.run.resume, name, parent, recorded)
     config = validate_pretraining(row.pretrain, overrides, placement)
     return PlannedRun(name, deepcloze_command("pretrain", row.pretrain, {**placement, **overrides}), config)
 

@@ -40,11 +40,13 @@ def recorded_configs(record: Path) -> dict[str, FlatConfig]:
     return {}
 
 
-def has_begun(name: str, folder: Path, configs: Mapping[str, FlatConfig]) -> bool:
-    """Return whether a pretraining run of the set in `folder` has begun with its recorded config. Until a run has
+def resume_overrides(resume: str, name: str, folder: Path, configs: Mapping[str, FlatConfig]) -> dict[str, str]:
+    """Return the overrides with which a pretraining run of the set in `folder` resumes although its config has
+    `run.resume: never`, which is for its first start; {} until it has begun with its recorded config. Until it has
     written its provenance, it may be rejected because its folder or mirror holds another one. configs:
     `recorded_configs` of the set."""
-    return name in configs and RunFolder(folder / name).provenance.exists()
+    begun = name in configs and RunFolder(folder / name).provenance.exists()
+    return {"run.resume": "auto"} if begun and resume == "never" else {}
 
 
 def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig], same: Iterable[FlatConfig]) -> str:

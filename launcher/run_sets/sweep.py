@@ -37,7 +37,7 @@ from finetune.config import FinetuneConfig, check_validation
 from finetune.data.columns import CONTEXT, LABEL
 from launcher.configs import command_of
 from launcher.options import LaunchOptions, SweepOptions
-from launcher.run_sets.recorded_runs import has_begun, record_model_of_set, recorded_configs, recorded_data
+from launcher.run_sets.recorded_runs import record_model_of_set, recorded_configs, recorded_data, resume_overrides
 from launcher.run_sets.run_set import PlannedRun, RunSet
 from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
@@ -192,8 +192,8 @@ class _Pins:
                 if resume not in self._parents:
                     self._parents[resume] = self._find_parent(resume, parent, point)
                 pinned["run.resume"] = self._parents[resume]
-            elif resume == "never" and has_begun(point, self._folder, self._configs):
-                pinned["run.resume"] = "auto"
+            else:
+                pinned |= resume_overrides(resume, point, self._folder, self._configs)
         if init_from is not None and (isinstance(config, FinetuneConfig) or self._pins_model(config, init_from)):
             if init_from not in self._models:
                 same = self._recorded("model.init_from", point)
