@@ -2,6 +2,7 @@
 and tiny corpora that are built once per session. With `--durations`, also prints the seconds by folder."""
 
 import gc
+import logging
 import os
 import random
 import shutil
@@ -123,6 +124,21 @@ def _same_signal_handlers() -> Iterator[None]:
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _same_root_logger() -> Iterator[None]:
+    """A rank, or a server, that runs in this process logs more, and to other handlers; later tests count the records
+    that are logged."""
+    root = logging.root
+    level, handlers = root.level, {*root.handlers}
+    yield
+    for handler in {*root.handlers} - handlers:
+        root.removeHandler(handler)
+        handler.close()
+    if root.level != level:
+        root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 _SYLLABLES = ["ba", "de", "fi", "go", "lu", "mar", "nes", "pol", "rin", "sta", "ter", "ud", "ven", "wil", "yon", "zed"]

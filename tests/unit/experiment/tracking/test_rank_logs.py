@@ -3,7 +3,6 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -17,18 +16,6 @@ from experiment.tracking import rank_logs
 from experiment.tracking.progress_line import ConsoleTracker
 from experiment.tracking.rank_logs import logging_set_up, set_up_logging
 from small_disk import SmallDisk
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    for handler in set(root.handlers) - set(handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def test_a_quiet_run_prints_warnings_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
