@@ -9,7 +9,7 @@ Checkpoints, LAMB, StableAdamW, Muon and averaged weights are built on `Partitio
     NVMe offload         ZeRO 3 only; the flat tensors are empty except while their sub-group is resident
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +93,12 @@ class Partitions:
                 if key not in kept:
                     kept[key] = torch.zeros_like(fragment.flat)
                 kept[key].view(-1).narrow(0, fragment.offset, fragment.numel).copy_(value)
+
+    @torch.no_grad()
+    def set_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """Overwrite the masters with fp32 weights, by the names of the parameters."""
+        for fragment in self.fragments():
+            fragment.master.copy_(weights[fragment.name].view(-1).narrow(0, fragment.start, fragment.numel))
 
     @torch.no_grad()
     def copy_masters_to_model(self) -> None:

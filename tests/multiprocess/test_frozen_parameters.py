@@ -8,8 +8,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from experiment.config import build_config
 from experiment.models.tokenizer import load_tokenizer
 from experiment.run_files.checkpoints import checkpoint_path, read_state
+from pretrain.config import PretrainConfig
+from pretrain.modeling.build import build_model
+from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.resolve import resolve
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
@@ -59,8 +64,9 @@ def gradient_norm(kept: dict[str, Tensor], keys: list[str]) -> float:
 def test_frozen_parameters_change_only_after_freeze_steps(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, world_size: int, ds_config: str
 ) -> None:
-    """Catches decay, moments or step counters of frozen parameters, their share of the gradient norm, parameters that
-    stay frozen, and moments that are not corrected for their first step after unfreezing."""
+    """Catches decay, moments or step counters of frozen parameters, their share of the gradient norm, weights that are
+    rounded to 16 bits before the first step, parameters that stay frozen, and moments that are not corrected for their
+    first step after unfreezing."""
     changes = {
         "model__config": TINY | NO_DROPOUT,
         "optimizer__grad_clip": 0.0,
@@ -83,7 +89,11 @@ def test_frozen_parameters_change_only_after_freeze_steps(
 
     assert frozen_keys
     assert all(key.endswith("/fp32") for key in frozen_keys), "a frozen parameter has optimizer state"
-    assert all(torch.equal(frozen[0][key], frozen[1][key]) for key in frozen_keys)
+    run = resolve(build_config(PretrainConfig, trees["frozen"]), world_size)
+    built = build_model(run.config.model, run.model_config, run.config.run.seed)
+    initial = {f"{name}/fp32": each.view(-1) for name, each in MaskedLanguageModel(built.model).named_parameters()}
+    for tensors in frozen[:2]:
+        assert all(torch.equal(tensors[key], initial[key]) for key in frozen_keys)
     assert not any(torch.equal(frozen[1][key], frozen[2][key]) for key in frozen_keys if "padding" not in key)
     assert {float(value) for key, value in frozen[3].items() if is_frozen(key) and key.endswith("/step")} == {2.0}
     assert {float(value) for key, value in frozen[3].items() if not is_frozen(key) and key.endswith("/step")} == {4.0}
