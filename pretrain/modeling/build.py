@@ -61,7 +61,7 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
     """
     torch.manual_seed(seed)
     built = random_model(config) if model.init_from is None else _pretrained_model(model, config, new_head)
-    built.float()
+    built.float().train()  # transformers loads models in evaluation mode
     reason = why_not_packed(built)
     if reason is not None:
         built.set_attn_implementation("sdpa" if built._supports_sdpa else "eager")

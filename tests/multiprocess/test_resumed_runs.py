@@ -86,6 +86,28 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert_same_tensors(*last)
 
 
+def test_a_continued_model_has_dropout_from_the_first_step_on(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a loaded model that stays in evaluation mode, without dropout, until the first evaluation: without
+    held-out corpora for the whole run, with them after each resume."""
+    pools[1].run(pretrain_case, run_config(tmp_path / "start", wordpiece_corpus, schedule__steps=1))
+    start = str(checkpoint_path(tmp_path / "start" / "checkpoints", 1) / "hf")
+
+    def config(name: str, dropout: float, **changes: Any) -> Tree:
+        tree = run_config(tmp_path / name, wordpiece_corpus, schedule__steps=3, **changes)
+        return tree | {"model": {"init_from": start, "config": dict.fromkeys(NO_DROPOUT, dropout)}}
+
+    pools[1].run(pretrain_case, config("without", 0.0))
+    pools[1].run(pretrain_case, config("uninterrupted", 0.5))
+    evaluated = config("resumed", 0.5, corpus__eval={"held": str(heldout_corpus)})
+    assert pools[1].run(pretrain_case, evaluated, 1) == ["stopped"]
+    assert pools[1].run(pretrain_case, evaluated) == ["done"]
+    losses = {name: logged(tmp_path / name) for name in ("without", "uninterrupted", "resumed")}
+    assert losses["resumed"] == losses["uninterrupted"]
+    assert losses["uninterrupted"][0] != pytest.approx(losses["without"][0], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("first", "then", "optimizer"),
     [

@@ -40,13 +40,15 @@ def test_the_seed_determines_the_weights(tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def test_weights_come_from_the_folder(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Catches random weights in place of the folder's, 16-bit parameters, and an ignored override of a field."""
+    """Catches random weights in place of the folder's, 16-bit parameters, an ignored override of a field, and modules
+    that stay in evaluation mode."""
     settings = ModelConfig(init_from=str(folder), config={"hidden_dropout_prob": 0.3})
     built = build_model(settings, resolve_model_config(settings, tokenizer), seed=9).model
     original = BertForMaskedLM.from_pretrained(folder, dtype=torch.float32)
     for name, parameter in original.named_parameters():
         assert torch.equal(built.get_parameter(name), parameter), name
     assert {parameter.dtype for parameter in built.parameters()} == {torch.float32}
+    assert all(module.training for module in built.modules())
     assert built.config.hidden_dropout_prob == 0.3
     assert {module.p for name, module in built.named_modules() if name.endswith("output.dropout")} == {0.3}
 
