@@ -235,8 +235,9 @@ class _WholeWeights:
             parameter.ds_status = ZeroParamStatus.INFLIGHT
 
     def wait(self, **_: Any) -> None:
-        for parameter in self._parameters:
-            parameter.ds_status = ZeroParamStatus.AVAILABLE
+        """Called for each of the parameters. At the second call, the first ones may have been released."""
+        while self._parameters:
+            self._parameters.pop().ds_status = ZeroParamStatus.AVAILABLE
 
 
 def _gather(parameters: Sequence[Any]) -> None:

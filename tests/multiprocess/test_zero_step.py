@@ -10,7 +10,7 @@ import torch
 from pretrain.engine.zero_step import Zero1Optimizer, sum_over_ranks
 from pretrain.world import World
 from rank_pool import ForkServer, RankPool
-from runs import Tree, build_engine, logged, microbatch, pretrain_case, run_config
+from runs import TINY, Tree, build_engine, events_without_timing, logged, microbatch, pretrain_case, run_config
 
 
 def sum_case(world: World) -> list[float]:
@@ -78,3 +78,23 @@ def test_weights_that_zero3_keeps_twice_are_updated(
     assert new_ranks.run(pretrain_case, twice, 2) == ["stopped"] * 2
     assert new_ranks.run(pretrain_case, twice) == ["done"] * 2
     assert logged(tmp_path / "twice") == pytest.approx(logged(tmp_path / "once"), rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_that_zero3_releases_after_use(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, ranks: int
+) -> None:
+    """Catches weights that are used in an evaluation after they were released, or are not those of the last update.
+    ZeRO 3 keeps weights below a threshold, and so all of a tiny model."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    changes = {"schedule__steps": 4, "corpus__eval": {"held": str(heldout_corpus)}, "evaluation__every_steps": 2}
+    kept, released = (
+        run_config(tmp_path / name, wordpiece_corpus, "fp32_zero3", model__config=TINY, **changes)
+        for name in ("kept", "released")
+    )
+    released["engine"] = {"ds_config": str(tmp_path / "ds.json")}
+    assert pools[ranks].run(pretrain_case, kept) == ["done"] * ranks
+    assert pools[ranks].run(pretrain_case, released, 3) == ["stopped"] * ranks
+    assert pools[ranks].run(pretrain_case, released) == ["done"] * ranks
+    assert events_without_timing(tmp_path / "released") == events_without_timing(tmp_path / "kept")
