@@ -28,6 +28,7 @@ from pretrain.corpus.reader import Corpus, open_corpus, unique_names
 from pretrain.ds_configs import preset_or_path
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, load_settings
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
+from pretrain.modeling.output_bias import output_bias_of
 from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.resize import has_learned_positions
 from pretrain.resume import (
@@ -130,6 +131,9 @@ def resolve(
     _check_layer_drop(model_config, deepspeed)
     _check_quantization(model_config)
     skeleton = meta_model(model_config)
+    _check_parameters(skeleton)
+    if config.model.output_bias == "log_frequency":
+        output_bias_of(skeleton)
     check_freeze(config.model.freeze, skeleton)
     _check_layer_decay(config.optimizer.layer_decay, skeleton)
     _check_batches(config, max_positions(skeleton), vocabulary, world_size)
@@ -273,6 +277,14 @@ def _check_quantization(model_config: PreTrainedConfig) -> None:
             f"model.config.quant_mode: '{model_config.model_type}' quantizes by ranges of activations, which depend on "
             "the microbatches; set it to false"
         )
+
+
+def _check_parameters(model: PreTrainedModel) -> None:
+    """Raise UserError for a parameter without elements, of which DeepSpeed keeps no optimizer state."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            kind = model.config.model_type
+            raise UserError(f"model: '{kind}' cannot be trained with these sizes: {name} has no elements")
 
 
 def _check_layer_decay(layer_decay: float, model: PreTrainedModel) -> None:

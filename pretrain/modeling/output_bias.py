@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiment.errors import UserError
@@ -40,15 +41,20 @@ def set_output_bias(model: PreTrainedModel, frequencies: NDArray[np.float64], pr
     """Set the bias of the decoder to the logarithm of `frequencies`, [V].
 
     Rows of the decoder that no token has, of a padded vocabulary, get the bias of the rarest one. Raises UserError if
-    the decoder has no bias, or the bias of a model that is `pretrained` is a trained one: new ones are zeros.
+    the bias of a model that is `pretrained` is a trained one: new ones are zeros.
     """
-    decoder = decoder_of(model)
-    if decoder is None or decoder.bias is None:
-        raise UserError(f"model.output_bias: the decoder of '{model.config.model_type}' has no bias with this config")
-    if pretrained and decoder.bias.any():
+    bias = output_bias_of(model)
+    if pretrained and bias.any():
         raise UserError("model.output_bias: the model in model.init_from has a trained bias; leave output_bias out")
     logarithms = np.log(frequencies)
-    padding = (0, decoder.bias.numel() - len(logarithms))
-    bias = np.pad(logarithms, padding, constant_values=logarithms.min())
+    padding = (0, bias.numel() - len(logarithms))
     with torch.no_grad():
-        decoder.bias.copy_(torch.from_numpy(bias))
+        bias.copy_(torch.from_numpy(np.pad(logarithms, padding, constant_values=logarithms.min())))
+
+
+def output_bias_of(model: PreTrainedModel) -> Tensor:
+    """Return the bias of the decoder. Raises UserError if it has none, as that of ESM, whose head adds one itself."""
+    decoder = decoder_of(model)
+    if decoder is None or decoder.bias is None:
+        raise UserError(f"model.output_bias: the decoder of '{model.config.model_type}' has no bias that can be set")
+    return decoder.bias

@@ -26,6 +26,7 @@ VISION = TEXT | {"model_type": "siglip_vision_model", "image_size": 32, "patch_s
 # What a type needs besides; None: not this size.
 FIELDS: dict[str, dict[str, Any]] = {
     "funnel": {"num_hidden_layers": None, "num_blocks": None, "block_sizes": [1, 1]},
+    "mobilebert": {"embedding_size": 24},
     "modernvbert": {"text_config": TEXT | {"model_type": "modernbert"}, "vision_config": VISION},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 2},
     "t5": {"eos_token_id": 3, "decoder_start_token_id": 0, "num_heads": 2, "d_kv": 16, "d_ff": 40},

@@ -270,6 +270,23 @@ def test_quantization_by_ranges_of_activations_is_rejected(tmp_path: Path, wordp
         resolve(config_of(tmp_path / "run", wordpiece_corpus, model=model), 1)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "fields", "problem"),
+    [
+        ("esm", {}, r"model\.output_bias: the decoder of 'esm' has no bias that can be set"),
+        ("mobilebert", {"embedding_size": 32}, r"trained .*: cls\.predictions\.dense\.weight has no elements"),
+    ],
+)
+def test_models_that_would_fail_in_the_ranks(
+    tmp_path: Path, wordpiece_corpus: Path, model_type: str, fields: dict[str, Any], problem: str
+) -> None:
+    """Catches a run that ends when its ranks have started, or that cannot resume."""
+    config = {"model_type": model_type, **tiny_fields(model_type)} | fields
+    model = {"config": config, "output_bias": "log_frequency"}
+    with pytest.raises(UserError, match=problem):
+        resolve(config_of(tmp_path / "run", wordpiece_corpus, model=model), 1)
+
+
 def test_layers_of_a_decoder_have_no_rates_of_their_own(tmp_path: Path, wordpiece_corpus: Path) -> None:
     """Catches the lowest learning rate for the last layers of Funnel, which are numbered from 0 again."""
     for model_type in ("funnel", "bart"):
