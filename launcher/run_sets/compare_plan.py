@@ -148,7 +148,7 @@ def _plan_pretraining(
     if loaded.checkpoint.mirror is not None:
         overrides["checkpoint.mirror"] = f"{loaded.checkpoint.mirror}/{name}"
     overrides |= resume_overrides(loaded.run.resume, name, parent, recorded)
-    config = validate_pretraining(row.pretrain, overrides, placement)
+    config = validate_pretraining(row.pretrain, overrides, placement, name in recorded)
     return PlannedRun(name, deepcloze_command("pretrain", row.pretrain, {**placement, **overrides}), config)
 
 

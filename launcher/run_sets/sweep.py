@@ -97,7 +97,8 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
             output = f"{Path(load_config(config_type, config, options.overrides | values).run.dir)}-sweep"
     folder = RunFolder(Path(output).absolute())
     check_run_folder(folder, None, "--output")
-    pins, runs = _Pins(folder.path / SWEEP_RECORD, points), []
+    recorded = recorded_configs(folder.path / SWEEP_RECORD)
+    pins, runs = _Pins(folder.path, recorded, points), []
     loaded: dict[str, FinetuneConfig | PretrainConfig] = {}
     models: set[str] = set()
     for name, values in points.items():
@@ -115,7 +116,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
                 model = run.model
                 validated = {**flatten(run), **data_origin(run.task), **encoder_origin(model.init_from, model.weights)}
             else:
-                validated = validate_pretraining(config, overrides, placement)
+                validated = validate_pretraining(config, overrides, placement, name in recorded)
         argv = deepcloze_command("finetune" if finetuning else "pretrain", config, {**placement, **overrides})
         runs.append(PlannedRun(name, argv, validated, values=values))
     metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
@@ -170,9 +171,11 @@ class _Pins:
     """Overrides that give all points of a sweep the same commits of a model and data sets of the Hub and the same
     checkpoint of a run, which may save newer ones; and each its own mirror."""
 
-    def __init__(self, record: Path, points: Mapping[str, Mapping[str, str]]) -> None:
-        """record: of the sweep, if it has begun. points: name -> values of the grid."""
-        self._folder, self._configs, self._points = record.parent, recorded_configs(record), points
+    def __init__(
+        self, folder: Path, configs: Mapping[str, FlatConfig], points: Mapping[str, Mapping[str, str]]
+    ) -> None:
+        """folder: of the sweep. configs: `recorded_configs` of it. points: name -> values of the grid."""
+        self._folder, self._configs, self._points = folder, configs, points
         self._models: dict[str, str] = {}  # `model.init_from` -> pinned
         self._parents: dict[str, str] = {}  # `run.resume` -> pinned
         self._data = recorded_data(self._configs)  # pinned

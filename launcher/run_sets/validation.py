@@ -42,12 +42,16 @@ def check_pretraining(config: str, overrides: dict[str, str]) -> None:
         notify(f"warning: {warning}")
 
 
-def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> FlatConfig:
+def validate_pretraining(
+    config: str, overrides: dict[str, str], placement: Mapping[str, Any], is_recorded: bool
+) -> FlatConfig:
     """Return the config of a pretraining run, the fingerprints of its corpora, the checksums of the model that it
     starts from, and the settings of precision in its DeepSpeed JSON, and print warnings. placement: of `LaunchOptions`.
+    is_recorded: the record of the set, which is compared with the config, has the run.
 
-    Raises UserError for anything that would keep the run from starting. One that is done is not started again: it may
-    lack its checkpoints, the model that it started from may have been moved, and the checkpoint that it forked deleted.
+    Raises UserError for anything that would keep the run from starting. A recorded one that is done is not started
+    again: it may lack its checkpoints, the model that it started from may have been moved, and the checkpoint that it
+    forked deleted.
     """
     loaded, machine = load_config(PretrainConfig, config, overrides), launch_machine()
     options = PretrainOptions(config=config, overrides=overrides, **placement)
@@ -56,7 +60,7 @@ def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapp
             plan = plan_launch(options, loaded, machine)
         except UserError:
             reported = read_outcome(RunFolder(Path(loaded.run.dir)))
-            if reported is None or reported.outcome is not Outcome.DONE or loaded.run.resume == "never":
+            if not is_recorded or reported is None or reported.outcome is not Outcome.DONE:
                 raise
             new = loaded.run.model_copy(update={"dir": f"{loaded.run.dir}/new", "resume": "auto"})
             plan = plan_launch(options, loaded.model_copy(update={"run": new}), machine)

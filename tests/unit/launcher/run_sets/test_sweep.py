@@ -197,7 +197,8 @@ def test_a_finished_point_may_lack_its_checkpoints(
     pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a sweep that must train a point again before another one can be added, also if the run that it forked has
-    deleted the checkpoint since."""
+    deleted the checkpoint since; and one that shows the score of a finished run of another config, which it did not
+    start."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     point = open_run_folder(tmp_path / "run-sweep" / "lr=1e-4")
     point.saved.touch()
@@ -205,6 +206,8 @@ def test_a_finished_point_may_lack_its_checkpoints(
     assert main(arguments) == 2
     assert "lr=1e-4: there is no checkpoint in" in capsys.readouterr().err
     write_outcome(point, Outcome.DONE)
+    assert main(arguments) == 2
+    write_json(point.path.parent / "sweep.json", {"runs": {point.path.name: {"config": {}}}})
     assert main(arguments) == 0
     forks = [*arguments[:4], "optimizer.lr=1e-4", "--dry_run", f"--run.resume={tmp_path}/checkpoints/step-00000002"]
     assert main(forks) == 0
