@@ -128,7 +128,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
 def check_points(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig], metric: str | None = None) -> None:
     """Raise UserError if another point has the same config as this one, as for the values 1e-3 and 0.001; if this one
     is fine-tuned without a validation split; or if the first one is evaluated in another way or on other text. metric:
-    that the user asks for."""
+    that the user asks for; None: that of the first one."""
     point, (first_name, first) = points[name], next(iter(points.items()))
     for other, config in points.items():
         moved = config.model_copy(update={"run": config.run.model_copy(update={"dir": point.run.dir})})
@@ -143,6 +143,8 @@ def check_points(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig
             "the metrics depend on it, so these points cannot be compared by them; compare the models on tasks with "
             "`deepcloze compare`, a row for each"
         )
+    if metric is None and isinstance(first, FinetuneConfig):
+        metric = first.task.metric
     before, now = _evaluation_settings(first, metric), _evaluation_settings(point, metric)
     if changed := [key for key in {**before, **now} if now.get(key) != before.get(key)]:
         key = changed[0]
@@ -154,7 +156,7 @@ def _evaluation_settings(config: FinetuneConfig | PretrainConfig, metric: str | 
     several masking rates the last one, as in evaluations; for the metric `loss` the corpora that it is computed on."""
     if isinstance(config, FinetuneConfig):
         task, read = config.task, {"validation", "on_bad_lines", "labels", "header", "quoting"}
-        ranks = (metric or task.metric) in ("mrr", "ndcg@10")  # the negatives of all rows
+        ranks = metric in ("mrr", "ndcg@10")  # the negatives of all rows
         candidates = {"columns.negative": getattr(task.columns, "negative", None)} if ranks else {}
         if task.validation is not None:
             return flatten({"task": {**task.model_dump(include=read), **candidates}})

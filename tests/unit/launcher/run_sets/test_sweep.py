@@ -799,6 +799,9 @@ def test_points_with_other_validation_rows_are_rejected(
         command.append("--task.metric=spearman")
         assert main([*command, "--metric=mrr"]) == 2
         assert main([*command, "--dry_run"]) == 0  # of scores, which have no negatives
+        for metrics in ("mrr,uniformity", "uniformity,mrr"):
+            grid = ["--grid", f"task.metric={metrics}", *flags[:-1], "--task.columns.negative=other"]
+            assert main([*command[:3], *grid, "--dry_run"]) == 0  # all are compared by the first one
     elif "." in key:  # a file has the same rows for each
         assert main([*command, f"--task.validation={task.parent / 't.csv'}", "--dry_run"]) == 0
 
