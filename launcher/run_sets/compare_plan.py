@@ -18,7 +18,13 @@ from finetune.device import choose_device
 from finetune.resolve import check_data, load_run_config
 from launcher.options import CompareOptions, LaunchOptions
 from launcher.run_sets.compare_config import CompareConfig, RowConfig
-from launcher.run_sets.recorded_runs import record_model_of_set, recorded_configs, recorded_data, resume_overrides
+from launcher.run_sets.recorded_runs import (
+    record_model_of_set,
+    record_parent_of_set,
+    recorded_configs,
+    recorded_data,
+    resume_overrides,
+)
 from launcher.run_sets.run_set import CONFIG_COPIES, PlannedRun, RunSet, is_finished
 from launcher.run_sets.sweep import check_points, parse_grid, read_grid
 from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
@@ -73,12 +79,13 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     files = [*config.tasks, *(row.pretrain for row in config.rows.values() if row.pretrain is not None)]
     configs = {file: read_config_file(file) for file in files}
     tasks = _read_tasks(config, recorded_data(recorded))
+    parents = _find_parents(config, options.file, row_folders, recorded)
     runs: list[PlannedRun] = []
     cells: dict[str, dict[str, PlannedRun]] = {}
     models: set[str] = set()
     for name, row in config.rows.items():
         with user_errors_in(f"{options.file}: rows.{name}"):
-            pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement, recorded)
+            pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement, recorded, parents)
             cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config, models)
         runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
     if trained := [task for task in tasks if task.is_trained]:
@@ -102,6 +109,25 @@ def _find_encoders(
             model = record_model_of_set(row.init_from, recorded, same)
         rows[name] = row.model_copy(update={"init_from": model})
     return config.model_copy(update={"rows": rows})
+
+
+def _find_parents(
+    config: CompareConfig, file: str, folders: Mapping[str, str], recorded: Mapping[str, FlatConfig]
+) -> dict[str, str]:
+    """Return `run.resume` of rows that fork a run -> the checkpoint that it referred to when the first of them began.
+    folders: by row. Raises UserError."""
+    parents: dict[str, str] = {}
+    same: dict[str, list[FlatConfig]] = {}  # `run.resume` -> recorded configs
+    for name, row in config.rows.items():
+        if row.pretrain is not None:
+            with user_errors_in(f"{file}: rows.{name}"):
+                overrides = {"model.init_from": row.init_from, "run.dir": "."}
+                run = load_config(PretrainConfig, row.pretrain, overrides).run
+            if run.parent is not None:
+                parents[run.resume] = run.parent
+                same.setdefault(run.resume, []).append(recorded.get(f"{folders[name]}/{_PRETRAINING}", {}))
+    with user_errors_in("run.resume"):
+        return {resume: record_parent_of_set(resume, parent, same[resume]) for resume, parent in parents.items()}
 
 
 def _folders(key: str, names: Sequence[str]) -> dict[str, str]:
@@ -138,8 +164,14 @@ def _read_tasks(config: CompareConfig, recorded: Sequence[str]) -> list[_Task]:
 
 
 def _plan_pretraining(
-    row: RowConfig, parent: Path, folder: str, placement: Mapping[str, Any], recorded: Mapping[str, FlatConfig]
+    row: RowConfig,
+    parent: Path,
+    folder: str,
+    placement: Mapping[str, Any],
+    recorded: Mapping[str, FlatConfig],
+    parents: Mapping[str, str],
 ) -> PlannedRun | None:
+    """Return the pretraining of a row, if any. parents: see `_find_parents`. Raises UserError."""
     if row.pretrain is None:
         return None
     name = f"{folder}/{_PRETRAINING}"
@@ -147,6 +179,8 @@ def _plan_pretraining(
     loaded = load_config(PretrainConfig, row.pretrain, overrides)
     if loaded.checkpoint.mirror is not None:
         overrides["checkpoint.mirror"] = f"{loaded.checkpoint.mirror}/{name}"
+    if loaded.run.parent is not None:
+        overrides["run.resume"] = parents[loaded.run.resume]
     overrides |= resume_overrides(loaded.run.resume, name, parent, recorded)
     config = validate_pretraining(row.pretrain, overrides, placement, name in recorded)
     return PlannedRun(name, deepcloze_command("pretrain", row.pretrain, {**placement, **overrides}), config)

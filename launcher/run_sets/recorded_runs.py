@@ -1,5 +1,6 @@
 """The configs in the record of a set of runs: what runs began with, and how that differs from a plan."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +11,13 @@ from experiment.files import read_json
 from experiment.hub_data import PREFIX
 from experiment.models.hub_names import HubName
 from experiment.models.model_names import mention_state, record_model
-from experiment.run_files.checkpoints import mention_newer, names_model_folder
+from experiment.run_files.checkpoints import (
+    checkpoint_candidates,
+    last_usable,
+    mention_newer,
+    names_model_folder,
+    verify,
+)
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, config_of_kind
 from pretrain.config import CHANGE_ROUNDING_ONLY as PRETRAINING_ROUNDING_ONLY
@@ -71,6 +78,28 @@ def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig], same:
             raise UserError(f"{kept[0]} does not exist; {advice}")
         mention_newer(Path(init_from), Path(kept[0]))
         return record_model(kept[0])
+
+
+def record_parent_of_set(resume: str, parent: str, same: Iterable[FlatConfig]) -> str:
+    """Return the checkpoint that `run.resume` referred to when runs of a set began; relative if that is, so that the
+    project may be moved. A value that is recorded, as by version 0.2.0, or that names no checkpoint, which is rejected,
+    is returned as it is.
+
+    parent: `RunConfig.parent`. same: the recorded configs of the runs with this value. Raises UserError.
+    """
+    began, path = [str(config.get("run.resume")) for config in same], Path(parent)
+    if resume in began:
+        return resume
+    for checkpoint in began:
+        if names_model_folder(path, model := Path(checkpoint) / "hf", any_best=True):
+            mention_newer(path, model)
+            return checkpoint
+    if not (candidates := checkpoint_candidates(path)):
+        return resume
+    newest = last_usable(candidates, verify)
+    checkpoint = str(newest) if path.is_absolute() else os.path.relpath(newest)
+    mention_state(parent, f"{checkpoint}/hf")
+    return checkpoint
 
 
 def recorded_data(configs: Mapping[str, FlatConfig]) -> list[str]:

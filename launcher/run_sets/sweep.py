@@ -4,7 +4,6 @@ OUTPUT/sweep.json is the record of the runs.
 """
 
 import itertools
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 from experiment.config import FlatConfig, did_you_mean, flatten, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest
-from experiment.models.model_names import mention_state
 from experiment.process.own_process import deepcloze_command
 from experiment.results.sweep_summary import (
     metric_title,
@@ -24,20 +22,19 @@ from experiment.results.sweep_summary import (
     sort_results,
     write_summary,
 )
-from experiment.run_files.checkpoints import (
-    checkpoint_candidates,
-    last_usable,
-    mention_newer,
-    names_model_folder,
-    verify,
-)
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, check_run_folder
 from experiment.storage import is_url
 from finetune.config import FinetuneConfig, check_validation
 from finetune.data.columns import CONTEXT, LABEL
 from launcher.configs import command_of
 from launcher.options import LaunchOptions, SweepOptions
-from launcher.run_sets.recorded_runs import record_model_of_set, recorded_configs, recorded_data, resume_overrides
+from launcher.run_sets.recorded_runs import (
+    record_model_of_set,
+    record_parent_of_set,
+    recorded_configs,
+    recorded_data,
+    resume_overrides,
+)
 from launcher.run_sets.run_set import PlannedRun, RunSet
 from launcher.run_sets.validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
@@ -195,7 +192,7 @@ class _Pins:
             resume, parent = config.run.resume, config.run.parent
             if parent is not None:
                 if resume not in self._parents:
-                    self._parents[resume] = self._find_parent(resume, parent, point)
+                    self._parents[resume] = record_parent_of_set(resume, parent, self._recorded("run.resume", point))
                 pinned["run.resume"] = self._parents[resume]
             else:
                 pinned |= resume_overrides(resume, point, self._folder, self._configs)
@@ -211,27 +208,6 @@ class _Pins:
         """Return the recorded configs of the points that have the same value of a key as this one."""
         value = self._points[point].get(key)  # None: no key of the grid, and so the same for all
         return [found for name, found in self._configs.items() if self._points.get(name, {}).get(key) == value]
-
-    def _find_parent(self, resume: str, parent: str, point: str) -> str:
-        """Return the checkpoint that `run.resume` referred to when the sweep began; relative if that is, so that the
-        project may be moved. A value that is recorded, as by version 0.2.0, that is a checkpoint itself, or that names
-        none, which is rejected, is returned as it is."""
-        began = [str(found.get("run.resume")) for found in self._recorded("run.resume", point)]
-        if resume in began:
-            return resume
-        path = Path(parent)
-        for checkpoint in map(Path, began):
-            if names_model_folder(path, checkpoint / "hf", any_best=True):
-                mention_newer(path, checkpoint / "hf")
-                return str(checkpoint)
-        if not (candidates := checkpoint_candidates(path)):
-            return resume
-        checkpoint = last_usable(candidates, verify)
-        if checkpoint == path.absolute():
-            return resume
-        named = checkpoint if path.is_absolute() else Path(os.path.relpath(checkpoint))
-        mention_state(parent, f"{named}/hf")
-        return str(named)
 
     def _pins_model(self, config: PretrainConfig, init_from: str) -> bool:
         """Return whether points start from a checkpoint or commit: not forks, which have the weights of their parents,

@@ -30,7 +30,7 @@ from finetune.resolve import load_run_config
 from finetune.results import predictions
 from hub_server import HubServer
 from launcher.cli import main
-from launcher.run_sets import compare, run_set
+from launcher.run_sets import compare, compare_plan, run_set
 from launcher.run_sets.child_run import DONE, REJECTED, ChildRun
 from launcher.run_sets.compare import CellScores
 
@@ -909,6 +909,40 @@ def test_a_row_starts_from_one_checkpoint(
     shutil.rmtree(tmp_path / "compare" / "ours")
     assert main(["compare", str(file), "--dry_run"]) == 0
     assert f"--model.init_from={newest}" in capsys.readouterr().out
+
+
+def test_rows_fork_one_checkpoint(
+    write_files: Callable[..., Path],
+    wordpiece_corpus: Path,
+    encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches rows that fork the checkpoint that is the newest one when they begin, also after a restart, and a row
+    that cannot be resumed because another one names a checkpoint of the same run."""
+    first, second, third = (checkpoint_path(tmp_path / "run" / "checkpoints", step) for step in (1, 2, 3))
+    rows = {}
+    for name, parent in {"a": first, "b": tmp_path / "run", "c": tmp_path / "run"}.items():
+        file = tmp_path / f"{name}.yaml"
+        rows[name] = {"init_from": str(encoder), "pretrain": str(file)}
+        tree = {"run": {"dir": "replaced", "resume": str(parent)}, "schedule": {"steps": 6}}
+        file.write_text(yaml.safe_dump({**tree, "corpus": {"train": str(wordpiece_corpus)}}))
+    planned = {"evaluation.best_metric": None, "model.max_positions": None}
+    monkeypatch.setattr(compare_plan, "validate_pretraining", lambda *_: planned)  # the checkpoints have no state
+    path = write_files(rows=rows)
+    shutil.copytree(encoder, first / "hf")
+    mark_complete(first)
+    for newest in (second, third):
+        shutil.copytree(first, newest)
+        assert main(["compare", str(path), "--dry_run"]) == 0
+        found = re.findall(r"--run.resume=(\S+)", capsys.readouterr().out)
+        assert found == [str(first), str(second), str(second)]
+        began = {"a/pretrain": first, "c/pretrain": second}
+        for name in began:
+            (tmp_path / "compare" / name).mkdir(parents=True, exist_ok=True)
+        record = {name: {"config": {"run.resume": str(checkpoint)}} for name, checkpoint in began.items()}
+        write_json(tmp_path / "compare" / "runs.json", record)
 
 
 def test_a_run_that_has_not_finished_is_named(
