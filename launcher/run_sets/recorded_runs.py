@@ -16,7 +16,7 @@ from experiment.run_files.checkpoints import (
     last_usable,
     mention_newer,
     names_model_folder,
-    verify,
+    verify_descriptions,
 )
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, config_of_kind
@@ -96,7 +96,7 @@ def record_parent_of_set(resume: str, parent: str, same: Iterable[FlatConfig]) -
             return checkpoint
     if not (candidates := checkpoint_candidates(path)):
         return resume
-    newest = last_usable(candidates, verify)
+    newest = last_usable(candidates, verify_descriptions)
     checkpoint = str(newest) if path.is_absolute() else os.path.relpath(newest)
     mention_state(parent, f"{checkpoint}/hf")
     return checkpoint
