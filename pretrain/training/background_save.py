@@ -126,8 +126,9 @@ class BackgroundSave:
         flight. Collective."""
         if (newest := self.saved_step) is not None:
             rank, kept = self.group.world.rank, self._on_disk(keep)
-            part = self._thread.submit(lambda: None if rank else apply_retention(self.checkpoints, kept, newest))
-            self.group.wait_for_all(part, self._work.has_worked)  # after an error the next save tries again
+            with self.times.during(CHECKPOINTING):
+                part = self._thread.submit(lambda: None if rank else apply_retention(self.checkpoints, kept, newest))
+                self.group.wait_for_all(part, self._work.has_worked)  # after an error the next save tries again
 
     def begin(self, snapshot: Snapshot) -> None:
         """Begin to write a checkpoint; none may be in flight. Collective."""

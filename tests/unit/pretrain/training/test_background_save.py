@@ -10,7 +10,7 @@ import torch
 from experiment.files import call_after_syncs, fsync_tree, write_text
 from experiment.models.tensor_files import save_tensors
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
-from experiment.run_files.goodput import ActivityTimer
+from experiment.run_files.goodput import CHECKPOINTING, TRAINING, ActivityTimer
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from pretrain.training import background_save, checkpoint_tensors
@@ -123,6 +123,24 @@ def test_an_outage_of_a_few_minutes_is_survived(folder: RunFolder, monkeypatch: 
     save(saves, 12)  # the second one
     with pytest.raises(UnwritableError, match=os.strerror(errno.EIO)):
         save(saves, 13)
+
+
+def test_deleting_what_a_resumed_run_does_not_keep_is_not_training(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a slow disk that lowers the first speed after a resume, and that counts as goodput."""
+    now = 100.0
+
+    def delete(*_: Any) -> None:
+        nonlocal now
+        now += 16.0
+
+    monkeypatch.setattr(background_save, "apply_retention", delete)
+    times = ActivityTimer(0.0, clock=lambda: now)
+    times.begin_training()
+    saves = BackgroundSave(folder.checkpoints, OneRank(), times, 8)  # type: ignore[arg-type]
+    saves.delete_superseded(Retention(keep_last=1))
+    assert (times.elapsed(CHECKPOINTING), times.elapsed(TRAINING)) == (16.0, 0.0)
 
 
 def test_a_thread_that_waits_for_a_disk_does_not_work() -> None:
