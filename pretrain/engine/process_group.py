@@ -39,15 +39,17 @@ def connect(
     Raises LostRankError if a rank is missing in the first part, or has connected twice, HostError if there is a
     GPU that torch cannot use: DeepSpeed would take the CPU.
     """
-    if problem := unusable_gpus(os.environ):
-        raise HostError(problem)
     # The first init on a CPU compiles a shared-memory kernel for inference, which training never uses and which fails
     # without a compiler. An empty table of compatible ops skips it.
     deepspeed.ops.__compatible_ops__ = {}
     world = _local_world()
+    if world.rank == 0:
+        _select_device(world)  # while it serves no store: others would fail without it
     store = _meet(world, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
     if on_met is not None:
         on_met()
+    if world.rank != 0:
+        _select_device(world)  # not earlier: only now may it record a failure
     accelerator = get_accelerator()
     backend = accelerator.communication_backend_name()
     message = f"the ranks did not connect to each other within {timeout.total_seconds():.0f} s ({backend})"
@@ -81,18 +83,23 @@ def disconnect() -> None:
 
 
 def _local_world() -> World:
-    """Read this rank from the environment, by default a single one. Selects its device. Raises HostError."""
+    """Read this rank from the environment, by default a single one."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
     for name, default in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         os.environ.setdefault(name, default)
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+
+
+def _select_device(world: World) -> None:
+    """Select the device of this rank. Raises HostError."""
+    if problem := unusable_gpus(os.environ):
+        raise HostError(problem)
     try:
         get_accelerator().set_device(world.local_rank)
     except RuntimeError as error:  # such as a GPU that has failed since the launch
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         place = f"GPU {world.local_rank} of CUDA_VISIBLE_DEVICES={visible}"
         raise HostError(f"{place} cannot be used: {first_line(error)}") from error
-    return world
 
 
 def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) -> dist.Store:

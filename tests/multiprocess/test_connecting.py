@@ -123,15 +123,23 @@ def test_a_name_or_an_address_of_another_machine_listens_on_all(address: str) ->
         os.close(descriptor)
 
 
-def test_a_rank_with_a_gpu_that_torch_cannot_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a host with GPUs that trains on its CPU, or waits for ranks that connect through theirs, and a run that
-    is not restarted without the host."""
+@pytest.mark.parametrize(("rank", "before"), [(0, []), (1, ["meets rank 0", "takes the folder"])])
+def test_a_rank_with_a_gpu_that_torch_cannot_use_fails(
+    monkeypatch: pytest.MonkeyPatch, rank: int, before: list[str]
+) -> None:
+    """Catches a host with GPUs that trains on its CPU, or waits for ranks that connect through theirs, a run that is
+    not restarted without the host, and a rank of plain deepspeed that may not record yet why it fails: the SIGTERM that
+    ends rank 0 would count."""
     from pretrain.engine import process_group
 
+    events: list[str] = []
+    for name, value in rank_environment(rank, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(process_group, "unusable_gpus", lambda environ: "there is a GPU")
-    monkeypatch.setattr(process_group, "_local_world", lambda: pytest.fail("connects"))
+    monkeypatch.setattr(process_group, "_meet", lambda *_: events.append("meets rank 0"))
     with pytest.raises(HostError, match="there is a GPU"):
-        process_group.connect(timedelta(seconds=1), pytest.fail)
+        process_group.connect(timedelta(seconds=1), pytest.fail, lambda: events.append("takes the folder"))
+    assert events == before
 
 
 def test_a_rank_whose_gpu_has_failed_fails(monkeypatch: pytest.MonkeyPatch) -> None:
