@@ -15,7 +15,7 @@ world size, stage and precision. Saving needs no collective on tensors.
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,25 @@ def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool
     engine.load_loss_scaler_state(read_state(checkpoint)["loss_scaler"])
 
 
+def check_step_counts(checkpoint: Path, frozen: Collection[str], unused: Collection[str]) -> None:
+    """Raise UserError if the parameters that the run freezes, or the others, were not updated equally often: ZeRO keeps
+    them in flat tensors, each with one step count. `frozen`, `unused`: the model's own names of parameters."""
+    reader = FragmentReader(checkpoint / "engine")
+    counts: dict[bool, dict[int, str]] = {True: {}, False: {}}
+    for name in reader.names():
+        own, states = name.removeprefix("model."), set(reader.kinds(name)) - {MASTER, AVERAGE}
+        if own not in unused and ("step" in states or not states):  # Muon's matrices have no count
+            counts[own in frozen][int(reader.read(name, "step")) if states else 0] = own
+    for names in counts.values():
+        if len(names) > 1:
+            fewest, most = min(names), max(names)
+            raise UserError(
+                f"{checkpoint} cannot be resumed with model.freeze: '{names[fewest]}' was updated in {fewest} steps, "
+                f"'{names[most]}' in {most}. The version of deepcloze that wrote it has frozen other parameters: "
+                "finish the run with that version, or start again"
+            )
+
+
 class FragmentReader:
     """Reads any slice of any parameter from the files of all ranks."""
 
@@ -232,6 +251,9 @@ class FragmentReader:
         self._folder = folder
         self._index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         self._files: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        return list(self._index)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises UserError for a parameter that the checkpoint does not have."""

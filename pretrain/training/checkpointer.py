@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiment.files import fsync
+from experiment.models.transformers_models import parameters_in
 from experiment.process.daemon_thread import in_daemon_thread
 from experiment.run_files.checkpoints import (
     checkpoint_path,
@@ -30,10 +31,12 @@ from experiment.run_files.retention import Retention
 from experiment.tracking.alerts import Alert
 from pretrain.corpus.reader import Corpus
 from pretrain.engine.engine import Engine
+from pretrain.modeling.build import BuiltModel
 from pretrain.resolve import ResolvedRun
 from pretrain.training.background_save import BackgroundSave, Snapshot, UnwritableError, on_all_ranks
 from pretrain.training.checkpoint_tensors import (
     HostMemory,
+    check_step_counts,
     load_checkpoint,
     persistent_buffers,
     write_hugging_face_folder,
@@ -54,8 +57,9 @@ from pretrain.training_stream import TrainingStream
 log = logging.getLogger(__name__)
 
 
-def load_resumed(run: ResolvedRun, engine: Engine) -> TrainingProgress:
-    """Load the checkpoint that the run resumes or forks, if any, and return the progress to start at. Collective."""
+def load_resumed(run: ResolvedRun, model: BuiltModel, engine: Engine, group: CpuGroup) -> TrainingProgress:
+    """Load the checkpoint that the run resumes or forks, if any, and return the progress to start at. Collective.
+    Raises AgreedError."""
     plan = run.resume_plan
     if plan.checkpoint is None:
         return TrainingProgress()
@@ -63,6 +67,9 @@ def load_resumed(run: ResolvedRun, engine: Engine) -> TrainingProgress:
     log.info("%s %s%s", "forking" if plan.fork else "resuming from", plan.checkpoint, changes)
     if not plan.load_optimizer_state:
         log.warning("the checkpoint has another optimizer: optimizer states start at zero")
+    elif run.config.model.freeze and engine.zero_stage > 0:
+        frozen = parameters_in(run.config.model.freeze, model.model)
+        group.from_rank0(partial(check_step_counts, plan.checkpoint, frozen, model.unused))
     load_checkpoint(engine, plan.checkpoint, plan.load_optimizer_state)
     progress = _read_progress(plan.checkpoint, run)
     return fork_progress(progress, plan.same_stream) if plan.fork else progress

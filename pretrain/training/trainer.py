@@ -77,7 +77,7 @@ class Trainer:
         self._group = group
         self._times = times
         held_out = group.call(lambda: open_evaluator(run, stream.layout, world))
-        self._progress = load_resumed(run, engine)
+        self._progress = load_resumed(run, model, engine, group)
         self._interval = LogInterval(times, engine.device)
         first_step = self._progress.step if run.resume_plan.fork else 0
         self._evaluator = RunEvaluator(config.evaluation, held_out, engine, self._interval, times, group, first_step)

@@ -1,6 +1,7 @@
 """Parameters that are frozen for the first steps: `model.freeze`."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from experiment.config import build_config
 from experiment.models.tokenizer import load_tokenizer
+from experiment.models.transformers_models import parameters_in
 from experiment.run_files.checkpoints import checkpoint_path, read_state
+from experiment.run_files.outcome_file import read_outcome
+from experiment.run_files.run_folder import RunFolder
 from pretrain.config import PretrainConfig
 from pretrain.modeling.build import build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.resolve import resolve
 from pretrain.world import World
-from rank_pool import RankPool
+from rank_pool import RankError, RankPool
 from runs import (
     NO_DROPOUT,
     TINY,
@@ -143,6 +147,44 @@ def test_a_run_resumed_before_unfreezing_is_the_uninterrupted_one(
     assert {float(value) for key, value in one.items() if is_frozen(key) and key.endswith("/step")} == {2.0}
     assert_same_tensors(one, other)
     assert logged(tmp_path / "resumed", "grad_norm") == logged(tmp_path / "uninterrupted", "grad_norm")
+
+
+def frozen_otherwise_case(world: World, tree: Tree, stop_after: int) -> str:
+    """A run whose version of deepcloze does not freeze the word embeddings."""
+    from pretrain.engine import parameter_groups
+
+    def frozen(*arguments: Any) -> set[str]:
+        return {name for name in parameters_in(*arguments) if "word_embeddings" not in name}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parameter_groups, "parameters_in", frozen)
+        return pretrain_case(world, tree, stop_after)
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "step", "message"),
+    [
+        ("fp32_zero1", 3, "updated in 1 steps, 'bert.embeddings.word_embeddings.weight' in 3."),
+        ("fp32_zero3", 1, "updated in 0 steps, 'bert.embeddings.word_embeddings.weight' in 1."),
+        ("fp32_zero0", 3, None),
+    ],
+)
+def test_a_run_whose_version_froze_other_parameters(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str, step: int, message: str | None
+) -> None:
+    """Catches parameters that a resume gives the step count of others, and so updates of a wrong size. At ZeRO 0 each
+    has its own."""
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config, schedule__steps=4)
+    tree["model"] |= {"freeze": ["embeddings"], "freeze_steps": 2}
+    assert pools[2].run(frozen_otherwise_case, tree, step)[0] == "stopped"
+    if message is None:
+        assert pools[2].run(pretrain_case, tree)[0] == "done"
+        return
+    with pytest.raises(RankError, match=message):
+        pools[2].run(pretrain_case, tree)
+    _, said, _ = read_outcome(RunFolder(tmp_path)) or (None, "", None)
+    assert said.endswith("finish the run with that version, or start again")
+    assert len(said) < 500
 
 
 @pytest.mark.parametrize("freeze", [{}, {"freeze": ["encoder"], "freeze_steps": 1}])
