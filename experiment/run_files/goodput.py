@@ -81,7 +81,7 @@ class Goodput:
 
 def add_up(lines: Sequence[AttemptTime]) -> Goodput:
     """Return the sum over the attempts with these lines, of which there is one at least. The clock may have been set
-    during an attempt: its seconds are of a monotonic one."""
+    while an attempt trained: its seconds are of a monotonic one."""
     attempts = last_lines(lines)
     seconds = {activity: sum(attempt.seconds.get(activity, 0.0) for attempt in attempts) for activity in _MEASURED}
     down = sum(max(0.0, later.start - earlier.time) for earlier, later in pairwise(attempts))
