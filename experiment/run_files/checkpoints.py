@@ -95,7 +95,7 @@ def names_model_folder(path: Path, folder: Path, any_best: bool = False) -> bool
     `path` is a run that has saved newer checkpoints. any_best: also if it is a file `best` that names another one
     now."""
     names = {folder}
-    if _NAME.fullmatch(folder.parent.name):
+    if folder.name == "hf" and _NAME.fullmatch(folder.parent.name):
         checkpoints = folder.parent.parent
         names |= {folder.parent, checkpoints.parent}
         if any_best or named_best(checkpoints) in (None, folder.parent):

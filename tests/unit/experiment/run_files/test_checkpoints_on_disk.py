@@ -21,6 +21,7 @@ from experiment.run_files.checkpoints import (
     last_usable,
     mark_complete,
     named_best,
+    names_model_folder,
     read_state,
     replace_state,
     verify,
@@ -273,6 +274,17 @@ def test_which_checkpoint_a_path_means(tmp_path: Path, caplog: pytest.LogCapture
         find_model_folder(damaged)
     with pytest.raises(UserError, match="step-00000200 is incomplete"):
         find_model_folder(incomplete)
+
+
+def test_averaged_weights_have_one_name(tmp_path: Path) -> None:
+    """Catches a run, a checkpoint or `best` that is taken for the averaged weights with which another run began, so
+    that their scores are shown as those of the weights."""
+    (checkpoint,) = make(tmp_path / "checkpoints", 20)
+    write_best(tmp_path / "checkpoints", 20)
+    for name in (tmp_path, checkpoint, tmp_path / "checkpoints" / "best"):
+        assert names_model_folder(name, checkpoint / "hf")
+        assert not names_model_folder(name, checkpoint / "hf-ema")
+    assert names_model_folder(checkpoint / "hf-ema", checkpoint / "hf-ema")
 
 
 def test_a_model_is_found_without_reading_the_state_of_the_optimizer(
