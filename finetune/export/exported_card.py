@@ -30,7 +30,8 @@ from experiment.run_files.provenance import describe_devices, forked_from, read_
 
 _AVERAGED = "hf-ema"
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths
-_CHANGES = (*(f"{section}." for section in _SETTINGS), "model.freeze", "model.ema_decay")  # without paths
+_PRECISION = ("engine.ds_config:", "engine.ds_config.bf16.", "engine.ds_config.fp16.")  # the file's name alone
+_CHANGES = (*(f"{section}." for section in _SETTINGS), "model.freeze", "model.ema_decay", *_PRECISION)  # without paths
 _METRICS = ("loss", "perplexity", "accuracy")
 _SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _USAGE = """

@@ -48,12 +48,20 @@ def test_a_card_names_the_settings_that_a_resume_has_changed(tmp_path: Path) -> 
     """Catches a recipe that cannot be repeated, because the card has the last config alone, and a path in a card."""
     checkpoint = shutil.copytree(OLD, tmp_path / OLD.name)
     state = json.loads((checkpoint / "state.json").read_text())
-    changes = ["corpus.eval.wiki: '/data/a' -> '/data/b'", "optimizer.lr: 0.01 -> 0.001"]
+    changes = [
+        "corpus.eval.wiki: '/data/a' -> '/data/b'",
+        "engine.ds_config: 'bf16_zero2' -> 'offload'",
+        "engine.ds_config.bf16.enabled: true -> null",
+        "engine.ds_config.zero_optimization.offload_optimizer.nvme_path: null -> '/data/swap'",
+        "optimizer.lr: 0.01 -> 0.001",
+    ]
     attempts = [{"hardware": {}}, {"hardware": {}, "step": 1000, "changes": changes}]
     (checkpoint / "state.json").write_text(json.dumps(state | {"provenance": {"attempts": attempts}}))
     write_card(checkpoint / "hf", tmp_path, "title")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| 1,000 | optimizer.lr | 0.01 -\\> 0.001 |" in card
+    assert "| 1,000 | engine.ds_config | 'bf16_zero2' -\\> 'offload' |" in card
+    assert "| 1,000 | engine.ds_config.bf16.enabled | true -\\> null |" in card
     assert "/data/" not in card
 
 
