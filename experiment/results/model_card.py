@@ -116,7 +116,8 @@ def model_name(ancestor: Mapping[str, Any]) -> str:
 
 def _lineage_row(ancestor: Mapping[str, Any]) -> list[str]:
     weights = ", ".join(f"{name} {digest}" for name, digest in ancestor.get("weights", {}).items())
-    continued = "full state" if ancestor["relation"] == "fork" else "weights"
+    weights_used = "averaged weights" if ancestor.get("averaged") else "weights"
+    continued = "full state" if ancestor["relation"] == "fork" else weights_used
     run = str(ancestor.get("run_id", UNKNOWN))
     return [model_name(ancestor), show(ancestor.get("step"), ","), run, weights or UNKNOWN, continued]
 

@@ -7,8 +7,8 @@ over all seeds.
 
 Every model folder that a run writes contains `deepcloze.json`, {"run_id": …, "folder": …, "step": …, "ancestors": […]}.
 It is copied along with the folder, so a run that starts from the model can record all of its ancestors. Such folders
-are published: their `folder`s are names, not paths of this machine. The ancestor that a run has forked also has the
-`tokens` at that step.
+are published: their `folder`s are names, not paths of this machine. That of averaged weights also has `averaged`: true,
+the ancestor that a run has forked the `tokens` at that step.
 
 Both also have `decontaminated`, {corpus: digests of the evaluation texts of tasks}, if that is known of a corpus.
 """
@@ -155,7 +155,12 @@ def write_origin(model: Path, folder: RunFolder, record: Mapping[str, Any], step
     """Write deepcloze.json into a model folder of a run. record: the run's provenance."""
     ancestors = [{**ancestor, "folder": public_name(ancestor["folder"])} for ancestor in record["ancestors"]]
     run = {"run_id": record["run_id"], "folder": folder.path.name, "step": step, "ancestors": ancestors}
-    write_json(model / ORIGIN_FILE, run | {key: record[key] for key in ("decontaminated",) if key in record})
+    known = {key: record[key] for key in ("decontaminated",) if key in record}
+    write_json(model / ORIGIN_FILE, run | _averaged(model) | known)
+
+
+def _averaged(model: Path) -> dict[str, bool]:
+    return {"averaged": True} if model.name == "hf-ema" else {}
 
 
 def read_origin(model: Path) -> dict[str, Any] | None:
@@ -166,7 +171,8 @@ def read_origin(model: Path) -> dict[str, Any] | None:
     path = model / ORIGIN_FILE
     try:
         origin = read_json(path)
-        return {key: origin[key] for key in ("run_id", "folder", "step", "ancestors")} | dict(origin)
+        required = {key: origin[key] for key in ("run_id", "folder", "step", "ancestors")}
+        return required | _averaged(model) | dict(origin)  # older versions did not write `averaged`
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

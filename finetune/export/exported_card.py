@@ -28,7 +28,6 @@ from experiment.results.model_card import (
 from experiment.run_files.checkpoints import state_around
 from experiment.run_files.provenance import describe_devices, forked_from, read_origin
 
-_AVERAGED = "hf-ema"
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths
 _PRECISION = ("engine.ds_config:", "engine.ds_config.bf16.", "engine.ds_config.fp16.")  # the file's name alone
 _CHANGES = (*(f"{section}." for section in _SETTINGS), "model.freeze", "model.ema_decay", *_PRECISION)  # without paths
@@ -68,7 +67,7 @@ def _read_card(path: Path) -> str:
 
 def _make_card(source: Path, title: str) -> str:
     state, origin, config = state_around(source), read_origin(source), _read_config(source)
-    ancestors, averaged = origin["ancestors"] if origin else None, source.name == _AVERAGED
+    ancestors, averaged = (origin["ancestors"], origin.get("averaged", False)) if origin else (None, False)
     bases = [{"folder": str(source)}] if ancestors is None else ancestors  # it may be in the cache of the Hub
     is_pretrained, usage = has_masked_lm_head(config.get("architectures")), _usage(source, config)
     task, tags = "fill-mask" if usage else None, [str(config["model_type"])] if "model_type" in config else []

@@ -139,6 +139,19 @@ def test_a_model_folder_names_no_path(tmp_path: Path, folder: str, name: str) ->
     assert read_origin(tmp_path) == {"run_id": "a", "folder": "first", "step": 3, "ancestors": ancestors}
 
 
+def test_averaged_weights_are_told_from_those_of_their_step(tmp_path: Path) -> None:
+    """Catches a run of which nobody can say afterwards which of the two it started from."""
+    run = {"run_id": "a", "folder": "first", "step": 3}
+    for name, expected in (("hf", run), ("hf-ema", run | {"averaged": True})):
+        model = tmp_path / name
+        model.mkdir()
+        write_origin(model, RunFolder(Path("first")), {"run_id": "a", "ancestors": []}, step=3)
+        exported = shutil.copytree(model, tmp_path / f"{name}-exported")
+        (model / "deepcloze.json").write_text(json.dumps(run | {"ancestors": []}))  # as older versions wrote it
+        for found in (model, exported):
+            assert ancestors_of(found, "init_from") == [{"relation": "init_from", **expected}]
+
+
 def test_a_damaged_origin_is_rejected(tmp_path: Path) -> None:
     """Catches ancestors that are silently lost, and a traceback."""
     assert read_origin(tmp_path) is None

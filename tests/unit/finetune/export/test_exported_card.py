@@ -81,6 +81,19 @@ def test_the_hours_of_a_fork_are_its_own(tmp_path: Path, relation: str, since: s
         assert row in card
 
 
+def test_a_card_says_which_weights_are_averaged(tmp_path: Path) -> None:
+    """Catches averages that count as the weights of their step once their folder has another name, also in the lineage
+    of later models."""
+    model = shutil.copytree(OLD / "hf", tmp_path / "renamed")
+    path = model / "deepcloze.json"
+    ancestor = {"relation": "init_from", "folder": "parent", "run_id": "a", "step": 1, "averaged": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ancestors": [ancestor], "averaged": True}))
+    write_card(model, tmp_path, "title")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "The weights are those of step 2, averaged over the training." in card
+    assert "| parent | 1 | a | – | averaged weights |" in card
+
+
 def test_a_model_of_another_origin_has_a_card(tmp_path: Path) -> None:
     """Catches an export that fails for a folder without a head, a tokenizer or a run, and a snippet that cannot run."""
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
