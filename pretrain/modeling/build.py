@@ -88,14 +88,13 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
     if tie is False:  # load a tied decoder as a copy of the embeddings; transformers keeps one with weights of its own
         source.tie_word_embeddings = True
     built = _load(Path(model.init_from), source, new_head, model.config or {})
-    decoder = decoder_of(built)  # Perceiver has none
+    decoder = decoder_of(built)
     if tie and decoder is not None and decoder.weight is not built.get_input_embeddings().weight:
         raise UserError(
             f"model.config.tie_word_embeddings: the decoder in {model.init_from} has weights of its own, so it stays "
             "untied; leave the key out"
         )
-    untie = tie is False and decoder is not None
-    if model.added_tokens is None and model.max_positions is None and not untie:
+    if model.added_tokens is None and model.max_positions is None and tie is not False:
         return built
     pieces = {}
     if model.added_tokens is not None:

@@ -26,6 +26,7 @@ from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import check_extends
 from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.resize import config_with_positions
+from pretrain.modeling.structure import decoder_of
 
 _UNTRAINABLE = {
     "mra": "without its CUDA kernel transformers computes no attention, and with it only rows of certain widths",
@@ -65,13 +66,19 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
 def source_config(model: ModelConfig) -> PreTrainedConfig:
     """Return the config that matches the weights in `model.init_from`, with the fields of `model.config` set.
 
-    Raises UserError for one that makes no model, or a far larger one.
+    Raises UserError for one that makes no model, or a far larger one, and for one that unties a model without decoder.
     """
     assert model.init_from is not None
     folder = Path(model.init_from)
-    config = with_fields(_read_config(folder), _fields(model))
+    fields = _fields(model)
+    config = with_fields(_read_config(folder), fields)
     with quiet_transformers(), torch.device("meta"):
-        build_from_config(AutoModelForMaskedLM, config, f"model.init_from: {folder / 'config.json'}", folder)
+        built = build_from_config(AutoModelForMaskedLM, config, f"model.init_from: {folder / 'config.json'}", folder)
+    if fields.get("tie_word_embeddings") is False and decoder_of(built) is None:
+        raise UserError(
+            f"model.config.tie_word_embeddings: the head in {folder} multiplies by the embeddings, so it stays tied; "
+            "leave the key out"
+        )
     return config
 
 

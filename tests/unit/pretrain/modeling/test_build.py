@@ -109,12 +109,18 @@ def test_a_decoder_of_its_own_stays_with_tie_word_embeddings_false(
         build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
 
 
-def test_perceiver_has_no_decoder_to_untie(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Catches a traceback for a type that has no output embeddings."""
-    settings = ModelConfig(config={"model_type": "perceiver", **tiny_fields("perceiver")})
+@pytest.mark.parametrize(("model_type", "fields"), [("perceiver", {}), ("deberta-v2", {"legacy": False})])
+def test_a_head_without_a_decoder_cannot_be_untied(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model_type: str, fields: dict[str, Any]
+) -> None:
+    """Catches a key that changes nothing, and a traceback for a type that has no output embeddings."""
+    settings = ModelConfig(config={"model_type": model_type, **tiny_fields(model_type), **fields})
     build_model(settings, resolve_model_config(settings, tokenizer), seed=1).model.save_pretrained(tmp_path)
-    settings = ModelConfig(init_from=str(tmp_path), config={"tie_word_embeddings": False})
+    settings = ModelConfig(init_from=str(tmp_path), config={"tie_word_embeddings": True})
     build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+    settings = ModelConfig(init_from=str(tmp_path), config={"tie_word_embeddings": False})
+    with pytest.raises(UserError, match=r"^model\.config\.tie_word_embeddings: .* so it stays tied; leave the key out"):
+        resolve_model_config(settings, tokenizer)
 
 
 @pytest.mark.parametrize(("model_type", "prefix"), [("bert", "bert"), ("xlm-roberta", "roberta")])
@@ -196,22 +202,20 @@ def test_model_config_is_not_blamed_for_shapes_if_it_is_not_set(
 def test_the_head_of_a_deberta_release_is_continued(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a random head in place of the pretrained one, a folder from which transformers loads another head, and a
-    decoder that is untied although this head multiplies by the embeddings."""
+    """Catches a random head in place of the pretrained one, and a folder from which transformers loads another head."""
     before = DebertaV2ForMaskedLM(DebertaV2Config(vocab_size=len(tokenizer), pad_token_id=0, legacy=False, **TINY))
     before.save_pretrained(tmp_path / "release")
     path = tmp_path / "release" / "config.json"
     path.write_text(path.read_text().replace('"legacy": false,', ""))
-    for fields in ({}, {"tie_word_embeddings": False}):
-        settings = ModelConfig(init_from=str(tmp_path / "release"), config=fields)
-        with caplog.at_level(logging.WARNING):
-            built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
-        assert not built.packed
-        assert [text for text in caplog.messages if "trains padded" not in text] == []
-        built.model.save_pretrained(tmp_path / "continued")
-        after = DebertaV2ForMaskedLM.from_pretrained(tmp_path / "continued")
-        ids = torch.arange(1, 9)[None]
-        assert torch.equal(after(ids).logits, before.eval()(ids).logits)
+    settings = ModelConfig(init_from=str(tmp_path / "release"))
+    with caplog.at_level(logging.WARNING):
+        built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+    assert not built.packed
+    assert [text for text in caplog.messages if "trains padded" not in text] == []
+    built.model.save_pretrained(tmp_path / "continued")
+    after = DebertaV2ForMaskedLM.from_pretrained(tmp_path / "continued")
+    ids = torch.arange(1, 9)[None]
+    assert torch.equal(after(ids).logits, before.eval()(ids).logits)
 
 
 def test_big_bird_says_that_it_computes_full_attention(
