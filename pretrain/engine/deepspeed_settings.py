@@ -121,10 +121,11 @@ class DeepSpeedSettings:
             zero["overlap_comm"] = False  # nothing is reduced during a backward pass, and DeepSpeed refuses it
         if self.zero_stage == 3:
             zero.setdefault("memory_efficient_linear", False)  # it would replace F.linear in the whole process
-        merged = dict(self.raw)
+        merged = {key: value for key, value in self.raw.items() if value is not None}
         if self.precision != "fp32":  # DeepSpeed would accumulate and reduce gradients in 16 bit
             merged.setdefault("communication_data_type", "fp32")
-            merged["data_types"] = {"grad_accum_dtype": "fp32"} | self.raw.get("data_types", {})
+            sums = self.raw.get("data_types", {}).get("grad_accum_dtype")
+            merged["data_types"] = {"grad_accum_dtype": sums or "fp32"}
         if uses_zero1_optimizer(self.zero_stage, self.offload):
             # With these DeepSpeed builds the optimizer that `Zero1Optimizer` replaces.
             merged["data_types"] = {"grad_accum_dtype": self.precision}

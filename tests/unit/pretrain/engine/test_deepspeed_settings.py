@@ -76,13 +76,15 @@ def test_deepspeed_accepts_the_preset(path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_gradients_are_accumulated_in_fp32_by_default(precision: str) -> None:
-    """Catches a user's file without these keys, with which DeepSpeed would accumulate in 16 bit."""
+    """Catches a user's file without these keys, or with null, with which DeepSpeed would accumulate in 16 bit."""
     own = {precision: {"enabled": True}, "zero_optimization": {"stage": 2}}
     default = engine_config(own)
     assert (default["communication_data_type"], default["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
     given = {"communication_data_type": precision, "data_types": {"grad_accum_dtype": precision}}
     merged = engine_config(own | given)
     assert {key: merged[key] for key in given} == given
+    unset = {"communication_data_type": None, "data_types": {"grad_accum_dtype": None}}
+    assert engine_config(own | unset) == default
     assert engine_config({precision: {"enabled": True}})["communication_data_type"] == "fp32", "at ZeRO 1 too"
 
 
