@@ -54,6 +54,7 @@ _KNOWN_KEYS = (
     *("wall_clock_breakdown", "flops_profiler"),
 )
 
+_LEAVES = "loses gradients of modules whose inputs have none, such as embeddings; remove it"
 _UNSUPPORTED = {  # unless false, 0 or null
     # These report from DeepSpeed's step, which is not always called.
     "wall_clock_breakdown": "is not supported; remove it and use deepcloze pretrain --profile",
@@ -68,6 +69,10 @@ _UNSUPPORTED = {  # unless false, 0 or null
     "zero_optimization.zenflow": "replaces the optimizer and leaves out updates; remove it",
     "zero_optimization.zero_quantized_weights": "would train with weights of 8 bits; remove it",
     "zero_optimization.zero_quantized_nontrainable_weights": "would compute with weights of 8 bits; remove it",
+    "zero_optimization.zero_quantized_gradients": "would sum gradients of 4 bits; remove it",
+    "zero_optimization.stage3_module_granularity_threshold": _LEAVES,
+    "zero_optimization.module_granularity_threshold": _LEAVES,
+    "zero_optimization.leaf_module": _LEAVES,
     "zero_optimization.cpu_offload": 'is an old name; use \'offload_optimizer\': {"device": "cpu"}',
     "zero_optimization.cpu_offload_param": 'is an old name; use \'offload_param\': {"device": "cpu"}',
     "zero_optimization.offload_optimizer.super_offload": "splits the optimizer in two; remove it",
@@ -328,7 +333,11 @@ def _check_precision_keys(raw: Mapping[str, Any], path: Path) -> Precision:
     if fp16.get("enabled") and bf16.get("enabled"):
         raise UserError(f"{path}: both 'fp16' and 'bf16' are enabled; choose one")
     precision: Precision = "fp16" if fp16.get("enabled") else "bf16" if bf16.get("enabled") else "fp32"
-    sums = raw.get("data_types", {}).get("grad_accum_dtype")
+    types = raw.get("data_types", {})
+    for key in types:
+        if key != "grad_accum_dtype":
+            raise UserError(f"{path}: 'data_types.{key}' is not supported, only 'grad_accum_dtype'; remove it")
+    sums = types.get("grad_accum_dtype")
     if sums not in (None, "fp32", precision):  # DeepSpeed reads it when it builds its optimizer
         known = '"fp32"' if precision == "fp32" else f'"fp32" or "{precision}"'
         raise UserError(f"{path}: 'data_types.grad_accum_dtype' is {json.dumps(sums)}, expected {known}")
@@ -344,10 +353,12 @@ def _check_with_deepspeed(settings: DeepSpeedSettings) -> None:
         raise UserError(f"{settings.path}: DeepSpeed rejects it: {what or error}") from None
     fp16, steps, size = parsed.float16_config, parsed.steps_per_print, parsed.zero_config.allgather_bucket_size
     stage, hysteresis = settings.zero_stage, fp16.hysteresis if fp16.enabled else 1
+    power = fp16.initial_scale_power if fp16.enabled else 0
     is_read = stage > 1 or settings.offload != "none"  # by DeepSpeed's `step`
     counts = not is_read or steps is None or (isinstance(steps, int | float) and steps > 0)
     for key, value, valid, expected in (  # DeepSpeed's parser accepts any value
         ("fp16.hysteresis", hysteresis, hysteresis > 0, "at least 1: with less the loss scale never falls"),
+        ("fp16.initial_scale_power", power, power < 64, "less than 64"),
         ("steps_per_print", steps, counts, "a number above 0"),
         ("zero_optimization.allgather_bucket_size", size, size % 2 == 0 or stage not in (1, 2), "an even number"),
     ):

@@ -143,6 +143,10 @@ def test_engine_config_does_not_change_its_input() -> None:
             "zenflow' replaces the optimizer",
         ),
         ('{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}', "zero_quantized_weights' would train"),
+        ('{"zero_optimization": {"stage": 3, "zero_quantized_gradients": true}}', "_gradients' would sum"),
+        ('{"zero_optimization": {"stage3_module_granularity_threshold": 500}}', "_threshold' loses gradients"),
+        ('{"zero_optimization": {"module_granularity_threshold": 500}}', "_threshold' loses gradients"),
+        ('{"zero_optimization": {"leaf_module": {"classes": ["BertLayer"]}}}', "leaf_module' loses gradients"),
         ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "both 'fp16' and 'bf16'"),
         ('{"zero_optimization": {"stage": 1, "cpu_offload": true}}', "cpu_offload' is an old name; use 'offload_opt"),
         ('{"zero_optimization": {"stage": 3, "cpu_offload_param": true}}', 'use \'offload_param\': {"device": "cpu"}'),
@@ -182,6 +186,7 @@ def test_engine_config_does_not_change_its_input() -> None:
         ('{"fp16": {"enabled": true, "loss_scale": 128}}', "'fp16.loss_scale' sets a constant scale"),
         ('{"bf16": {"enabled": true, "bf16_optimizer_states": true}}', "'bf16.bf16_optimizer_states' keeps master"),
         ('{"fp16": {"enabled": true, "hysteresis": 0}}', "'fp16.hysteresis' is 0, expected at least 1"),
+        ('{"fp16": {"enabled": true, "initial_scale_power": 64}}', "initial_scale_power' is 64, expected less than 64"),
         ('{"steps_per_print": 0, "zero_optimization": {"stage": 2}}', "'steps_per_print' is 0, expected a number"),
         ('{"steps_per_print": "x", "zero_optimization": {"stage": 3}}', "'steps_per_print' is \"x\", expected"),
         ('{"zero_optimization": {"stage": 2, "allgather_bucket_size": 3}}', "allgather_bucket_size' is 3, expected an"),
@@ -191,6 +196,8 @@ def test_engine_config_does_not_change_its_input() -> None:
             '{"bf16": {"enabled": true}, "data_types": {"grad_accum_dtype": "fp23"}}',
             '\'data_types.grad_accum_dtype\' is "fp23", expected "fp32" or "bf16"',
         ),
+        ('{"data_types": {"grad_acum_dtype": "bf16"}}', "'data_types.grad_acum_dtype' is not supported, only"),
+        ('{"bf16": {"enabled": true}, "data_types": {"buffer_dtype": "bf16"}}', "buffer_dtype' is not supported"),
         ('{"data_types": "fp32"}', "'data_types' is \"fp32\", expected a JSON object"),
         ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', "remove it and enable 'fp16' or 'bf16'"),
         ('{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}', "'compute_grad_norm' is false"),
@@ -199,7 +206,7 @@ def test_engine_config_does_not_change_its_input() -> None:
 )
 def test_invalid_files_are_rejected(tmp_path: Path, text: str, message: str) -> None:
     """Catches values that contradict the run's config, "auto" values that only other frameworks fill in, and values
-    with which updates would be skipped endlessly, clipped wrongly, or fail with a trace."""
+    with which updates would be skipped endlessly, clipped wrongly, lack gradients, or fail with a trace."""
     assert message in rejection(tmp_path / "ds.json", text)
 
 
