@@ -105,12 +105,15 @@ def _select_device(world: World) -> None:
 def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) -> dist.Store:
     """Return the store of the process group, when all ranks have connected to it."""
     # torchrun serves the store itself.
-    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = world.rank == 0 and not of_torchrun
+    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     listener = _listen(address, port) if serves else None
-    store = dist.TCPStore(address, port, world.size, serves, timeout, wait_for_workers=False, master_listen_fd=listener)
+    store: dist.Store = dist.TCPStore(
+        address, port, world.size, serves, timeout, wait_for_workers=False, master_listen_fd=listener
+    )
+    # When torchrun restarts ranks, its store still has the addresses of those before.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     keys = [f"connected/{rank} of {world.size}" for rank in range(world.size)]
-    if store.add(keys[world.rank], 1) > 1 and not of_torchrun:  # which keeps its store when it restarts ranks
+    if store.add(keys[world.rank], 1) > 1:
         raise LostRankError(
             f"another rank {world.rank} has connected to {address}:{port}: this run has been started already, or "
             "another one uses the port (set --master_port)"

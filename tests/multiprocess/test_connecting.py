@@ -90,8 +90,12 @@ def test_a_rank_that_meets_another_run_fails(monkeypatch: pytest.MonkeyPatch) ->
         stores = list(ranks.map(meet, range(2)))  # open while the others try
     with pytest.raises(LostRankError, match=f"another rank 1 has connected to 127.0.0.1:{port}: "):
         meet(1)
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # torchrun has restarted the rank
-    stores.append(meet(1))
+    stores[0].set("address", "of the first start")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun has restarted the ranks
+    with ThreadPoolExecutor(2) as ranks:
+        stores += ranks.map(meet, range(2))
+    assert not stores[-1].check(["address"]), "gloo would connect to ranks that have ended"
 
 
 def timeouts_case(world: World) -> list[float]:
