@@ -38,7 +38,7 @@ if __name__ == "__main__":
 import contextlib
 import datetime
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NoReturn
 
@@ -69,6 +69,8 @@ from pretrain.training.trainer import Trainer
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
+
+_PROCESSES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")  # of mpirun, srun
 
 
 def pretrain(
@@ -143,6 +145,7 @@ def main(argv: Sequence[str]) -> NoReturn:
     """Run this rank and end the process with the outcome's exit code."""
     rank = int(os.environ.get("RANK", "0"))
     try:
+        _check_started_once(os.environ)
         config = read_arguments(argv)
     except UserError as error:
         exit_refused(error, rank)
@@ -150,6 +153,13 @@ def main(argv: Sequence[str]) -> NoReturn:
     folder, holds_folder = RunFolder(Path(config.run.dir).absolute()), rank == 0 or has_launcher()
     recorder = RankRecorder(folder, rank, holds_folder)
     run_rank(partial(_connect_and_pretrain, config, recorder), recorder)
+
+
+def _check_started_once(environ: Mapping[str, str]) -> None:
+    """Raise UserError in one of several processes of srun or mpirun without RANK, each of which would train alone."""
+    if "RANK" not in environ and (found := [name for name in _PROCESSES if environ.get(name, "1") != "1"]):
+        started = f"srun or mpirun has started it several times, {found[0]} is {environ[found[0]]}, but RANK is not set"
+        raise UserError(f"pretrain/run.py: {started}; start `deepcloze pretrain` once instead: it starts all ranks")
 
 
 def read_arguments(argv: Sequence[str]) -> PretrainConfig:

@@ -65,6 +65,30 @@ def test_loss_scale_errors_exit_with_their_message(
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_several_processes_without_ranks_are_rejected(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Catches processes of srun or mpirun, as of `deepspeed --launcher slurm`, each of which trains alone."""
+
+    def connect(*_: Any) -> World:
+        raise LostRankError("not connected")
+
+    def exit_code(**environ: str) -> int:
+        for key, value in environ.items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(Exited) as exited:
+            pretrain.run.main(["--config", str(config)])
+        return exited.value.args[0]
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(pretrain.run, "connect", connect)
+    assert exit_code(**{name: "16"}) == 2
+    assert f"has started it several times, {name} is 16, but RANK is not set; start" in capsys.readouterr().err
+    assert exit_code(**{name: "1"}) == 1
+    assert exit_code(**{name: "16"}, RANK="0") == 1
+
+
 @pytest.mark.parametrize("launched", [True, False])
 def test_a_rank_that_deepspeed_starts_writes_nothing_until_it_has_met_rank_0(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: bool
