@@ -22,17 +22,20 @@ _TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than paddi
 
 
 def adapt_to_model(
-    model: PreTrainedModel, task: PreparedTask, device: Device, max_length: int
+    model: PreTrainedModel, task: PreparedTask, probe: Example, device: Device, max_length: int
 ) -> tuple[PreparedTask, list[str]]:
     """Return the task as the model needs it on a device, and a line for each change.
 
     Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they compute in fp32. The outputs of some
     depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`. Raises
     UserError for a model that cannot compute at all.
+
+    probe: as from `TaskKind.probe`; the texts of the task may all have `max_length` tokens, and thus no padding.
     """
     examples = sorted(next(iter(task.splits.values())).examples, key=lambda example: example.longest)
     lines, name, task = [], model.config.model_type, replace(task, device=device)
-    if not ignores_padding(model, task.kind, task.padding, [*examples[:_EXAMPLES], examples[-1]], max_length):
+    tried = [probe, *examples[:_EXAMPLES], examples[-1]]
+    if not ignores_padding(model, task.kind, task.padding, tried, max_length):
         lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
         task = replace(task, padding=replace(task.padding, length=max_length))
     if device.dtype is not None:

@@ -64,8 +64,8 @@ def make_kind(config: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
 
 def make_task(
     kind: TaskKind[Any], tables: Mapping[str, Table], spec: ModelSpec, length: int, training: TrainingConfig
-) -> tuple[PreparedTask, PreTrainedTokenizerBase]:
-    """Encode the splits. Returns the tokenizer too. length: tokens of a sequence, at most.
+) -> tuple[PreparedTask, Encoder]:
+    """Encode the splits. Returns the encoder too. length: tokens of a sequence, at most.
 
     Raises UserError for an invalid target, and as `load_inputs` does.
     """
@@ -89,7 +89,7 @@ def make_task(
         label_smoothing=training.label_smoothing,
         positions=inputs.max_length,
     )
-    return task, tokenizer
+    return task, encoder
 
 
 def load_inputs(config: TaskConfig, spec: ModelSpec, length: int) -> tuple[PreTrainedTokenizerBase, ModelInputs]:

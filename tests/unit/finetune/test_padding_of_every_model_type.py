@@ -28,6 +28,7 @@ TYPES = [name for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES if name in MODEL_FOR
 PADDED = {"convbert", "fnet", "nystromformer", "yoso"}  # their outputs depend on padding
 MASKS = {"deberta", "xmod"}  # cannot compute in bf16 on a CPU
 BEGIN, END, PAD = 0, 2, 1
+PROBE = Example((Tokens(torch.tensor([BEGIN, 10, END]), None),) * 2)
 IDS = {"vocab_size": 100, "bos_token_id": BEGIN, "pad_token_id": PAD, "eos_token_id": END}
 
 
@@ -64,10 +65,9 @@ def test_the_batch_size_does_not_change_predictions(model_type: str, precision: 
     """Catches a type whose outputs depend on padding, or that cannot compute in bf16, and that is not noticed, by
     examples or by the probe of a loaded model; also one that needlessly gets fixed padding or fp32."""
     model = head(model_type, "AutoModelForSequenceClassification")
-    task, lines = adapt_to_model(model, make_task(), Device(torch.device("cpu"), precision), max_length=40)
+    task, lines = adapt_to_model(model, make_task(), PROBE, Device(torch.device("cpu"), precision), max_length=40)
     assert (task.padding.length is not None) == (model_type in PADDED), lines
-    probe = replace(task.splits["train"].examples[0], sequences=(Tokens(torch.tensor([BEGIN, 10, END]), None),) * 2)
-    assert ignores_padding(model, task.kind, make_task().padding, [probe], 40) == (model_type not in PADDED)
+    assert ignores_padding(model, task.kind, make_task().padding, [PROBE], 40) == (model_type not in PADDED)
     assert (task.device.dtype != precision) == (model_type in MASKS and precision is not None), lines
     alone, together = (logit_differences(model, task, size) for size in (1, 40))
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-4 if task.device.dtype is None else 2e-2)
@@ -76,7 +76,9 @@ def test_the_batch_size_does_not_change_predictions(model_type: str, precision: 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["multiple_choice", "token_classification", "question_answering"])
-@pytest.mark.parametrize("model_type", ["albert", "bert", "deberta-v2", "electra", "fnet", "funnel", "roberta", "xlm"])
+@pytest.mark.parametrize(
+    "model_type", ["albert", "bert", "deberta-v2", "electra", "fnet", "funnel", "roberta", "roformer", "xlm"]
+)
 def test_the_batch_size_does_not_change_outputs_of_other_heads(model_type: str, name: str) -> None:
     """Catches a type whose outputs depend on padding with one of these heads only, and that is not noticed."""
     found = find_kind(name)
@@ -87,7 +89,7 @@ def test_the_batch_size_does_not_change_outputs_of_other_heads(model_type: str, 
     sequences = 2 if name == "multiple_choice" else 1
     examples = [Example(example.sequences * sequences) for example in train.examples]
     task = replace(made, splits={"test": replace(train, examples=tuple(examples))})
-    task, _ = adapt_to_model(model, task, Device(torch.device("cpu"), None), max_length=40)
+    task, _ = adapt_to_model(model, task, PROBE, Device(torch.device("cpu"), None), max_length=40)
     alone, together = (
         Inference(model, kind, task.padding, task.device, MicrobatchSize(size)).compute(examples)[0] for size in (1, 40)
     )

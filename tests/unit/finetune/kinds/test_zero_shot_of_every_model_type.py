@@ -65,7 +65,7 @@ def test_the_batch_size_does_not_change_the_scores(model_type: str) -> None:
     records = tuple(Record("f.json", {}) for _ in blanks)
     split = Split(Table(Path("f.json"), records, labelled=False), blanks, tuple(range(len(blanks))))
     task = PreparedTask(kind, {"test": split}, Padding(1, "right", 0))
-    task, lines = adapt_to_model(model, task, Device(torch.device("cpu"), None), max_length=40)
+    task, lines = adapt_to_model(model, task, blanks[4], Device(torch.device("cpu"), None), max_length=40)
     assert (task.padding.length is not None) == (model_type in PADDED), lines
     alone, together = (
         Inference(model, kind, task.padding, task.device, MicrobatchSize(size)).compute(blanks)[0] for size in (1, 6)
