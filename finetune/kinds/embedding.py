@@ -193,8 +193,8 @@ class Kind(TaskKind[Config]):
 
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         """Score vectors. With scores: Spearman's correlation of cosine and score, 0 if undefined. Without: mean
-        reciprocal rank of the first of each text's documents among all `text_pair` and `negative` of the records but
-        the text itself, and nDCG@10.
+        reciprocal rank of the first of each text's documents among all `text_pair` and `negative` of the records, but
+        the text itself only if it is one of its documents, and nDCG@10.
 
         alignment: mean squared distance of similar pairs, and uniformity, both of unit vectors (Wang and Isola 2020).
         """
@@ -319,7 +319,8 @@ def _relate(records: Sequence[Record], predictions: Sequence[Prediction], size: 
     others = [_unit(np.array(each["others"], dtype=np.float32)[:, :size]) for each in predictions]
     similarity_N = (texts_ND * np.stack([vectors[0] for vectors in others])).sum(axis=1, dtype=float)
     rows: list[dict[str, Any]] = [{"similarity": each, "potential": None} for each in similarity_N.tolist()]
-    first = _first_places([record.values["text"] for record in records])
+    texts = [record.values["text"] for record in records]
+    first = _first_places(texts)
     for number, potential in zip(first.values(), potentials(texts_ND[list(first.values())]).tolist(), strict=True):
         rows[number]["potential"] = potential
     if _score(records[0]) is not None:
@@ -327,13 +328,16 @@ def _relate(records: Sequence[Record], predictions: Sequence[Prediction], size: 
     documents = _first_places([text for record in records for text in _others(record)])
     numbers = {text: number for number, text in enumerate(documents)}
     own = [numbers[record.values["text_pair"]] for record in records]
-    itself = [numbers.get(record.values["text"], number) for record, number in zip(records, own, strict=True)]
+    of_itself = {text for text, record in zip(texts, records, strict=True) if text == record.values["text_pair"]}
+    itself = [
+        number if text in of_itself else numbers.get(text, number) for text, number in zip(texts, own, strict=True)
+    ]
     documents_MD = np.concatenate(others)[list(documents.values())]
     ranks = document_ranks(texts_ND, documents_MD, np.array(own), np.array(itself))
-    by_text: dict[str, dict[str, int]] = {}
-    for record, row, rank in zip(records, rows, ranks, strict=True):
+    by_text: dict[str, dict[int, int]] = {}
+    for text, document, row, rank in zip(texts, own, rows, ranks, strict=True):
         row |= {"rank": rank, "reciprocal_rank": None, "ndcg@10": None}
-        by_text.setdefault(record.values["text"], {})[record.values["text_pair"]] = rank
+        by_text.setdefault(text, {})[document] = rank
     for text, number in first.items():
         found = list(by_text[text].values())
         rows[number] |= {"reciprocal_rank": 1 / min(found), "ndcg@10": ndcg(found)}

@@ -279,6 +279,18 @@ def test_metrics_of_queries_and_documents() -> None:
     assert kind.scores(records[2:] * 3, related[2:] * 3)["mrr"] == 1 / 2  # as a bootstrap draws them
 
 
+@pytest.mark.parametrize(("documents", "ranks"), [(["a", "q"], [2, 1]), (["a", "b"], [1, 2])])
+def test_a_text_may_be_a_document_of_itself(documents: list[str], ranks: list[int]) -> None:
+    """Catches two documents of a text with the same rank, and so nDCG above 1; q is nearest to q, then a, then b."""
+    vectors = {"q": [1.0, 0.0], "a": [1.0, 0.1], "b": [1.0, 0.5]}
+    pairs = [*(("q", document) for document in documents), ("b", "q")]
+    records = [Record("f", {"text": text, "text_pair": document}) for text, document in pairs]
+    predictions = [{"embedding": vectors[text], "others": [vectors[document]]} for text, document in pairs]
+    related = make_kind().relate(records, predictions)
+    assert [row["rank"] for row in related[:2]] == ranks
+    assert related[0]["ndcg@10"] == pytest.approx(1)
+
+
 def test_vectors_of_a_split_are_kept_as_arrays() -> None:
     """Catches evaluations that take 10 times the memory of the vectors, and arrays in rows, which JSON cannot hold."""
     record = Record("f", {"text": "q", "text_pair": "a"})
