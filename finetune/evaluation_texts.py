@@ -1,6 +1,7 @@
 """The texts that a fine-tuning config evaluates on, for decontamination of pretraining text."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from experiment.config import load_config
@@ -39,17 +40,22 @@ def contamination_warnings(config: TaskConfig, model: Path) -> Iterator[str]:
 def texts_of(config: TaskConfig) -> list[EvaluationText]:
     """Return the texts of the validation and test splits. Without a validation file, of the part of the training split
     that fine-tuning draws. Raises UserError for files that cannot be read."""
-    joiner = None if config.dialogue is None else TurnJoiner(config.dialogue, separator=None)
-    labels = config.labels or ()
-    # - may be a label of the training split, so rows with it are evaluated. A split that is drawn has to be the same.
-    known = {split: labels if split == "train" else (*labels, "-") for split in config.files()}
-    tables: dict[str, Table] = {
-        split: read_table(Path(path), config.columns, config.file_format(), split == "train", joiner, known[split])
-        for split, path in config.files().items()
-        if split != "train" or (config.validation is None and config.is_trained)
-    }
-    if "train" in tables:
-        _, tables["validation"] = split_off(tables.pop("train"), config)
+    files, labels = config.files(), config.labels or ()
+
+    def read(split: str, separator: str | None) -> Table:
+        joiner = None if config.dialogue is None else TurnJoiner(config.dialogue, separator)
+        # - may be a label of the training split, so rows with it are evaluated.
+        known = labels if split == "train" else (*labels, "-")
+        return read_table(Path(files[split]), config.columns, config.file_format(), split == "train", joiner, known)
+
+    is_drawn = config.validation is None and config.is_trained
+    tables = {split: read(split, None) for split in files if split != "train" or is_drawn}
+    if train := tables.pop("train", None):
+        # The draw has to be the same: of texts that include previous turns, behind any separator.
+        _, drawn = split_off(train if config.dialogue is None else read("train", "[SEP]"), config)
+        places = {record.place for record in drawn.records}
+        records = tuple(record for record in train.records if record.place in places)
+        tables["validation"] = replace(drawn, records=records)
     kind = find_kind(config.kind)(config, ())
     return [
         EvaluationText(split, record.place, text)

@@ -64,24 +64,35 @@ def test_without_a_validation_file_the_drawn_part_counts(tmp_path: Path) -> None
     assert len(found) == 8
 
 
-def dialogue_config(folder: Path, dialogue: dict[str, object]) -> FinetuneConfig:
+def dialogue_config(folder: Path, dialogue: dict[str, object], **others: object) -> FinetuneConfig:
     task = {
         "columns": {"text": "a", "label": "label"},
         "special_tokens_in_text": True,
         "train": str(folder / "train.tsv"),
     }
-    tree = {"run": {"dir": "r"}, "model": {"init_from": "m"}, "task": {**task, "dialogue": dialogue}}
+    tree = {"run": {"dir": "r"}, "model": {"init_from": "m"}, "task": {**task, "dialogue": dialogue, **others}}
     return load_config(FinetuneConfig, write(folder, "task.yaml", yaml.safe_dump(tree)))
 
 
-def test_the_drawn_dialogues_are_the_ones_of_fine_tuning(tmp_path: Path, encoder: Path) -> None:
-    """Catches turns that are drawn one by one, so that other ones than the evaluated turns leave the corpus."""
-    turns = (f"text {number}\t{number % 2}\t{number // 4}" for number in range(120))
-    write(tmp_path, "train.tsv", "a\tlabel\tgroup", *turns)
-    task = dialogue_config(tmp_path, {"group": "group", "turns": 1}).task
+@pytest.mark.parametrize(
+    ("dialogue", "others"),
+    [
+        ({"group": "group", "turns": 1}, {}),
+        ({"previous": ["group"]}, {"kind": "embedding", "columns": {"text": "a", "text_pair": "b"}}),
+    ],
+    ids=["turns", "queries"],
+)
+def test_the_drawn_dialogues_are_the_ones_of_fine_tuning(
+    tmp_path: Path, encoder: Path, dialogue: dict[str, object], others: dict[str, object]
+) -> None:
+    """Catches turns that are drawn one by one, and queries that are drawn without their previous turns, so that other
+    texts than the evaluated ones leave the corpus."""
+    turns = (f"text {number % 50}\t{number % 2}\t{number // 4}\treply" for number in range(120))
+    write(tmp_path, "train.tsv", "a\tlabel\tgroup\tb", *turns)
+    task = dialogue_config(tmp_path, dialogue, **others).task
     drawn = read_splits(task, turn_joiner(encoder, task))["validation"].records
     assert {text.place for text in texts_of(task)} == {record.place for record in drawn}
-    assert all(text.text.count("text") == 1 for text in texts_of(task))
+    assert all(text.text.count("text") <= 1 for text in texts_of(task))
 
 
 def test_previous_turns_in_columns_are_evaluated_too(tmp_path: Path) -> None:
