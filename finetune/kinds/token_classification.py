@@ -173,7 +173,7 @@ class Kind(TaskKind[Config]):
 
         def score(rows: NDArray[np.int64]) -> dict[str, float]:
             correct, count = tags[rows].sum(axis=0)
-            return {**entity_scores(*entities[rows].sum(axis=0)), "accuracy": float(correct / count)}
+            return {**entity_scores(*entities[rows].sum(axis=0)), "accuracy": float(correct / max(count, 1))}
 
         return score
 

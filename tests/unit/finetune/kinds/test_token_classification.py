@@ -133,6 +133,7 @@ def test_entities_count_as_a_whole() -> None:
     assert (found["precision"], found["recall"], found["f1"], found["accuracy"]) == (0.5, 0.5, 0.5, 0.75)
     found = scores("B-X I-X O B-Y O", "B-X I-X O B-X B-X")
     assert (found["precision"], found["recall"]) == (pytest.approx(1 / 3), 0.5)
+    assert set(scores("", "").values()) == {0.0}  # as a bootstrap may draw sentences without words
 
 
 def test_one_tag_for_all_words_is_a_collapse() -> None:
