@@ -1,5 +1,6 @@
 """Confidence intervals of scores, and tests of their differences."""
 
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -82,8 +83,9 @@ def compare_scores(
     if min(len(first), len(second)) > 1 and np.ptp(first) + np.ptp(second) > _ROUNDING:
         from scipy.stats import ttest_ind  # takes a second
 
-        welch = ttest_ind(first, second, equal_var=False)
-        by_seed = welch.confidence_interval()
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of equal scores by all seeds of one
+            welch = ttest_ind(first, second, equal_var=False)
+            by_seed = welch.confidence_interval()
         low, high, p = min(low, by_seed.low), max(high, by_seed.high), max(p, welch.pvalue)
     return Difference(difference, (float(low), float(high)), float(p))
 

@@ -1,4 +1,5 @@
 import tracemalloc
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,6 +102,14 @@ def test_three_seeds_are_not_sure() -> None:
     found = compare_scores(*values, *drawn)
     assert found.p == pytest.approx(0.0213, abs=1e-3)  # of Welch's test
     assert found.interval[0] < 0.001
+
+
+def test_a_model_with_equal_scores_gives_no_warning() -> None:
+    """Catches a warning of SciPy on the terminal, such as beside a baseline that predicts one label."""
+    with warnings.catch_warnings(action="error"):
+        found = compare_scores([0.6, 0.7, 0.65], [0.5, 0.5, 0.5], np.full(9, 0.65), np.full(9, 0.5))
+    low, high = 0.15 - 4.3027 * 0.05 / 3**0.5, 0.15 + 4.3027 * 0.05 / 3**0.5  # Student's t with 2 degrees of freedom
+    assert found.interval == pytest.approx((low, high), abs=1e-4)
 
 
 def test_one_seed_gives_the_paired_bootstrap() -> None:
