@@ -53,6 +53,8 @@ def make_kind(config: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
     it. Raises UserError if there is only one, or if a needed split is missing."""
     if "train" not in tables and config.is_trained:
         raise UserError(f"task.train is missing: tasks of kind '{config.kind}' are trained")
+    if not tables:
+        raise UserError("nothing to score: task.validation and task.test are missing")
     kind_type = find_kind(config.kind)
     if config.labels is not None or "train" not in tables:
         return kind_type(config, config.labels or ())

@@ -351,8 +351,11 @@ def test_a_task_without_training_has_no_classes_to_weight(exam: dict[str, Any]) 
 
 
 def test_a_training_split_is_not_used_zero_shot(exam: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a run that reads, or even splits, training data that it does not need."""
+    """Catches a run that reads, or even splits, training data that it does not need; without a split to score, a
+    traceback."""
     exam["task"] |= {"train": str(tmp_path / "missing.jsonl")}
+    with pytest.raises(UserError, match=r"nothing to score: task\.validation and task\.test are missing"):
+        run(build_config(FinetuneConfig, {**exam, "task": {**exam["task"], "test": None}}, {}))
     assert set(run(build_config(FinetuneConfig, exam, {}))["splits"]) == {"test"}
 
 
