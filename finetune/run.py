@@ -18,7 +18,7 @@ import torch
 
 from experiment.config import dump_config, flatten
 from experiment.errors import StoppedError, stopped_by_disk_errors
-from experiment.files import write_text
+from experiment.files import remove_unfinished, write_text
 from experiment.formatting import counted, describe_duration
 from experiment.process.hardware import prepare_process
 from experiment.progress import print_warning, terminal
@@ -90,6 +90,8 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     resolved = _resolve(config)
     open_run_folder(folder.path)
     with lock_run(folder, dead=dead), recorded_outcome(folder), logging_set_up(folder):
+        for written in (folder.path, folder.logs, *folder.path.glob(".seed-*")):
+            remove_unfinished(written)  # what a killed process has left
         return _train_and_score(config, resolved)
 
 

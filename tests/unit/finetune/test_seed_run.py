@@ -2,6 +2,7 @@ import csv
 import errno
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiment.errors import HostError, StoppedError, UserError
+from experiment.files import write_text
 from experiment.run_files.provenance import read_provenance, wandb_id
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
@@ -304,14 +306,18 @@ def test_a_killed_run_resumes_within_a_seed(
     run_patched: RunPatched, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a kill that costs a whole seed, and a resume whose files differ: by order, dropout, or the best weights.
-    Also the files of two runs with the same seed that differ."""
+    Also the files of two runs with the same seed that differ, and files that are left by a killed process."""
     overrides = {"training.seeds": "[1]", "training.epochs": "3", "training.evaluate_every": "4"}
     flags = [f"--{key}={value}" for key, value in overrides.items()]
     killed = run_patched(SEND_SIGNAL.format(number=int(signal.SIGKILL)), flags)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run, other = tmp_path / "run", tmp_path / "other"
     assert not (run / "seed-1").exists()
+    unfinished = f".state.pt.{platform.node()}.{2**22 + 1}"  # above the largest number of a process
+    write_text(run / ".seed-2" / unfinished, "")
+    (run / unfinished).touch()
     finetune(config_file, overrides)
+    assert not list(run.rglob(unfinished))
     assert "seed 1: resuming after step 8" in capsys.readouterr().err
     finetune(config_file, {**overrides, "run.dir": str(other)})
     assert "resuming" not in capsys.readouterr().err
@@ -319,7 +325,7 @@ def test_a_killed_run_resumes_within_a_seed(
     assert len(run_files(run)) > 8
     steps = [[json.loads(line)["step"] for line in (at / "metrics.jsonl").open()] for at in (run, other)]
     assert steps[0] == steps[1]
-    assert not list(run.glob(".seed*"))
+    assert not (run / ".seed-1").exists()
 
 
 def stop_at_the_first_evaluation(config_file: Path, overrides: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
