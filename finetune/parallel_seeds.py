@@ -92,8 +92,8 @@ def train_seeds_in_parallel(run: ResolvedRun, logs: Mapping[int, Log]) -> dict[i
 
 def log_events_of_process(seed: int, run: ResolvedRun, log: Log) -> None:
     """Log the events that the process of a seed has left, up to the state from which it resumes."""
-    path = _events_file(seed, run.folder)
-    events = kept_events(path, run.steps if is_finished(seed, run) else state_file(seed, run).steps)
+    path, state = _events_file(seed, run.folder), None if is_finished(seed, run) else state_file(seed, run)
+    events = kept_events(path, run.steps) if state is None else kept_events(path, state.steps, state.lacks_evaluation)
     with uninterrupted():  # the next command would log them again
         for event in events:
             log(event.pop("step"), event)
@@ -207,8 +207,9 @@ def main(argv: Sequence[str]) -> int:
         with handle_stop_signals(interrupt), stopped_by_disk_errors():
             threading.Thread(target=_stop_with_parent, daemon=True).start()
             run = resolve(load_run_config(config))
-            started = state_file(seed, run).steps
-            trackers = (ConsoleTracker(run.steps, started), JsonlTracker(_events_file(seed, run.folder), started))
+            state, events = state_file(seed, run), _events_file(seed, run.folder)
+            started = state.steps
+            trackers = (ConsoleTracker(run.steps, started), JsonlTracker(events, started, state.lacks_evaluation))
 
             def log(step: int, metrics: Mapping[str, int | float | str | None]) -> None:
                 for tracker in trackers:

@@ -144,8 +144,9 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     provenance = write_provenance(folder, {**collect_provenance(sys.argv), **facts}, ancestors)
     write_text(folder.config, dump_config(config))
     logged = count_logged(kept, folder)
-    resumed_step = steps * logged + (started if logged == len(kept) else 0)
-    tracked = TrackedRun(wandb_id(provenance), flatten(config), total, resumed_step, seed_steps=steps)
+    started = started if logged == len(kept) else 0
+    again = started > 0 and state_file(missing[0], resolved).lacks_evaluation
+    tracked = TrackedRun(wandb_id(provenance), flatten(config), total, steps * logged + started, again, steps)
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
     logs = {seed: _log_from_step(tracker, steps * number) for number, seed in enumerate(order) if seed in seeds}
     with _closed_at_the_end(tracker):

@@ -62,9 +62,9 @@ class TensorBoardTracker:
 class SeedsTensorBoardTracker:
     """Writes an event file for each seed of a fine-tuning run, to `folder`/seed-N, with the seed's own steps."""
 
-    def __init__(self, folder: Path, resumed_step: int, seed_steps: int) -> None:
+    def __init__(self, folder: Path, resumed_step: int, evaluates_again: bool = False, *, seed_steps: int) -> None:
         """resumed_step: over all seeds. seed_steps: steps of one seed."""
-        self._folder, self._resumed_step, self._seed_steps = folder, resumed_step, seed_steps
+        self._folder, self._resumed, self._seed_steps = folder, (resumed_step, evaluates_again), seed_steps
         self._trackers: dict[object, TensorBoardTracker] = {}
 
     def log(self, metrics: Metrics) -> None:
@@ -72,8 +72,9 @@ class SeedsTensorBoardTracker:
         assert isinstance(step, int)
         own_step = (step - 1) % self._seed_steps + 1
         if seed not in self._trackers:
-            folder, resumed_step = self._folder / f"seed-{seed}", self._resumed_step - (step - own_step)
-            self._trackers[seed] = TensorBoardTracker(folder, resumed_step)
+            resumed_step, evaluates_again = self._resumed
+            own_resumed = resumed_step - (step - own_step)
+            self._trackers[seed] = TensorBoardTracker(self._folder / f"seed-{seed}", own_resumed, evaluates_again)
         self._trackers[seed].log({**metrics, "step": own_step})
 
     def close(self, outcome: Outcome) -> None:

@@ -70,7 +70,9 @@ def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, co
         )
     openers["metrics.jsonl"] = lambda: JsonlTracker(folder.metrics, *resumed)
     if config.tensorboard and run.seed_steps:
-        openers["TensorBoard"] = partial(SeedsTensorBoardTracker, folder.tensorboard, run.resumed_step, run.seed_steps)
+        openers["TensorBoard"] = partial(
+            SeedsTensorBoardTracker, folder.tensorboard, *resumed, seed_steps=run.seed_steps
+        )
     elif config.tensorboard:
         openers["TensorBoard"] = lambda: TensorBoardTracker(folder.tensorboard, *resumed)
     if config.wandb != "disabled":

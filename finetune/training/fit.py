@@ -86,6 +86,12 @@ class StateFile:
         state = self._state(verified=False)
         return 0 if state is None else int(state["updater"]["steps"])
 
+    @property
+    def lacks_evaluation(self) -> bool:
+        """Whether the last state has updates that are not evaluated, because the training was stopped."""
+        state = self._state(verified=False)
+        return state is not None and state["updater"]["steps"] > max([0, *(each["steps"] for each in state["epochs"])])
+
 
 class LossMeter:
     """Adds up losses on the device, and waits for it only when a mean is asked for. Counts the seconds of training."""

@@ -13,11 +13,13 @@ import torch
 
 from empty_figures import EMPTY_FIGURES
 from experiment.files import write_json
+from experiment.run_files.metrics_file import write_events
 from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
 from finetune.parallel_seeds import _share, log_events_of_process, train_seeds_in_parallel
 from finetune.run import finetune
+from finetune.seed_run import state_file
 from launcher.cli import main
 from launches import patched
 from runs import soak
@@ -152,20 +154,25 @@ def test_a_seed_that_outlives_its_command_is_waited_for(config_file: Path, tmp_p
             assert process.wait() == 75
 
 
-def test_events_are_logged_once(tmp_path: Path) -> None:
-    """Catches events that Ctrl-C doubles, because it comes while they are logged: the next command logs them again."""
-    folder, logged = open_run_folder(tmp_path), list[int]()
-    write_json(tmp_path / "seed-1" / "COMPLETE", {})
-    (folder.logs / "seed-1.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+@pytest.mark.parametrize(("evaluated", "expected"), [(None, [1, 2, 2]), ([{"steps": 2}], [1, 2, 2]), ([], [1, 2])])
+def test_events_are_logged_once(tmp_path: Path, evaluated: list[object] | None, expected: list[int]) -> None:
+    """Catches events that Ctrl-C doubles, because it comes while they are logged: the next command logs them again.
+    evaluated: in the state from which a seed resumes; it repeats an evaluation that is not there."""
+    run, logged = SimpleNamespace(folder=open_run_folder(tmp_path), steps=2, settings={}), list[int]()
+    if evaluated is None:
+        write_json(tmp_path / "seed-1" / "COMPLETE", {})
+    else:
+        state_file(1, run).save({"updater": {"steps": 2}, "epochs": evaluated})  # type: ignore[arg-type]
+    write_events(run.folder.logs / "seed-1.jsonl", [{"step": 1}, {"step": 2}, {"step": 2, "eval/validation/loss": 1.0}])
 
     def log(step: int, _: object) -> None:
         logged.append(step)
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        log_events_of_process(1, SimpleNamespace(folder=folder, steps=2), log)  # type: ignore[arg-type]
-    assert logged == [1, 2]
-    assert not list(folder.logs.iterdir())
+        log_events_of_process(1, run, log)  # type: ignore[arg-type]
+    assert logged == expected
+    assert not list(run.folder.logs.iterdir())
 
 
 def test_the_memory_of_the_inspected_model_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

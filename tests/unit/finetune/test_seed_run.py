@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from experiment.errors import HostError, StoppedError, UserError
 from experiment.files import write_text
+from experiment.run_files.metrics_file import is_evaluation, read_events
 from experiment.run_files.provenance import read_provenance, wandb_id
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
@@ -361,6 +363,21 @@ def test_seeds_in_another_order_keep_their_events(
     assert losses_by_seed(tmp_path / "run") == losses_by_seed(trained_run) | losses_by_seed(tmp_path / "other")
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")]
     assert steps == sorted(steps)
+
+
+def test_an_evaluation_is_logged_once(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches two events of an evaluation that a stop prevented and a kill left unsaved, and a finished seed whose last
+    one is dropped."""
+    overrides = {"training.seeds": "[1]", "training.epochs": "1"}
+    for function, error in (("evaluate", KeyboardInterrupt), ("StateFile.save", SystemExit)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"finetune.training.fit.{function}", Mock(side_effect=error))
+            with pytest.raises((StoppedError, SystemExit)):
+                finetune(config_file, overrides)
+    for seeds, steps in (("[1]", [5]), ("[1, 2]", [5, 10])):
+        finetune(config_file, {**overrides, "training.seeds": seeds})
+        logged = read_events(tmp_path / "run" / "metrics.jsonl")
+        assert [event["step"] for event in logged if is_evaluation(event)] == steps
 
 
 @pytest.mark.parametrize("stopped", ["after it was saved", "before"])

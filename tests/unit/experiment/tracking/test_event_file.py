@@ -118,15 +118,18 @@ def test_seeds_have_files_and_steps_of_their_own(tmp_path: Path) -> None:
     first = SeedsTensorBoardTracker(tmp_path, 0, seed_steps=20)
     for seed, step in ((7, 10), (7, 20), (8, 30), (8, 40), (9, 50)):
         first.log({"step": step, "seed": seed, "loss": float(step)})
+    first.log({"step": 30, "seed": 8, "eval/validation/loss": 1.0})
     (finished,) = (tmp_path / "seed-7").iterdir()
     before = finished.read_bytes()
-    second = SeedsTensorBoardTracker(tmp_path, 30, seed_steps=20)  # seed 8 resumes after its step 10
+    second = SeedsTensorBoardTracker(tmp_path, 30, True, seed_steps=20)  # seed 8 evaluates its step 10 again
+    second.log({"step": 30, "seed": 8, "eval/validation/loss": 2.0})
     for seed, step in ((8, 40), (9, 45), (9, 60)):
         second.log({"step": step, "seed": seed, "loss": -float(step)})
     second.close(Outcome.DONE)
     assert finished.read_bytes() == before
     found = {path.name: scalars(path, "train/loss") for path in sorted(tmp_path.iterdir())}
     assert found == {"seed-7": [(10, 10), (20, 20)], "seed-8": [(10, 30), (20, -40)], "seed-9": [(5, -45), (20, -60)]}
+    assert scalars(tmp_path / "seed-8", "eval/validation/loss") == [(10, 2)]
 
 
 def test_a_later_file_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
