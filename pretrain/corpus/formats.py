@@ -29,7 +29,7 @@ from experiment.csv_and_jsonl import (
     read_json_lines,
     unexpected_cell,
 )
-from experiment.errors import UserError
+from experiment.errors import UserError, reason
 from experiment.files import text_lines
 from experiment.parquet import open_parquet, parquet_rows
 from experiment.storage import is_url
@@ -418,4 +418,4 @@ def explain_read_errors(origin: str) -> Iterator[None]:
 
 def _unreadable(origin: str, error: OSError) -> UserError:
     kind = UserError if error.errno is None else UnreadableError  # pyarrow's errors about damage have no number
-    return kind(f"cannot read {origin}: {error.strerror or error}")
+    return kind(f"cannot read {origin}: {reason(error)}")

@@ -258,7 +258,7 @@ def test_texts_lists_and_numbers(tmp_path: Path) -> None:
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
-    """Catches a traceback of pyarrow."""
+    """Catches a traceback of pyarrow, and an empty line after its message."""
     path = tmp_path / "a.parquet"
     with pytest.raises(UserError, match=r"cannot read .*a\.parquet: No such file"):
         read_table(path, ParquetColumns())
@@ -266,6 +266,9 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
         read_table(tmp_path / "train-*.parquet", ParquetColumns())
     path.write_bytes(b"PAR1, and then nothing")
     with pytest.raises(UserError, match=r"cannot read .*a\.parquet: .*Parquet"):
+        read_table(path, ParquetColumns())
+    path.write_bytes(b"PAR1\xff\x01\0\0\0PAR1")
+    with pytest.raises(UserError, match=r"cannot read .*a\.parquet: .*thrift.*[^\n]\Z"):
         read_table(path, ParquetColumns())
     pyarrow.parquet.write_table(pyarrow.table({"label": ["1", None], "text": ["a", "b"]}), path)
     with pytest.raises(UserError, match=r"a\.parquet: no column 'choices'; found: label, text"):
