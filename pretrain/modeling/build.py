@@ -152,7 +152,8 @@ def _load(folder: Path, config: PreTrainedConfig, new_head: bool, fields: Mappin
 @torch.no_grad()
 def _fill_biases(model: PreTrainedModel, new: Collection[str]) -> set[str]:
     """Fill a head's bias and that of its decoder, which are the same in most models, from each other if a folder has
-    only one of them. new: the parameters that are not in it. Returns those that were filled."""
+    only one of them. Other new biases become zero: transformers does not initialize those of some heads, such as
+    Longformer's. new: the parameters that are not in the folder. Returns those that were filled."""
     biases = {name: value for name, value in model.named_parameters(remove_duplicate=False) if name.endswith(".bias")}
     twins = {name: name.replace(".decoder.bias", ".bias") for name in biases if name.endswith(".decoder.bias")}
     filled = set()
@@ -160,6 +161,8 @@ def _fill_biases(model: PreTrainedModel, new: Collection[str]) -> set[str]:
         if name in new and twin in biases and twin not in new and biases[name].shape == biases[twin].shape:
             biases[name].copy_(biases[twin])
             filled.add(name)
+    for name in (biases.keys() & new) - filled:
+        biases[name].zero_()
     return filled
 
 

@@ -1,4 +1,5 @@
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,22 +124,34 @@ def test_a_head_without_a_decoder_cannot_be_untied(
         resolve_model_config(settings, tokenizer)
 
 
-@pytest.mark.parametrize(("model_type", "prefix"), [("bert", "bert"), ("xlm-roberta", "roberta")])
+@pytest.mark.parametrize(
+    ("model_type", "prefix"), [("bert", "bert"), ("xlm-roberta", "roberta"), ("longformer", "longformer")]
+)
 def test_a_folder_without_a_head_gets_a_new_one(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerFast,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
     model_type: str,
     prefix: str,
 ) -> None:
-    """Catches encoders (such as sentence encoders) rejected for lack of a head, and a new head without a warning."""
+    """Catches encoders (such as sentence encoders) rejected for lack of a head, and a new head without a warning, or
+    with a bias that is not initialized."""
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **TINY}
     encoder = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes))
     encoder.save_pretrained(tmp_path / "encoder")
     settings = ModelConfig(init_from=str(tmp_path / "encoder"))
+    empty_like = torch.empty_like
+
+    def not_finite(*args: Any, **options: Any) -> torch.Tensor:
+        made = empty_like(*args, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty_like", not_finite)
     with caplog.at_level(logging.WARNING):
         built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1).model
     assert "no masked-LM head" in caplog.text
+    assert not any(each.isnan().any() for each in built.parameters())
     assert torch.equal(
         built.get_parameter(f"{prefix}.encoder.layer.1.output.dense.weight"),
         encoder.get_parameter("encoder.layer.1.output.dense.weight"),
