@@ -1,7 +1,5 @@
 """`deepcloze tokenizer`: train a WordPiece or byte-level BPE tokenizer."""
 
-import string
-import unicodedata
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -137,15 +135,12 @@ class _Characters:
     def most_frequent(self, count: int, tokens: int) -> tuple[list[str], list[str]]:
         """Return the most frequent characters, and those that also occur inside words: as many as fit in `tokens`."""
         by_count = sorted(self.counts, key=lambda character: (-self.counts[character], character))[:count]
-        # BERT's pre-tokenizer makes every punctuation character a word of its own.
-        inside = {character for character in by_count if character in self._inside and not _is_punctuation(character)}
+        # What is punctuation, a word of its own, depends on the Unicode version of the pre-tokenizer, not on Python's.
+        split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+        inside = {character for character in self._inside.intersection(by_count) if len(split(f"a{character}a")) == 1}
         ends = list(accumulate(1 + (character in inside) for character in by_count))
         kept = sorted(by_count[: bisect_right(ends, tokens)])
         return kept, [character for character in kept if character in inside]
-
-
-def _is_punctuation(character: str) -> bool:
-    return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
 def _train_bpe(text: _TrainingText, size: int, lowercase: bool) -> Tokenizer:

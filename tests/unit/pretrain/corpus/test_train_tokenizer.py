@@ -13,12 +13,13 @@ from pretrain.corpus.train_tokenizer import train_tokenizer
 from small_disk import SmallDisk
 
 TEXT = "The river ran by the town .\nThe actor was born in the town by the river !\n" * 20 + "你好 世界 ünknown\n" * 3
+NEWER_PUNCTUATION = " ".join(f"a{chr(code)}b" for code in range(0x2E53, 0x2E5D))  # no punctuation for tokenizers
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "a.txt"
-    path.write_text(TEXT, encoding="utf-8")
+    path.write_text(f"{TEXT}{NEWER_PUNCTUATION}\n", encoding="utf-8")
     return path
 
 
