@@ -20,7 +20,7 @@ from pretrain.cleaning.arrays import StoredArray, first_of_equal
 from pretrain.cleaning.minhash import NgramSets, jaccard, sorted_distinct
 from pretrain.cleaning.words import normalized_words
 
-_MEMBERS = 32  # representatives of a band's bucket that a document is compared with
+_MEMBERS = 32  # of a bucket, or beside a dropped document, that a document is compared with
 _CACHED_SETS = 8  # many documents may be compared with the first of their bucket
 
 
@@ -44,13 +44,17 @@ def choose_duplicates(
     for band in track(range(len(bands[0])), "comparing documents", len(bands[0]), "bands"):
         _compare_band(np.concatenate([part[band : band + 1][0] for part in bands]), similarity)
     kept = np.full(similarity.count, -1, np.int64)
+    others = dict[int, list[int]]()  # similar to a dropped document; no band need have compared them with each other
     for later, earlier in similarity.similar_pairs():
         if kept[later] >= 0:
             continue
         if kept[earlier] < 0:
             kept[later] = earlier
-        elif similarity.is_similar(later, int(kept[earlier])):
-            kept[later] = kept[earlier]
+            continue
+        beside = others.setdefault(earlier, [int(kept[earlier])])
+        kept[later] = next((other for other in beside if kept[other] < 0 and similarity.is_similar(later, other)), -1)
+        if kept[later] < 0 and len(beside) < _MEMBERS:
+            beside.append(later)
     return kept
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.near_duplicates import measure, plant
-from pretrain.cleaning.minhash import NgramSets, choose_bands, sketch
+from pretrain.cleaning import near_duplicates
+from pretrain.cleaning.minhash import NgramSets, choose_bands, jaccard, sketch
 from pretrain.cleaning.near_duplicates import choose_duplicates, hash_ngrams
 
 
@@ -60,6 +61,18 @@ def test_similarity_is_not_passed_on_along_a_chain() -> None:
     words = [f"w{number}" for number in range(140)]
     chain = [" ".join(words[start : start + 100]) for start in (0, 10, 20)]
     assert kept_instead(*chain, threshold=0.75) == [-1, 0, -1]
+
+
+def test_documents_similar_to_a_dropped_one_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches near-duplicates that are kept because the document that both were compared with is dropped, and pages of
+    one template that are all compared with each other."""
+    calls, count = list[None](), 200
+    monkeypatch.setattr(near_duplicates, "jaccard", lambda *given: calls.append(None) or jaccard(*given))
+    pages = [np.array([*range(20), *range(100 * page, 100 * page + 4)], np.uint32) for page in range(1, count + 1)]
+    ngrams = [np.arange(16, dtype=np.uint32), np.arange(20, dtype=np.uint32), *pages, pages[0][:-1]]
+    keys = np.array([[0, *range(len(ngrams) - 1)], [1, *[0] * (len(ngrams) - 1)]], np.uint64)
+    assert choose_duplicates([keys], [NgramSets.of(ngrams)], 0.8).tolist() == [-1, 0, *[-1] * count, 2]
+    assert len(calls) < 40 * count
 
 
 def test_the_first_of_duplicates_is_kept_in_any_division_into_parts() -> None:
