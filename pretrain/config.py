@@ -390,7 +390,7 @@ class PretrainConfig(Section):
                     f"'schedule.stages': microbatch_tokens ({stage.microbatch_tokens}) of number {number + 1} must "
                     f"hold one sequence of its max_seq_length ({stage.max_seq_length})"
                 )
-        if self.schedule.epochs is not None and not isinstance(self.corpus.train, str):
+        if self.schedule.epochs is not None and not isinstance(self.corpus.train, str) and len(self.corpus.train) > 1:
             raise ValueError(
                 "'schedule.epochs': every corpus of a mixture has its own epochs; set steps, tokens or budget"
             )

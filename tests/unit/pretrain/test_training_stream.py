@@ -354,9 +354,9 @@ def test_the_tokens_of_a_fork_are_those_that_its_parent_leaves(
             open_with(dataclasses.replace(planned, step=9, fork=False, forked_tokens=60_000))
 
 
-def test_epochs_are_those_of_all_stages(open_run_stream: OpenStream) -> None:
-    """Catches a start message and a plan with the epochs of one stage, or without those of the batch warmup, and a
-    report with others."""
+def test_epochs_are_those_of_all_stages(open_run_stream: OpenStream, wordpiece_corpus: Path) -> None:
+    """Catches a start message and a plan with the epochs of one stage, or without those of the batch warmup, a report
+    with others, and a list of one corpus that counts as a mixture."""
     stream = open_run_stream(mixed=False, **changing_batches())
     read = [len(origins(stream[step])) for step in range(16)]
     lengths = [len(maker.corpora[0].index) for maker in stream.makers]
@@ -368,5 +368,8 @@ def test_epochs_are_those_of_all_stages(open_run_stream: OpenStream) -> None:
     assert tokens / stream.tokens_per_epoch(16)["text"] == pytest.approx(stream.epochs, rel=0.02)
     whole = open_run_stream(mixed=False, schedule={"epochs": 2.0})
     assert sum(whole[step].tokens for step in range(whole.steps)) == 2 * whole.tokens_per_epoch(whole.steps)["text"]
+    of_a_list = open_run_stream(schedule={"epochs": 2.0}, corpus={"train": [{"path": str(wordpiece_corpus)}]})
+    assert of_a_list.steps == whole.steps
+    assert equal(of_a_list[whole.steps - 1], whole[whole.steps - 1])
     assert set(open_run_stream(**changing_batches()).tokens_per_epoch(0)) == {"text", "text-heldout"}, "before step 1"
     assert open_run_stream(**changing_batches()).epochs is None, "of a mixture"
