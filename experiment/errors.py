@@ -64,7 +64,7 @@ def user_errors_in(where: str) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """Return why a file cannot be read or written, without the number and path in the text of an OSError."""
-    return getattr(error, "strerror", None) or str(error).strip()  # pyarrow's may end with a line break
+    return getattr(error, "strerror", None) or first_line(error)  # pyarrow's may have several
 
 
 def is_damage(error: Exception) -> bool:

@@ -235,6 +235,18 @@ def test_the_parquet_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         texts(path)
 
 
+def test_a_damaged_parquet_page_gives_one_line(tmp_path: Path) -> None:
+    """Catches a message in pyarrow's several lines, the last of them empty."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"]}), path)
+    damaged = bytearray(path.read_bytes())
+    damaged[4] ^= 0xFF  # in the header of the first page
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"^cannot read \S+/a\.parquet: Couldn't deserialize thrift.*$") as error:
+        texts(path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_parquet_column_must_be_there_once(tmp_path: Path) -> None:
     """Catches the first of two columns of one name taken for the one that is meant."""
     path = tmp_path / "a.parquet"
