@@ -243,7 +243,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch takes no larger ones
 Separator = Annotated[str, BeforeValidator(_read_separator)]  # of CSV files
 PathText = Annotated[str, AfterValidator(_check_path)]  # ~ becomes the home folder
 PathName = Annotated[  # text will do
-    Path, Strict(False), AfterValidator(lambda path: Path(_check_path(str(path)))), BeforeValidator(_check_local)
+    Path,
+    Strict(False),
+    BeforeValidator(lambda path: _check_path(str(path)) if isinstance(path, str | Path) else path),
+    BeforeValidator(_check_local),
 ]
 LocalPath = Annotated[PathText, AfterValidator(_check_local)]
 PathOrUrl = Annotated[PathText, BeforeValidator(lambda name: str(name) if isinstance(name, Path) else name)]
