@@ -36,9 +36,10 @@ def holds_result(folder: Path, file: str, key: str, kind: str) -> bool:
 @contextmanager
 def lock_output(folder: Path, key: str) -> Iterator[None]:
     """Allow one process at a time to write a folder, whose missing parents are created. Raises LockedError if another
-    one does, and UserError for `/`. On a disk without locks, it allows all. key: of the folder, for messages."""
-    if not folder.name:
-        raise UserError(f"{key} {folder}: expected a folder that can be created")
+    one does, and UserError for `/` and the working directory, which cannot be replaced. On a disk without locks, it
+    allows all. key: of the folder, for messages."""
+    if not folder.name or folder.resolve() == Path.cwd():
+        raise UserError(f"{key} {folder}: expected a folder that can be created, not the working directory")
     path = folder.with_name(f".{folder.name}.lock")
     with ExitStack() as stack:
         try:
