@@ -145,12 +145,18 @@ def describe_disk_error(error: BaseException) -> str | None:
 
 
 @contextmanager
-def readable_disk_errors(where: str = "", advice: str = "") -> Iterator[None]:
-    """Raise UserError in place of an error of the disk. `where` and `advice` go before and after its message."""
+def readable_disk_errors(where: str = "", advice: str = "", writes: bool = False) -> Iterator[None]:
+    """Raise UserError in place of an error of the disk. `where` and `advice` go before and after its message.
+
+    writes: whether a missing file is one that could not be created, as in /proc, and not a bug.
+    """
     try:
         yield
     except Exception as error:
-        if (line := describe_disk_error(error)) is None:
+        line = describe_disk_error(error)
+        if line is None and writes and isinstance(error, FileNotFoundError):
+            line = f"{error.filename}: {error.strerror}"
+        if line is None:
             raise
         raise UserError(f"{where}{line}{advice}") from None
 

@@ -10,8 +10,8 @@ from experiment.config.field_types import annotation_below, is_section
 from experiment.config.json_schema import json_schema
 from experiment.config.recipes import all_recipes, find_recipe
 from experiment.config.reference import find_meaning
-from experiment.errors import UserError
-from experiment.files import write_json, write_text
+from experiment.errors import UserError, readable_disk_errors
+from experiment.files import atomic_write, write_json
 from launcher.command_line import table
 from launcher.configs import CONFIGS
 from launcher.options import RecipesOptions
@@ -53,11 +53,12 @@ def write_new_config(file: Path, kind: str) -> None:
 
 def _write_config(file: Path, text: str, kind: str) -> None:
     """Write a config and, in .deepcloze beside it, its schema, which its first line names."""
-    if file.exists():
+    if file.exists() or file.is_symlink():
         raise UserError(f"{file} exists already; name another file")
     schema = f".deepcloze/{kind}.schema.json"
-    write_text(file, f"# yaml-language-server: $schema={schema}\n{text}")
-    write_json(file.parent / schema, json_schema(CONFIGS[kind]))
+    with readable_disk_errors(writes=True), atomic_write(file) as temporary:
+        temporary.write_text(f"# yaml-language-server: $schema={schema}\n{text}", encoding="utf-8")
+        write_json(file.parent / schema, json_schema(CONFIGS[kind]))
     flag = "" if kind == "compare" else "--config "
     print(f"{file}: edit it, then run: deepcloze {kind} {flag}{shlex.quote(str(file))}")
 

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiment.errors import UserError, describe_disk_error
+from experiment.errors import UserError, readable_disk_errors
 from experiment.files import atomic_write, is_unicode
 from experiment.process.cpu_cores import cpu_cores
 from experiment.progress import progress
@@ -55,14 +55,15 @@ def write_python_docs(
         raise UserError(f"--output {output} is a folder; expected a file")
     counts: Counter[str] = Counter()
     characters = 0
-    try:
-        with atomic_write(output) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for doc in read_python_docs(packages, files_per_package):
-                file.write(json.dumps(doc._asdict(), ensure_ascii=False) + "\n")
-                counts[doc.package] += 1
-                characters += len(doc.text)
-    except OSError as error:
-        raise UserError(f"--output: {describe_disk_error(error) or error}") from None
+    with (
+        readable_disk_errors("--output: ", writes=True),
+        atomic_write(output) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        for doc in read_python_docs(packages, files_per_package):
+            file.write(json.dumps(doc._asdict(), ensure_ascii=False) + "\n")
+            counts[doc.package] += 1
+            characters += len(doc.text)
     largest = ", ".join(f"{package} {count:,}" for package, count in counts.most_common(8))
     print(f"{output}: {counts.total():,} documents of {len(counts)} packages, {characters / 1e6:.1f} M characters")
     print(f"  most from: {largest}")

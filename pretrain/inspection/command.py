@@ -31,6 +31,8 @@ def inspect_corpus(folder: Path, output: Path | None, seed: int) -> Path:
     path = output or beside / f"{corpus.path.name}-inspect.html"
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder; expected a file")
+    if (path.exists() and path.suffix != ".html") or path.resolve().is_relative_to(corpus.path.resolve()):
+        raise UserError(f"--output: expected a new file or one in .html, outside the corpus, found {path}")
     tokenizer = load_tokenizer(corpus.tokenizer_path)
     try:
         found = _inspect(corpus, tokenizer, seed)
@@ -41,7 +43,7 @@ def inspect_corpus(folder: Path, output: Path | None, seed: int) -> Path:
             raise UserError(damage) from None
         raise
     print(describe(found, tokenizer))
-    with readable_disk_errors("--output: "):
+    with readable_disk_errors("--output: ", writes=True):
         write_inspection(path, found, tokenizer)
     print(f"  page: {path}")
     return path

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment.errors import UserError, notify
+from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.formatting import counted
 from experiment.results.history import NO_AXIS
 from experiment.results.page import PAGE, Block, Code, Heading, Page, write_page
@@ -61,11 +61,12 @@ def write_overlay(runs: Sequence[str | Path], directory: Path, png: bool = False
 
 
 def _write(directory: Path, page: Page, png: bool) -> Path:
-    path = write_page(directory / PAGE, page)
-    if png:
-        from experiment.results.plots import draw_charts  # imports matplotlib
+    with readable_disk_errors(writes=True):
+        path = write_page(directory / PAGE, page)
+        if png:
+            from experiment.results.plots import draw_charts  # imports matplotlib
 
-        draw_charts(directory, page.blocks)
+            draw_charts(directory, page.blocks)
     return path
 
 

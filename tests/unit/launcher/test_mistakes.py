@@ -313,6 +313,13 @@ FOLDERS = {
     "read-only corpus": Mistake(
         "corpus --source text.txt --tokenizer tokenizer --output /proc/new", r"write /proc/new: No such file [^:]*$"
     ),
+    "read-only report": Mistake("report run --output /proc/new", r"/proc/new: No such file"),
+    "read-only recipe": Mistake("recipes cp roberta-base /proc/new.yaml", r"/proc/new.yaml: No such file"),
+    "read-only config": Mistake("config pretrain --new /proc/new.yaml", r"/proc/new.yaml: No such file"),
+    "read-only file": Mistake("python_docs --output /proc/new", r"--output: /proc/new: No such file"),
+    "file as folder of schemas": Mistake(
+        "config pretrain --new new.yaml", r"\.deepcloze: File exists", {".deepcloze": ""}
+    ),
     "read-only run": Mistake("pretrain --config run.yaml --run.dir=/proc/new", r"run.dir: cannot create .* /proc/new"),
     "file as run folder": Mistake("pretrain --config run.yaml --run.dir=text.txt", r"run.dir: .*text.txt"),
     "file below a file": Mistake("finetune --config task.yaml --run.dir=text.txt/run", r"run.dir: .*text.txt/run"),
@@ -391,6 +398,9 @@ TEXT = {
     "pattern without quotes": Mistake(
         "tokenizer --source train.csv test.csv --output new --vocab_size 100",
         r"'test.csv'; .*, with quotes around a value that has spaces or \*",
+    ),
+    "unset variable": Mistake(
+        "corpus --source text.txt --tokenizer tokenizer --output=", r"--output: expected a path, found an empty text"
     ),
     "folder as file": Mistake("python_docs --output corpus", r"--output corpus is a folder; expected a file"),
 }

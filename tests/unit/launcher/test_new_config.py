@@ -184,6 +184,9 @@ def test_a_new_config_names_its_schema(kind: str, tmp_path: Path, capsys: pytest
     assert {error.validator for error in validator(kind).iter_errors(read_yaml(text))} <= {"type", "anyOf"}, "no values"
     assert main(["config", kind, "--new", str(file)]) == 2
     assert "mine.yaml exists already" in capsys.readouterr().err
+    (tmp_path / "link.yaml").symlink_to("missing.yaml")
+    assert main(["config", kind, "--new", str(tmp_path / "link.yaml")]) == 2
+    assert (tmp_path / "link.yaml").is_symlink()
 
 
 @pytest.mark.parametrize(

@@ -190,10 +190,10 @@ def test_sources_and_cleanings_are_shown(corpus: Corpus, capsys: pytest.CaptureF
         (["--inspect", "missing"], "missing is not a corpus: it does not exist"),
         (["--inspect", "empty"], "empty is not a corpus: it has no manifest.json"),
         (["--inspect", "books", "--output", "empty"], "--output: empty is a folder; expected a file"),
-        (
-            ["--inspect", "books", "--output", "books/manifest.json/page.html"],
-            "--output: books/manifest.json: File exists",
-        ),
+        (["--inspect", "books", "--output", "a.txt/page.html"], "--output: a.txt: File exists"),
+        (["--inspect", "books", "--output", "/proc/page.html"], "--output: /proc/page.html: No such file"),
+        (["--inspect", "books", "--output", "a.txt"], "--output: expected a new file or one in .html, outside the co"),
+        (["--inspect", "books", "--output", "books/page.html"], "outside the corpus, found books/page.html"),
         (["--inspect", "books", "--limit", "5"], "--inspect builds nothing; expected no --limit"),
         (["--inspect", "books", "--verify", "books"], "--verify builds nothing; expected no other flag"),
     ],
@@ -205,9 +205,10 @@ def test_mistakes(
     arguments: list[str],
     message: str,
 ) -> None:
-    """Catches a traceback, or a message of several lines."""
+    """Catches a traceback, a message of several lines, and a page that replaces data."""
     monkeypatch.chdir(corpus.path.parent)
     Path("empty").mkdir()
+    Path("a.txt").touch()
     assert main(["corpus", *arguments]) == 2
     assert message in (error := capsys.readouterr().err)
     assert error.count("\n") == 1
