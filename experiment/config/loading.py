@@ -6,6 +6,7 @@ with a message that names the line, the key, the value and the expected ones.
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +26,7 @@ from experiment.config.field_types import (
 )
 from experiment.config.validation_errors import describe_value, explain_errors, explain_unknown_key
 from experiment.config.yaml_dialect import KeyPath, explain_yaml, read_yaml, read_yaml_with_lines, write_yaml
-from experiment.errors import UserError, user_errors_in
+from experiment.errors import UserError
 
 
 class Section(BaseModel):
@@ -121,17 +122,18 @@ def build_config(
     plain = copy.deepcopy(merged)
     for dotted in by_depth:
         _set_key(plain, dotted, parse_value(Any, overrides[dotted]))
-    with user_errors_in(origin):
+    try:
         _check_kind(merged, config_type)
         config_type = config_type.specialize(plain)
+    except UserError as error:
+        raise UserError(_with_place(str(error), (), origin, lines, overrides)) from None
     for dotted in by_depth:
         _set_key(merged, dotted, parse_value(_annotation_of_override(config_type, dotted), overrides[dotted]))
     try:
         return config_type.model_validate_json(json.dumps(merged))
     except ValidationError as error:
-        messages = [
-            f"{_place(key, origin, lines, overrides)}: {message}" for key, message in explain_errors(config_type, error)
-        ]
+        found = explain_errors(config_type, error)
+        messages = [_with_place(message, key, origin, lines, overrides) for key, message in found]
         raise UserError("\n".join(dict.fromkeys(messages))) from None
 
 
@@ -201,14 +203,20 @@ def _annotation_of_override(config_type: type[Section], dotted: str) -> Any:
     return annotation
 
 
-def _place(key: KeyPath, origin: str, lines: Mapping[KeyPath, int], overrides: Mapping[str, str]) -> str:
-    """Return the origin of the value of `key` for messages: a line of the file, or the command line."""
+def _with_place(
+    message: str, key: KeyPath, origin: str, lines: Mapping[KeyPath, int], overrides: Mapping[str, str]
+) -> str:
+    """Put the origin of the value of `key` before a message: a line of the file, or the command line. The key of a
+    message about the whole config is the one that it begins with."""
+    if not key and (quoted := re.match(r"'([\w.]+)': ", message)):
+        key = tuple(quoted[1].split("."))
     dotted = ".".join(key)
     if any(f"{dotted}.".startswith(f"{override}.") for override in overrides):
-        return "command line"
+        return f"command line: {message}"
     line = next((lines[key[:depth]] for depth in range(len(key), 0, -1) if key[:depth] in lines), None)
     refined = [f"--{override}" for override in overrides if override.startswith(f"{dotted}.")]
-    return origin + (f", line {line}" if line else "") + (f", with {' and '.join(refined)}" if refined else "")
+    place = origin + (f", line {line}" if line else "") + (f", with {' and '.join(refined)}" if refined else "")
+    return f"{place}: {message}"
 
 
 _KINDS = {

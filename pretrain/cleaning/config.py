@@ -76,7 +76,7 @@ class CleanConfig(TextOptions):
     @model_validator(mode="after")
     def _metadata_is_not_the_text(self) -> Self:
         if self.column in self.metadata:
-            raise ValueError(f"metadata: '{self.column}' is the column of the text")
+            raise ValueError(f"'metadata': '{self.column}' is the column of the text")
         return self
 
     @model_validator(mode="after")

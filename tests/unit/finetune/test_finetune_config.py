@@ -131,8 +131,8 @@ def test_labels_of_a_kind_without_any_are_rejected(kind: str) -> None:
 
 
 def test_an_unknown_kind_is_the_only_complaint() -> None:
-    """Catches keys of the meant kind that are called unknown too: the misspelled name hides them."""
+    """Catches keys of the meant kind that are called unknown too: the misspelled name hides them; and no line."""
     tree = {**MINIMAL, "task": {"train": "a.csv", "kind": "regresion", "columns": {"label": "score"}}}
     with pytest.raises(UserError) as caught:
-        build_config(FinetuneConfig, tree, origin="a.yaml")
-    assert str(caught.value) == "a.yaml: 'task.kind': unknown kind 'regresion'; did you mean 'regression'?"
+        build_config(FinetuneConfig, tree, origin="a.yaml", lines={("task",): 1, ("task", "kind"): 3})
+    assert str(caught.value) == "a.yaml, line 3: 'task.kind': unknown kind 'regresion'; did you mean 'regression'?"

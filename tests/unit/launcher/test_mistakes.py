@@ -221,13 +221,14 @@ CONFIGS = {
     ),
     "precision of a task": Mistake("finetune --config task.yaml --training.precision=fp16", r"precision.*fp16"),
     "metric of no corpus": Mistake(
-        "pretrain --config run.yaml --evaluation.best_metric=eval/held/loss", r"'eval/held/loss'; corpus.eval is empty"
+        "pretrain --config run.yaml --evaluation.best_metric=eval/held/loss",
+        r"command line: 'evaluation.best_metric': no metric is called 'eval/held/loss'; corpus.eval is empty",
     ),
     "patience with no metric": Mistake(
         "pretrain --config run.yaml --evaluation.patience=2", r"'evaluation': 'patience' needs 'best_metric'"
     ),
     "unknown kind of task": Mistake(
-        "finetune --config task.yaml --task.kind=classifier", r"did you mean 'classification'"
+        "finetune --config task.yaml --task.kind=classifier", r"command line: 'task.kind': .*mean 'classification'"
     ),
     "unknown metric of a task": Mistake("finetune --config task.yaml --task.metric=f1", r"'task.metric': .*f1"),
 }

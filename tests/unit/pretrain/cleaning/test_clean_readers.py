@@ -488,7 +488,7 @@ def test_metadata_of_tables(tmp_path: Path) -> None:
     for row, metadata in (({"metadata": "none"}, ["metadata"]), ({"metadata": None}, ["url"])):
         (tmp_path / "a.jsonl").write_text(json.dumps({**cleaned, **row}))
         assert read(tmp_path, metadata=metadata) == {"a.jsonl:1": "one"}
-    with pytest.raises(UserError, match="metadata: 'text' is the column of the text"):
+    with pytest.raises(UserError, match="'metadata': 'text' is the column of the text"):
         read(tmp_path, metadata=["text"])
     for url in ('["\\ud800"]', '{"\\ud800": 1}'):
         (tmp_path / "a.jsonl").write_text(f'{{"text": "one", "url": {url}}}\n')
