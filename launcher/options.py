@@ -46,7 +46,7 @@ class PlanOptions(PlacementOptions):
     device: Annotated[str | None, Metavar("NAME")] = None
     """GPU to plan for, such as H100 or "A100-SXM4-80GB", or cpu; default: this machine's."""
 
-    memory_gib: PositiveFloat | None = None
+    memory_gib: Annotated[PositiveFloat, Field(le=10**6)] | None = None
     """Memory of a device; default: this machine's, or unknown if --device is given."""
 
     peak_tflops: PositiveFloat | None = None

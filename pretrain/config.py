@@ -303,7 +303,7 @@ class HealthConfig(Section):
     compare_every: PositiveInt | None = 100
     """Steps between checks that all ranks hold the same weights and data position; null: never."""
 
-    hang_seconds: PositiveInt = 600
+    hang_seconds: Annotated[PositiveInt, Field(le=10**9)] = 600
     """Timeout in seconds: a rank that makes no progress, that others wait for, or that waits for its data is named
     within it, and the run fails."""
 

@@ -165,7 +165,10 @@ def folder_name(text: str) -> str:
 
 def check_run_folder(folder: RunFolder, kind: RunKind | None, key: str = "run.dir") -> None:
     """Raise UserError for a folder that holds something else than a run of this kind, such as a corpus, or files that
-    the run would replace. None: a sweep or comparison, which replace none. key: of the folder, for messages."""
+    the run would replace, and for a file. None: a sweep or comparison, which replace none. key: of the folder, for
+    messages."""
+    if folder.path.is_file():
+        raise UserError(f"{key}: {folder.path} is a file; expected a folder")
     is_run = False
     for pattern, content in _CONTENTS.items():
         found = next(folder.path.glob(pattern), None)

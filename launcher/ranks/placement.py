@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from experiment.config import Metavar, Section
 from experiment.config.field_types import PathText
@@ -32,7 +32,7 @@ class PlacementOptions(Section):
     hostfile: Annotated[PathText | None, Metavar("FILE")] = None
     """Machines to run on, one `NAME slots=N` per line; default: hosts of the SLURM, PBS or MPI job, or this machine."""
 
-    num_gpus: PositiveInt | None = None
+    num_gpus: Annotated[PositiveInt, Field(le=10**6)] | None = None
     """Ranks per machine; default: all slots of the hostfile, else one per GPU, or 1 on a CPU, where each rank is a
     process."""
 

@@ -85,10 +85,12 @@ def clean(
 
 
 def check(config: CleanConfig, read_task: ReadTask) -> None:
-    """Find the sources, read the first document, and prepare the steps. Raises UserError.
+    """Find the sources, read the first document, and prepare the steps. Raises UserError, also for an output folder
+    that holds something else.
 
     Data sets of the Hub are not read: they would be downloaded.
     """
+    holds_result(Path(config.output).absolute(), CLEAN_SUMMARY, "output", "cleaned documents")
     sources = find_inputs(config)
     if all(source.kind != "hub" for source in sources) and next(read_inputs(sources, config), None) is None:
         raise UserError("source: it holds no documents with text")

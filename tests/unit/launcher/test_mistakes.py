@@ -186,6 +186,10 @@ CONFIGS = {
         {"a.yaml": yaml.safe_dump(PRETRAINING).replace("dir: run", 'dir: "a\\0b"')},
     ),
     "empty path": Mistake("pretrain --config run.yaml --run.dir=", r"'run.dir': expected a path, found an empty text"),
+    "no timeout": Mistake(
+        "validate run.yaml --health.hang_seconds=10000000000",
+        r"command line: 'health.hang_seconds': should be less than or equal to 1000000000, found .*10000000000",
+    ),
     "no seeds": Mistake("finetune --config task.yaml --training.seeds=", r"seeds: needs one or more, each once"),
     "a seed twice": Mistake("finetune --config task.yaml --training.seeds=1,1", r"seeds: needs one or more, each once"),
     "two lengths": Mistake(
@@ -233,6 +237,13 @@ CONFIGS = {
     "unknown metric of a task": Mistake("finetune --config task.yaml --task.metric=f1", r"'task.metric': .*f1"),
 }
 MACHINES = {
+    "ranks beyond counting": Mistake(
+        "plan --config run.yaml --num_gpus 1000000000000000000000000",
+        r"--num_gpus: expected a whole number > 0 and <= 1e\+06",
+    ),
+    "memory beyond counting": Mistake(
+        "plan --config run.yaml --memory_gib 1e300", r"--memory_gib: expected a number > 0 and <= 1e\+06"
+    ),
     "too many ranks": Mistake("pretrain --config run.yaml --num_gpus 1000", r"1000 ranks .* but .*--oversubscribe"),
     "missing hostfile": Mistake("preflight --hostfile no", r"cannot read the hostfile no: No such file"),
     "bad line in a hostfile": Mistake(
@@ -323,6 +334,15 @@ FOLDERS = {
     ),
     "read-only run": Mistake("pretrain --config run.yaml --run.dir=/proc/new", r"run.dir: cannot create .* /proc/new"),
     "file as run folder": Mistake("pretrain --config run.yaml --run.dir=text.txt", r"run.dir: .*text.txt"),
+    "file as folder of a comparison": Mistake(
+        "compare compare.yaml --run.dir=text.txt --dry_run", r"run.dir: .*text.txt is a file; expected a folder"
+    ),
+    "file as folder, validated": Mistake("validate task.yaml --run.dir=text.txt", r"run.dir: .*text.txt is a file"),
+    "run as cleaned documents": Mistake(
+        "validate clean.yaml",
+        r"output \S+/run already holds something that is not cleaned documents",
+        {"clean.yaml": "source: text.txt\noutput: run\n"},
+    ),
     "file below a file": Mistake("finetune --config task.yaml --run.dir=text.txt/run", r"run.dir: .*text.txt/run"),
     "no run to report": Mistake("report corpus", r"corpus has nothing to report"),
     "report to a file": Mistake("report run --output text.txt", r"--output: text.txt is a file"),
