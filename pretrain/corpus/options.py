@@ -54,7 +54,10 @@ class TextOptions(Section):
     quoting: Literal[0, 1, 2, 3] = 0
     """Quoting of CSV files, as in pandas: with 3, quotes are ordinary characters; 0, 1 and 2 read alike."""
 
-    header: Annotated[Literal["infer", "0", "none"], BeforeValidator(_read_header)] = "infer"
+    header: Annotated[
+        Literal["infer", "0", "none"],
+        BeforeValidator(_read_header, json_schema_input_type=Literal["infer", 0, "0", "none"] | None),
+    ] = "infer"
     """Header of CSV files: infer (or 0) takes column names from the first row; none: there is no header."""
 
     @model_validator(mode="after")

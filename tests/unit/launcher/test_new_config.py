@@ -105,6 +105,8 @@ def test_configs_in_the_docs_are_valid(text: str) -> None:
         ("pretrain", "engine: {compile: on}"),
         ("pretrain", "model: {config: {model_type: bert, anything: [1, {a: null}]}}"),
         ("finetune", "task: {labels: [0, 1], columns: {text: 0, label: '1'}, header: null}"),
+        ("clean", "header: 0"),
+        ("clean", "header: null"),
         ("finetune", "task: {test: {matched: a.csv, mismatched: b.csv}, metric: macro_f1}"),
         ("finetune", "task: {kind: regression, metric: spearman}"),
         ("finetune", "task: {kind: multiple_choice, columns: {choices: [a, b]}}"),
