@@ -11,7 +11,7 @@ from experiment.formatting import shorten
 from experiment.models.model_folder import load_model_config
 from experiment.models.model_names import local_model
 from experiment.process.own_process import deepcloze_command
-from experiment.run_files.checkpoints import BEST, checkpoint_candidates, find_model_folder
+from experiment.run_files.checkpoints import BEST, checkpoint_candidates, find_model_folder, names_model_folder
 from experiment.run_files.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
 from finetune.config import FinetuneConfig
 from finetune.device import choose_device
@@ -74,7 +74,7 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     row_folders = _folders("rows", list(config.rows))
     if used := [name for name, row_folder in row_folders.items() if row_folder in _USED]:
         raise UserError(f"rows: '{used[0]}' is the name of a file or folder of the comparison; rename this row")
-    recorded = recorded_configs(folder.path / COMPARISON_RECORD)
+    recorded = recorded_configs(folder.path / COMPARISON_RECORD, "run.dir")
     config = _find_encoders(config, options.file, row_folders, recorded)
     files = [*config.tasks, *(row.pretrain for row in config.rows.values() if row.pretrain is not None)]
     configs = {file: read_config_file(file) for file in files}
@@ -116,18 +116,17 @@ def _find_parents(
 ) -> dict[str, str]:
     """Return `run.resume` of rows that fork a run -> the checkpoint that it referred to when the first of them began.
     folders: by row. Raises UserError."""
-    parents: dict[str, str] = {}
-    same: dict[str, list[FlatConfig]] = {}  # `run.resume` -> recorded configs
+    same: dict[tuple[str, str], list[FlatConfig]] = {}  # `run.resume`, `RunConfig.parent` -> recorded configs
     for name, row in config.rows.items():
         if row.pretrain is not None:
             with user_errors_in(f"{file}: rows.{name}"):
                 overrides = {"model.init_from": row.init_from, "run.dir": "."}
                 run = load_config(PretrainConfig, row.pretrain, overrides).run
             if run.parent is not None:
-                parents[run.resume] = run.parent
-                same.setdefault(run.resume, []).append(recorded.get(f"{folders[name]}/{_PRETRAINING}", {}))
-    with user_errors_in("run.resume"):
-        return {resume: record_parent_of_set(resume, parent, same[resume]) for resume, parent in parents.items()}
+                began = recorded.get(f"{folders[name]}/{_PRETRAINING}", {})
+                same.setdefault((run.resume, run.parent), []).append(began)
+    with user_errors_in(f"{file}: run.resume"):
+        return {resume: record_parent_of_set(resume, parent, began) for (resume, parent), began in same.items()}
 
 
 def _folders(key: str, names: Sequence[str]) -> dict[str, str]:
@@ -181,6 +180,9 @@ def _plan_pretraining(
         overrides["checkpoint.mirror"] = f"{loaded.checkpoint.mirror}/{name}"
     if loaded.run.parent is not None:
         overrides["run.resume"] = parents[loaded.run.resume]
+        model = Path(overrides["run.resume"]).absolute() / "hf"
+        if names_model_folder(Path(loaded.run.parent), Path(row.init_from), any_best=True) and model.is_dir():
+            overrides["model.init_from"] = str(model)  # of the checkpoint that is forked
     overrides |= resume_overrides(loaded.run.resume, name, parent, recorded)
     config = validate_pretraining(row.pretrain, overrides, placement, name in recorded)
     return PlannedRun(name, deepcloze_command("pretrain", row.pretrain, {**placement, **overrides}), config)

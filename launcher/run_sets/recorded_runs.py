@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from experiment.config import FlatConfig, with_defaults
-from experiment.errors import UserError, user_errors_in
+from experiment.errors import UserError, reason, user_errors_in
 from experiment.files import read_json
 from experiment.hub_data import PREFIX
 from experiment.models.hub_names import HubName
@@ -16,7 +16,7 @@ from experiment.run_files.checkpoints import (
     last_usable,
     mention_newer,
     names_model_folder,
-    verify_descriptions,
+    verify,
 )
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, config_of_kind
@@ -37,14 +37,29 @@ _ORIGINS = ("data.", *_PRETRAIN_ORIGINS, *(f"pretrain.{key}" for key in _PRETRAI
 """Beginnings of keys that records of earlier versions may lack."""
 
 
-def recorded_configs(record: Path) -> dict[str, FlatConfig]:
+def read_record(record: Path, option: str) -> dict[str, Any]:
+    """Return the content of the record of a set, {} if it is missing. Raises UserError if it is damaged. option: of the
+    set's folder."""
+    try:
+        content: dict[str, Any] = read_json(record)
+        if not all(isinstance(run["config"], dict) for run in content.get("runs", content).values()):
+            raise ValueError("expected a config for each run")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{option}: {record} is damaged: {reason(error)}. If no config has changed since, delete this file and run "
+            "the same command again: finished runs are kept, pretrainings if they have their checkpoints"
+        ) from None
+    return content
+
+
+def recorded_configs(record: Path, option: str) -> dict[str, FlatConfig]:
     """Return the config of each run in the record of a set that has a folder: others have not started, or were removed
-    to run again. Empty if the record is missing, or damaged, which `RunSet.opened` rejects."""
-    with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
-        content = read_json(record)
-        configs = {name: dict(run["config"]) for name, run in content.get("runs", content).items()}
-        return {name: config for name, config in configs.items() if (record.parent / name).exists()}
-    return {}
+    to run again. Raises UserError as `read_record`."""
+    content = read_record(record, option)
+    configs = {name: run["config"] for name, run in content.get("runs", content).items()}
+    return {name: config for name, config in configs.items() if (record.parent / name).exists()}
 
 
 def resume_overrides(resume: str, name: str, folder: Path, configs: Mapping[str, FlatConfig]) -> dict[str, str]:
@@ -96,7 +111,7 @@ def record_parent_of_set(resume: str, parent: str, same: Iterable[FlatConfig]) -
             return checkpoint
     if not (candidates := checkpoint_candidates(path)):
         return resume
-    newest = last_usable(candidates, verify_descriptions)
+    newest = last_usable(candidates, verify)
     checkpoint = str(newest) if path.is_absolute() else os.path.relpath(newest)
     mention_state(parent, f"{checkpoint}/hf")
     return checkpoint

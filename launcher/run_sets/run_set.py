@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from experiment.config import FlatConfig, read_config_file
-from experiment.errors import UserError, inform, notify, reason, stopped_by_disk_errors
+from experiment.errors import UserError, inform, notify, stopped_by_disk_errors
 from experiment.files import read_json, write_file, write_json
 from experiment.formatting import shorten
 from experiment.process.own_process import module_command
@@ -28,7 +28,7 @@ from experiment.run_files.run_lock import lock_run
 from experiment.tracking.config import RUN_SET, WANDB_GROUP, WANDB_NAME
 from finetune.config import PATHS
 from launcher.run_sets.child_run import DONE, ChildRun, start, wait_for_other_process
-from launcher.run_sets.recorded_runs import SEEDS, find_change, recorded_configs, with_new_keys
+from launcher.run_sets.recorded_runs import SEEDS, find_change, read_record, recorded_configs, with_new_keys
 
 CONFIG_COPIES = "configs"
 """Folder of the copies of config files, in the folder of the set."""
@@ -175,23 +175,11 @@ class RunSet:
 
         Raises UserError if the record is damaged, or if a run was started with another config.
         """
-        path = self.folder.path / self.record
-        records: dict[str, RunRecord] = {}
-        try:
-            content = read_json(path)
-            records = content if self.header is None else content["runs"]
-            if not all(isinstance(record["config"], dict) for record in records.values()):
-                raise ValueError("expected a config for each run")
-            if self.header is not None and any(content.get(key) != value for key, value in self.header.items()):
-                for record in records.values():
-                    record.pop("value", None)  # of another metric
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.option}: {path} is damaged: {reason(error)}. If no config has changed since, delete this file "
-                "and run the same command again: finished runs are kept"
-            ) from None
+        content = read_record(self.folder.path / self.record, self.option)
+        records: dict[str, RunRecord] = content if self.header is None else content.get("runs", {})
+        if self.header is not None and any(content.get(key) != value for key, value in self.header.items()):
+            for record in records.values():
+                record.pop("value", None)  # of another metric
         changes: dict[str, str] = {}
         for run in self.runs:
             new = RunRecord(config=run.config)
@@ -257,7 +245,9 @@ def is_finished(run: PlannedRun, folder: RunFolder) -> bool:
 def has_planned_seeds(run: PlannedRun, folder: RunFolder) -> bool:
     """Return whether the results of a fine-tuning run, or of a sweep of them, are of the seeds that it has now. True
     for a pretraining run, and if the results are missing or damaged, which is reported where they are read."""
-    found = [config.get(SEEDS) for config in recorded_configs(folder.path / SWEEP_RECORD).values()]
+    found = []
+    with suppress(UserError):
+        found += [config.get(SEEDS) for config in recorded_configs(folder.path / SWEEP_RECORD, "--output").values()]
     with suppress(OSError, ValueError, KeyError, TypeError):
         found.append(read_json(folder.results)["seeds"])
     return all(seeds == run.config.get(SEEDS) for seeds in found)

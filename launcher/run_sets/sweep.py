@@ -94,7 +94,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
             output = f"{Path(load_config(config_type, config, options.overrides | values).run.dir)}-sweep"
     folder = RunFolder(Path(output).absolute())
     check_run_folder(folder, None, "--output")
-    recorded = recorded_configs(folder.path / SWEEP_RECORD)
+    recorded = recorded_configs(folder.path / SWEEP_RECORD, "--output")
     pins, runs = _Pins(folder.path, recorded, points), []
     loaded: dict[str, FinetuneConfig | PretrainConfig] = {}
     models: set[str] = set()

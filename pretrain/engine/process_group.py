@@ -43,13 +43,18 @@ def connect(
     # without a compiler. An empty table of compatible ops skips it.
     deepspeed.ops.__compatible_ops__ = {}
     world = _local_world()
-    if world.rank == 0:
-        _select_device(world)  # while it serves no store: others would fail without it
+    failure: HostError | None = None
+    try:
+        _select_device(world)
+    except HostError as error:
+        if world.rank == 0:  # while it serves no store: others would fail without it
+            raise
+        failure = error
     store = _meet(world, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
     if on_met is not None:
         on_met()
-    if world.rank != 0:
-        _select_device(world)  # not earlier: only now may it record a failure
+    if failure is not None:  # not earlier: only now may it be recorded
+        raise failure
     accelerator = get_accelerator()
     backend = accelerator.communication_backend_name()
     message = f"the ranks did not connect to each other within {timeout.total_seconds():.0f} s ({backend})"

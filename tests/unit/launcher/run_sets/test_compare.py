@@ -919,13 +919,14 @@ def test_rows_fork_one_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches rows that fork the checkpoint that is the newest one when they begin, also after a restart, and a row
-    that cannot be resumed because another one names a checkpoint of the same run."""
+    """Catches rows that fork the checkpoint that is the newest one when they begin, also after a restart, a row that
+    cannot be resumed because another one names a checkpoint of the same run, and one whose `init_from` is another
+    checkpoint than it forks."""
     first, second, third = (checkpoint_path(tmp_path / "run" / "checkpoints", step) for step in (1, 2, 3))
     rows = {}
-    for name, parent in {"a": first, "b": tmp_path / "run", "c": tmp_path / "run"}.items():
+    for name, parent in {"a": first, "b": tmp_path / "run", "c": tmp_path / "run", "d": tmp_path / "run"}.items():
         file = tmp_path / f"{name}.yaml"
-        rows[name] = {"init_from": str(encoder), "pretrain": str(file)}
+        rows[name] = {"init_from": str(parent if name == "d" else encoder), "pretrain": str(file)}
         tree = {"run": {"dir": "replaced", "resume": str(parent)}, "schedule": {"steps": 6}}
         file.write_text(yaml.safe_dump({**tree, "corpus": {"train": str(wordpiece_corpus)}}))
     planned = {"evaluation.best_metric": None, "model.max_positions": None}
@@ -936,8 +937,9 @@ def test_rows_fork_one_checkpoint(
     for newest in (second, third):
         shutil.copytree(first, newest)
         assert main(["compare", str(path), "--dry_run"]) == 0
-        found = re.findall(r"--run.resume=(\S+)", capsys.readouterr().out)
-        assert found == [str(first), str(second), str(second)]
+        printed = capsys.readouterr().out
+        assert re.findall(r"--run.resume=(\S+)", printed) == [str(first), *[str(second)] * 3]
+        assert re.findall(r"--model.init_from=(\S+) --run.dir=\S+/d/pretrain", printed) == [f"{second}/hf"]
         began = {"a/pretrain": first, "c/pretrain": second}
         for name in began:
             (tmp_path / "compare" / name).mkdir(parents=True, exist_ok=True)
