@@ -95,15 +95,17 @@ class Engine:
         torch_optimizer = build_optimizer(optimizer, groups, self.precision)
         _set_zero3_leaves(model, compiled)
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)
-        weights = {name: parameter.data for name, parameter in model.named_parameters()}
+        is_16_bit = self.precision != "fp32"
+        weights = {name: parameter.data for name, parameter in model.named_parameters() if is_16_bit}
         self._deepspeed = initialize(model, torch_optimizer, ds_config)
         self.forward_timer = ForwardTimer(self.device.type == "cuda", world.size)
         self._loss_scaler = install_loss_scaler(self._deepspeed.optimizer)
         self._zero1_optimizer = install_zero_optimizer(self._deepspeed)
         self._averaged_over = 1 if self._zero1_optimizer is not None else world.size
         self.partitions = Partitions(self._deepspeed)
-        if self.precision != "fp32":
-            self.partitions.set_masters(weights)  # DeepSpeed has made them of 16-bit weights
+        if is_16_bit:
+            self.partitions.unround_masters(weights, settings.dtype)
+            weights.clear()
         self._grad_clip = optimizer.grad_clip
         self._freeze_steps = options.freeze_steps
         self._step = 0

@@ -95,10 +95,13 @@ class Partitions:
                 kept[key].view(-1).narrow(0, fragment.offset, fragment.numel).copy_(value)
 
     @torch.no_grad()
-    def set_masters(self, weights: Mapping[str, Tensor]) -> None:
-        """Overwrite the masters with fp32 weights, by the names of the parameters."""
+    def unround_masters(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Give masters the fp32 weights of the model, by parameter: DeepSpeed made them of rank 0's weights in `dtype`.
+        Where those of this rank do not round to them, as those of another file, they stay."""
         for fragment in self.fragments():
-            fragment.master.copy_(weights[fragment.name].view(-1).narrow(0, fragment.start, fragment.numel))
+            master, own = fragment.master, weights[fragment.name].view(-1).narrow(0, fragment.start, fragment.numel)
+            own = own.to(master.device)
+            master.copy_(torch.where(own.to(dtype) == master, own, master))
 
     @torch.no_grad()
     def copy_masters_to_model(self) -> None:

@@ -139,8 +139,9 @@ def _memory(plan: RunPlan) -> list[str]:
         lines.append(
             f"reserve: {_gib(low)} to {_gib(high)} GiB for the driver, CUDA, NCCL, workspaces and fragmentation"
         )
+        whole = plan.parameters.total * (4 if plan.run.deepspeed.precision == "fp32" else 4 + 2)
         lines.append(
-            f"host memory: {_gib(per_host * 4 * plan.parameters.total)} GiB per machine while its ranks build the model"
+            f"host memory: {_gib(per_host * whole)} GiB per machine while its ranks build the model"
             + (f", {_gib(per_host * chosen.host)} GiB for what is offloaded" if chosen.host else "")
             + f", {_gib(chosen.checkpoint)} GiB on the first one for checkpoints"
         )

@@ -4,9 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
+from experiment.config import build_config
 from experiment.run_files.checkpoints import checkpoint_path
 from experiment.run_files.run_folder import RunFolder
+from pretrain.config import PretrainConfig
+from pretrain.modeling.build import build_model
+from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.resolve import resolve
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
@@ -70,6 +76,25 @@ def steps_case(world: World, tree: Tree, folder: Path) -> list[bool]:
         save_engine(engine, folder, step)
     engine.close()
     return applied
+
+
+def other_weights_case(world: World, tree: Tree, folder: Path) -> None:
+    engine, _ = build_engine(world, tree, seed=1 + world.rank)
+    save_engine(engine, folder, 1)
+    engine.close()
+
+
+def test_all_ranks_begin_with_the_weights_of_rank_0(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a model that is put together from the files of hosts that differ."""
+    tree = run_config(tmp_path, wordpiece_corpus, "bf16_zero1")
+    pools[2].run(other_weights_case, tree, tmp_path)
+    run = resolve(build_config(PretrainConfig, tree), 2)
+    model = MaskedLanguageModel(build_model(run.config.model, run.model_config, seed=1).model)
+    masters = saved_tensors(checkpoint_path(tmp_path, 1))
+    for name, weight in model.named_parameters():
+        assert_close(masters[f"{name}/fp32"], weight.flatten(), rtol=2**-8, atol=0.0)  # rounded to bf16, at most
 
 
 def first_gradient(kept: dict[str, torch.Tensor]) -> torch.Tensor:
