@@ -128,6 +128,7 @@ def _load(folder: Path, config: PreTrainedConfig, new_head: bool, fields: Mappin
                 f"{list(expected)}{advice}"
             )
     new, unused = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}, report["unexpected_keys"]
+    new = {name for name in new if "pooler" not in name}  # takes no part in the loss
     if lost := sorted(name for name in new if name.startswith(encoder)):
         raise UserError(
             f"model.init_from: {folder} has no weights for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}"

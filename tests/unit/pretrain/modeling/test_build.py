@@ -125,7 +125,13 @@ def test_a_head_without_a_decoder_cannot_be_untied(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "prefix"), [("bert", "bert"), ("xlm-roberta", "roberta"), ("longformer", "longformer")]
+    ("model_type", "prefix", "pooler"),
+    [
+        ("bert", "bert", True),
+        ("xlm-roberta", "roberta", True),
+        ("longformer", "longformer", False),
+        ("big_bird", "bert", False),
+    ],
 )
 def test_a_folder_without_a_head_gets_a_new_one(
     tmp_path: Path,
@@ -134,11 +140,12 @@ def test_a_folder_without_a_head_gets_a_new_one(
     monkeypatch: pytest.MonkeyPatch,
     model_type: str,
     prefix: str,
+    pooler: bool,
 ) -> None:
-    """Catches encoders (such as sentence encoders) rejected for lack of a head, and a new head without a warning, or
-    with a bias that is not initialized."""
+    """Catches encoders (such as sentence encoders) rejected for lack of a head, or of a pooler, which BigBird's class
+    for masked LM has, and a new head without a warning, or with a bias that is not initialized."""
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **TINY}
-    encoder = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes))
+    encoder = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes), add_pooling_layer=pooler)
     encoder.save_pretrained(tmp_path / "encoder")
     settings = ModelConfig(init_from=str(tmp_path / "encoder"))
     empty_like = torch.empty_like
@@ -151,6 +158,7 @@ def test_a_folder_without_a_head_gets_a_new_one(
     with caplog.at_level(logging.WARNING):
         built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1).model
     assert "no masked-LM head" in caplog.text
+    assert "pooler" not in caplog.text
     assert not any(each.isnan().any() for each in built.parameters())
     assert torch.equal(
         built.get_parameter(f"{prefix}.encoder.layer.1.output.dense.weight"),
