@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes
 
 from simulated_gpu import kernels
@@ -52,6 +53,7 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
     """torch and DeepSpeed find a GPU, in this thread and in those that it starts. Tensors of before are on the CPU."""
     gpu = SimulatedGpu(Device(Memory(), Timeline()), Counter())
     index = int(os.environ.get("LOCAL_RANK", "0"))
+    _device_constructors()  # cached; filled below, it would hold the patched functions in place of torch's own
     with pytest.MonkeyPatch.context() as patch, torch.library._scoped_library("aten", "IMPL") as library:
         register_kernels(library, gpu.calls)
         for name, value in tensor_methods(gpu.device, index).items():

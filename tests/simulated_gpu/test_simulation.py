@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 from simulated_gpu.gpu import SimulatedGpu, simulated_gpu
 
@@ -33,11 +34,16 @@ def test_results_are_on_the_gpu(gpu: SimulatedGpu) -> None:
 
 
 def test_nothing_is_left_of_it() -> None:
-    """Catches patches that later tests would see."""
+    """Catches patches that later tests would see, or that torch would keep in its caches."""
     methods = dict(vars(Tensor))
+    _device_constructors.cache_clear()
     with simulated_gpu():
         moved = torch.ones(2).cuda()
         assert moved.is_cuda
+        with torch.device("meta"):  # transformers asks so whether it builds a model without weights
+            assert torch.tensor([]).is_meta
+    with torch.device("meta"):
+        assert torch.tensor([]).is_meta
     assert not moved.is_cuda
     assert not torch.cuda.is_available()
     assert dict(vars(Tensor)) == methods
