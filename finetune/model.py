@@ -228,15 +228,15 @@ def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -
 
 def _load(spec: ModelSpec) -> BuiltModel:
     model, report = load_weights(getattr(transformers, spec.auto_model), spec.folder, spec.read_config())
-    new = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
+    with torch.device("meta"):
+        fixed = keep_fixed(model, _build_from_config(spec))  # may be missing: transformers computes them
+    new = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])} - fixed
     encoder = sorted(name for name in new if not _is_in_head(name, model) and "pooler" not in name)
     if encoder:
         more = f" and {len(encoder) - 3} more" if len(encoder) > 3 else ""
         raise UserError(f"{spec.folder}: its weights do not fit its config: no {', '.join(encoder[:3])}{more}")
     if not _fits_head(model, spec):
         new |= _renew_head(model, spec)
-    with torch.device("meta"):
-        keep_fixed(model, _build_from_config(spec))
     return BuiltModel(model, tuple(sorted(new)), tuple(sorted(report["unexpected_keys"])))
 
 

@@ -159,13 +159,14 @@ def has_token_types(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
     return bool(max(tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]) > 1)
 
 
-def keep_fixed(model: "PreTrainedModel", new: "PreTrainedModel") -> None:
+def keep_fixed(model: "PreTrainedModel", new: "PreTrainedModel") -> set[str]:
     """Let the parameters that a new model of the same config does not train, such as RoFormer's sinusoidal positions,
-    stay as they are: those that transformers has loaded from a folder all require a gradient."""
+    stay as they are: those that transformers has loaded from a folder all require a gradient. Returns their names."""
     fixed = {name for name, parameter in new.named_parameters() if not parameter.requires_grad}
     for name, parameter in model.named_parameters():
         if name in fixed:
             parameter.requires_grad_(False)
+    return fixed
 
 
 def saved_names(model: "PreTrainedModel") -> dict[str, str]:

@@ -12,6 +12,7 @@ Checkpoints, LAMB, StableAdamW, Muon and averaged weights are built on `Partitio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class Partitions:
         if swapper is not None:  # NVMe offload
             swapper.purge_state()
         if hasattr(optimizer, "_hp_optimizer_states_linked"):  # ZeRO 1 and 2 keep views of it
-            for parameter in self._engine.param_names:
+            for parameter in chain.from_iterable(optimizer.bit16_groups):
                 if parameter._hp_mapping is not None:
                     parameter._hp_mapping.optim_fragment = {}
             optimizer._hp_optimizer_states_linked = False

@@ -128,7 +128,8 @@ def _load(folder: Path, config: PreTrainedConfig, new_head: bool, fields: Mappin
                 f"{list(expected)}{advice}"
             )
     new, unused = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}, report["unexpected_keys"]
-    new = {name for name in new if "pooler" not in name}  # takes no part in the loss
+    fixed = keep_fixed(model, meta_model(config))  # may be missing: transformers computes them
+    new = {name for name in new - fixed if "pooler" not in name}  # poolers take no part in the loss
     if lost := sorted(name for name in new if name.startswith(encoder)):
         raise UserError(
             f"model.init_from: {folder} has no weights for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}"
@@ -146,7 +147,6 @@ def _load(folder: Path, config: PreTrainedConfig, new_head: bool, fields: Mappin
         left_out = f"; not used: {', '.join(others[:4])}{' …' if len(others) > 4 else ''}" if others else ""
         start = "new ones are" if is_part else "a new one is"
         log.warning("%s %s; %s trained (%s)%s", folder, problem, start, ", ".join(missing), left_out)
-    keep_fixed(model, meta_model(config))
     return model
 
 

@@ -192,8 +192,9 @@ def test_a_run_whose_version_froze_other_parameters(
 def test_unused_parameters_stay_as_they_are(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str, freeze: Tree
 ) -> None:
-    """Catches weights that change although the model does not train them, and a traceback if they are frozen.
-    RoFormer's sinusoidal positions require a gradient when transformers has loaded them from a folder."""
+    """Catches weights that change although the model does not train them, a traceback if they are frozen or the run is
+    resumed, and a checkpoint that no run can start from, for lack of them. RoFormer's sinusoidal positions require a
+    gradient when transformers has loaded them from a folder."""
     tokenizer = load_tokenizer(wordpiece_corpus / "tokenizer")
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     start = AutoModelForMaskedLM.from_config(AutoConfig.for_model("roformer", **tiny_fields("roformer") | tokens))
@@ -202,13 +203,16 @@ def test_unused_parameters_stay_as_they_are(
     options = {"optimizer__weight_decay": 0.5, "schedule__steps": 3}
     tree = run_config(tmp_path / "run", wordpiece_corpus, ds_config, **options)
     tree["model"] = {"init_from": str(tmp_path / "start")} | freeze
-    pools[2].run(pretrain_case, tree)
-    trained = AutoModelForMaskedLM.from_pretrained(checkpoint_path(tmp_path / "run" / "checkpoints", 3) / "hf")
+    assert pools[2].run(pretrain_case, tree, 1) == ["stopped"] * 2
+    assert pools[2].run(pretrain_case, tree) == ["done"] * 2
+    trained = AutoModelForMaskedLM.from_pretrained(last := checkpoint_path(tmp_path / "run" / "checkpoints", 3) / "hf")
     pairs = zip(start.named_parameters(), trained.parameters(), strict=True)
     changes = {name: float((after - before).detach().abs().max()) for (name, before), after in pairs}
     assert [name for name, change in changes.items() if change == 0] == ["roformer.encoder.embed_positions.weight"], (
         changes
     )
+    following = run_config(tmp_path / "following", wordpiece_corpus, ds_config, schedule__steps=1)
+    assert pools[2].run(pretrain_case, following | {"model": {"init_from": str(last)}}) == ["done"] * 2
 
 
 def rewind_case(world: World, tree: Tree, folder: Path) -> None:

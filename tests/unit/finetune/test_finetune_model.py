@@ -230,11 +230,15 @@ def test_frozen_modules_are_not_trained(encoder: Path) -> None:
 
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_sinusoidal_positions_are_not_trained(tmp_path: Path, pretrained: bool) -> None:
-    """Catches positions that change because transformers lets all parameters in a folder require a gradient."""
+    """Catches positions that change because transformers lets all parameters in a folder require a gradient, and a
+    folder that is rejected because it lacks them."""
     config = RoFormerConfig(
         vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     )
     RoFormerForMaskedLM(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["roformer.encoder.embed_positions.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     model = build_model(start(tmp_path, pretrained)).model
     fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert fixed == ["roformer.encoder.embed_positions.weight"]
