@@ -4,6 +4,7 @@ state.json has all that the card says, so it is complete for a checkpoint that w
 corpora. One that an older version wrote, or a folder of another origin, gets a card of the known facts.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -74,7 +75,7 @@ def _make_card(source: Path, title: str) -> str:
     held_out = _held_out_metrics(state)
     scores = [(name, "held-out", *score) for name, metrics in held_out.items() for score in metrics.items()]
     architecture = {"architecture": config.get("architectures"), "parameters": count_parameters(source)}
-    attempts = state.get("provenance", {}).get("attempts", [])
+    attempts = _kept_attempts(state.get("provenance", {}).get("attempts", []))
     return render_card(
         Path(__file__).with_name("exported_card.md.j2"),
         title,
@@ -148,6 +149,18 @@ def _training(state: Mapping[str, Any], is_fork: bool) -> dict[str, Any]:
     if settings["optimizer"].get("name") != "muon":
         settings["optimizer"].pop("muon", None)
     return facts | flatten({"model": model, **settings})
+
+
+def _kept_attempts(attempts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the attempts that trained steps of the weights: no later one has resumed from their first step, or from an
+    earlier one. Those of version 0.2.0, which did not record it, are kept."""
+    kept: list[Mapping[str, Any]] = []
+    end = math.inf
+    for attempt in reversed(attempts):
+        if attempt.get("step", -1) < end:
+            kept.append(attempt)
+            end = attempt.get("step", end)
+    return kept[::-1]
 
 
 def _changes(attempts: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:

@@ -1,6 +1,7 @@
 """Cards of folders about which little is known; a whole one is in tests/multiprocess/test_hugging_face_folder.py."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def test_a_checkpoint_of_an_older_version_has_a_card(tmp_path: Path, monkeypatch
 
 
 def test_a_card_names_the_settings_that_a_resume_has_changed(tmp_path: Path) -> None:
-    """Catches a recipe that cannot be repeated, because the card has the last config alone, and a path in a card."""
+    """Catches a recipe that cannot be repeated, because the card has the last config alone or settings whose steps were
+    discarded, and a path in a card."""
     checkpoint = shutil.copytree(OLD, tmp_path / OLD.name)
     state = json.loads((checkpoint / "state.json").read_text())
     changes = [
@@ -55,7 +57,16 @@ def test_a_card_names_the_settings_that_a_resume_has_changed(tmp_path: Path) -> 
         "engine.ds_config.zero_optimization.offload_optimizer.nvme_path: null -> '/data/swap'",
         "optimizer.lr: 0.01 -> 0.001",
     ]
-    attempts = [{"hardware": {}}, {"hardware": {}, "step": 1000, "changes": changes}]
+    attempts = [
+        {"hardware": {"cpu": name}, **known}
+        for name, known in {
+            "Old CPU": {},
+            "Kept CPU": {"step": 1000, "changes": changes},
+            "Killed CPU": {"step": 1100, "changes": ["optimizer.lr: 0.001 -> 0.5"]},
+            "Next CPU": {"step": 1100, "changes": ["optimizer.lr: 0.001 -> 0.6"]},
+            "New CPU": {"step": 1050, "changes": []},
+        }.items()
+    ]
     (checkpoint / "state.json").write_text(json.dumps(state | {"provenance": {"attempts": attempts}}))
     write_card(checkpoint / "hf", tmp_path, "title")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -63,6 +74,8 @@ def test_a_card_names_the_settings_that_a_resume_has_changed(tmp_path: Path) -> 
     assert "| 1,000 | engine.ds_config | 'bf16_zero2' -\\> 'offload' |" in card
     assert "| 1,000 | engine.ds_config.bf16.enabled | true -\\> null |" in card
     assert "/data/" not in card
+    assert "0.001 -\\> 0." not in card
+    assert re.findall(r"cores, (\w+) CPU", card) == ["Old", "Kept", "New"]
 
 
 @pytest.mark.parametrize(("relation", "since"), [("fork", " since the fork"), ("init_from", "")])
