@@ -56,7 +56,7 @@ def fill_new_checkpoints(folder: RunFolder) -> None:
     if not new:
         return
     with _printed_problems("no held-out sentences"):
-        sentences = [filled.sentence for filled in known[0].sentences] if known else _sentences_of(folder)
+        sentences = [filled.sentence for filled in known[0].sentences] if known else _sentences_of(folder, max(new))
         for path in new if sentences else ():
             if not path.exists():  # deleted meanwhile by the run
                 continue
@@ -83,20 +83,22 @@ def _checkpoints(folder: RunFolder) -> dict[Path, str]:
     return found
 
 
-def _sentences_of(folder: RunFolder) -> list[MaskedSentence]:
-    """Return masked sentences from the first corpus of `corpus.eval`; empty without one."""
+def _sentences_of(folder: RunFolder, checkpoint: Path) -> list[MaskedSentence]:
+    """Return masked sentences from the first corpus of `corpus.eval`, short enough for a checkpoint; empty without
+    one."""
     from experiment.models.tokenizer import load_tokenizer
     from pretrain.corpus.cache import open_local
 
     held_out = (read_recorded(folder.config).get("corpus") or {}).get("eval") or {}
     for path in list(held_out.values())[:1]:
-        corpus = open_local(path)
+        corpus, tokenizer = open_local(path), load_tokenizer(checkpoint / "hf")
+        longest = min(_LONGEST, tokenizer.model_max_length - tokenizer.num_special_tokens_to_add())
         lengths = np.concatenate(list(corpus.document_lengths())).astype(np.int64)
-        starts, cut = np.cumsum(lengths) - lengths, np.minimum(lengths, _LONGEST)
+        starts, cut = np.cumsum(lengths) - lengths, np.minimum(lengths, longest)
         order = np.random.default_rng(_SEED).permutation(np.flatnonzero(lengths >= _SHORTEST))
         spans = ((starts[at : at + 1], cut[at : at + 1]) for at in order.tolist())
         texts = ((corpus.read(*span), corpus.read_word_starts(*span)) for span in spans)
-        return choose_sentences(texts, load_tokenizer(corpus.tokenizer_path))
+        return choose_sentences(texts, tokenizer)
     return []
 
 

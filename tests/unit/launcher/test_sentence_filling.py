@@ -33,8 +33,10 @@ def run(tmp_path: Path, heldout_corpus: Path) -> RunFolder:
     return folder
 
 
-def save_checkpoint(folder: RunFolder, step: int, tokenizer: Path) -> None:
+def save_checkpoint(folder: RunFolder, step: int, tokenizer: Path, longest: int | None = None) -> None:
     loaded = load_tokenizer(tokenizer)
+    if longest is not None:
+        loaded.model_max_length = longest
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(step)
     model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=len(loaded), **sizes))
@@ -44,9 +46,15 @@ def save_checkpoint(folder: RunFolder, step: int, tokenizer: Path) -> None:
 
 
 @pytest.mark.usefixtures("empty_charts")
-def test_each_checkpoint_is_filled_once(run: RunFolder, tmp_path: Path) -> None:
-    """Catches other sentences for each checkpoint, work that is done again, and fillings that go with a checkpoint."""
+@pytest.mark.parametrize("longest", [None, 16])
+def test_each_checkpoint_is_filled_once(
+    run: RunFolder, tmp_path: Path, heldout_corpus: Path, longest: int | None
+) -> None:
+    """Catches other sentences for each checkpoint, sentences that are longer than the model reads, work that is done
+    again, and fillings that go with a checkpoint."""
     threads = torch.get_num_threads()
+    shutil.rmtree(run.checkpoints)
+    save_checkpoint(run, 10, heldout_corpus / "tokenizer", longest)
     report_runs([str(run.path)], None)
     (first,) = read_fillings(run)
     assert first.step == 10
