@@ -12,6 +12,7 @@ from experiment.config import read_recorded
 from experiment.errors import UserError, notify
 from experiment.results.history import History
 from experiment.results.report.tasks import read_task_results
+from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
 from experiment.run_files.goodput import AttemptTime, reached_checkpoints, read_attempt_times
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_life import READERS, Life, read_life
@@ -40,6 +41,15 @@ class Run:
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints up to the last finished step. Raises OSError."""
         return reached_checkpoints(self.folder, self.attempt_times)
+
+    @property
+    def step(self) -> int:
+        """The last finished step: a checkpoint may be newer than the last event."""
+        step = self.history.step
+        with suppress(OSError):
+            if any(checkpoint_step(path) > step for path in complete_checkpoints(self.folder.checkpoints)):
+                return max([step, *map(checkpoint_step, self.checkpoints)])  # reads the attempts, which takes longer
+        return step
 
 
 OpenRuns = Callable[[Mapping[str, RunFolder]], Sequence[Run]]

@@ -104,7 +104,7 @@ def _seeds(run: Run) -> Iterator[Fact]:
 def _progress(run: Run) -> Iterator[Fact]:
     total = last_lines(run.attempt_times)[-1].total_steps if run.attempt_times else None
     if run.history.seeds:
-        step = max([run.history.step, *map(checkpoint_step, run.checkpoints)])
+        step = run.step
         note = "" if not total else f"of {total:,}, {step / total:.0%}"
         yield Fact("Steps", f"{step:,}", note)
 

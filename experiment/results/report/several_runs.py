@@ -119,7 +119,7 @@ def runs_table(runs: Sequence[Run]) -> Runs:
 
 def _cells(run: Run, corpora: Sequence[str]) -> list[Cell]:
     history = run.history
-    step, tokens = history.step if history.seeds else None, history.last("tokens")
+    step, tokens = run.step if history.seeds else None, history.last("tokens")
     best = [history.best_loss(corpus) for corpus in corpora]
     return [
         Cell(UNKNOWN if step is None else f"{step:,}{_of_total(step, run.config)}", step),

@@ -3,8 +3,9 @@
 import errno
 import json
 import os
+import shutil
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from experiment.results.report.several_runs import (
 )
 from experiment.results.report.tasks import worst_rows
 from experiment.results.report.training import filling_blocks, read_marks, training_blocks
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete
+from experiment.run_files.goodput import USEFUL, AttemptTime
 from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.provenance import write_provenance
 from experiment.run_files.run_folder import RunFolder, open_run_folder
@@ -145,6 +148,24 @@ def test_a_headline_without_files(tmp_path: Path) -> None:
     folder.metrics.write_text('{"step": 3, "loss": 1.0}\n')
     headline = training_headline(open_run("run", folder))
     assert [(fact.name, fact.value) for fact in headline.facts] == [("Steps", "3"), ("Training loss", "1.0000")]
+
+
+@pytest.mark.parametrize(("reached", "step"), [(12, 12), (11, 10)])
+def test_a_checkpoint_is_newer_than_the_last_event(tmp_path: Path, reached: int, step: int) -> None:
+    """Catches a table of runs with fewer steps than the page of a run, a damaged checkpoint that counts, and a page
+    that fails because the checkpoints of one run cannot be listed."""
+    folder = open_run_folder(tmp_path)
+    folder.config.write_text("schedule: {steps: 30}\n")
+    folder.metrics.write_text('{"step": 10, "loss": 1.0}\n')
+    folder.goodput.write_text(json.dumps(asdict(AttemptTime(1.0, 2.0, reached, reached, 30, USEFUL, {}))))
+    checkpoint_path(folder.checkpoints, 12).mkdir(parents=True)
+    mark_complete(checkpoint_path(folder.checkpoints, 12))
+    run = open_run("run", folder)
+    assert next(fact.value for fact in training_headline(run).facts if fact.name == "Steps") == str(step)
+    assert runs_table([run]).rows[0].cells[0].text == f"{step} of 30"
+    shutil.rmtree(folder.checkpoints)
+    folder.checkpoints.symlink_to(folder.checkpoints)  # too many links
+    assert runs_table([run]).rows[0].cells[0].text == "10 of 30"
 
 
 @pytest.mark.parametrize(
