@@ -256,6 +256,8 @@ def _scored_data(seed_folder: Path, split: str) -> str:
     path = seed_folder / "COMPLETE"
     try:
         return str(read_json(path)["settings"]["data"][split])
+    except FileNotFoundError:
+        raise DamagedPredictionsError(f"{path} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         require_damage(error, f"{path} cannot be read")
         raise DamagedPredictionsError(f"{path} is damaged: expected the settings of a finished seed") from None

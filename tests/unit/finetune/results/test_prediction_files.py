@@ -113,3 +113,6 @@ def test_data_are_those_that_were_scored(trained_run: Path, tmp_path: Path) -> N
     (run.path / "seed-1" / "COMPLETE").write_text("{}")
     with pytest.raises(DamagedPredictionsError, match="COMPLETE is damaged"):
         read_scored_split(run, "test", ["high", "low"], files, {})
+    (run.path / "seed-1" / "COMPLETE").unlink()
+    with pytest.raises(DamagedPredictionsError, match="seed-1/COMPLETE does not exist"):
+        read_scored_split(run, "test", ["high", "low"], files, {})
