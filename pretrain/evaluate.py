@@ -25,7 +25,7 @@ from experiment.models.transformers_models import max_positions
 from experiment.process.hardware import available_device
 from experiment.process.shared_cores import share_cores
 from experiment.progress import terminal, track
-from experiment.run_files.checkpoints import find_model_folder, mention_best, state_around
+from experiment.run_files.checkpoints import deleted_meanwhile, find_model_folder, mention_best, state_around
 from experiment.run_files.metrics_file import finite_or_none
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
@@ -163,21 +163,22 @@ def _evaluate(
             "masked-LM head; `deepcloze predict --score` scores fine-tuned models"
         )
     folder = find_model_folder(path)
-    masking, seed, max_length = _settings(folder if masks_of is None else _model_of_run(masks_of))
-    tokenizer = load_tokenizer(folder)
-    vocabulary = build_vocabulary(tokenizer)
-    model_config = ModelConfig(init_from=str(folder))
-    config = resolve_model_config(model_config, tokenizer)
-    corpora = _open_all(corpus_folders, tokenizer_fingerprint(tokenizer), folder)
-    if masking.unit != "token":
-        check_word_boundaries(masking.unit, corpora.values(), vocabulary)
-    for _ in verified_shards(corpora.values(), show_progress=show_progress):
-        pass
+    with deleted_meanwhile(folder):
+        masking, seed, max_length = _settings(folder if masks_of is None else _model_of_run(masks_of))
+        tokenizer = load_tokenizer(folder)
+        vocabulary = build_vocabulary(tokenizer)
+        model_config = ModelConfig(init_from=str(folder))
+        config = resolve_model_config(model_config, tokenizer)
+        corpora = _open_all(corpus_folders, tokenizer_fingerprint(tokenizer), folder)
+        if masking.unit != "token":
+            check_word_boundaries(masking.unit, corpora.values(), vocabulary)
+        for _ in verified_shards(corpora.values(), show_progress=show_progress):
+            pass
 
-    mention_best(path, folder)
-    if show_progress and folder != path:
-        terminal().print(f"model: {folder}")
-    built = build_model(model_config, config, seed, new_head=False)
+        mention_best(path, folder)
+        if show_progress and folder != path:
+            terminal().print(f"model: {folder}")
+        built = build_model(model_config, config, seed, new_head=False)
     length = min(max_length, max_positions(built.model) or max_length)
     if masks_of is not None and length < max_length:
         raise UserError(

@@ -17,7 +17,7 @@ from experiment.models.model_folder import load_model_config
 from experiment.models.model_names import local_model
 from experiment.models.tokenizer import default_length, load_tokenizer, tokenizer_fingerprint
 from experiment.models.transformers_models import check_freeze, configured_positions, max_positions
-from experiment.run_files.checkpoints import Verify, read_state, state_around, verify_descriptions
+from experiment.run_files.checkpoints import Verify, state_around, verify_descriptions
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import is_url
 from experiment.tracking.tracker import check_tracking
@@ -144,7 +144,7 @@ def resolve(
     fields = model_config.to_dict()
     if point is not None and model_source.init_from == str(point.checkpoint / "hf"):
         # As the run began: `resize_model` may have untied the decoder since.
-        tied = read_state(point.checkpoint)["identity"].get("model.tie_word_embeddings")
+        tied = point.state["identity"].get("model.tie_word_embeddings")
         fields |= {} if tied is None else {"tie_word_embeddings": tied}
     identity = run_identity(config, fields, fingerprints, affixes, deepspeed.raw)
     return ResolvedRun(

@@ -7,6 +7,7 @@ and `run.resume` may be deleted once it is there.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from experiment.run_files.checkpoints import (
     checkpoint_candidates,
     checkpoint_step,
     checkpoints_to_resume,
+    deleted_meanwhile,
     incomplete_checkpoints,
     last_usable,
     names_model_folder,
@@ -40,6 +42,12 @@ _FROM_STEP_0 = ("model.freeze_steps", "schedule.warmup_steps", "schedule.batch_w
 class ResumePoint:
     checkpoint: Path  # verified
     fork: bool  # it is another run's
+
+    @cached_property
+    def state(self) -> Mapping[str, Any]:
+        """The content of its state.json. Raises UserError if it was deleted meanwhile."""
+        with deleted_meanwhile(self.checkpoint):
+            return read_state(self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ def locate_model(
     the checkpoint itself, or none. mirror: of the run, for the message.
     """
     if point is not None:
-        saved = read_state(point.checkpoint)["config"]["model"]
+        saved = point.state["config"]["model"]
         is_same_name = _is_same_name(model.init_from, saved["init_from"])
         if not is_same_name:
             _check_other_model(model.init_from, saved["init_from"], point)
@@ -185,7 +193,7 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
     """Plan how the run continues from there. Raises UserError for a checkpoint that it can neither resume nor fork."""
     if point is None:
         return ResumePlan()
-    state = read_state(point.checkpoint)
+    state = point.state
     before = state["identity"]
     where = str(point.checkpoint)
     with user_errors_in(where):

@@ -10,8 +10,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -136,6 +136,19 @@ def missing_model(path: Path) -> UserError:
     return UserError(f"{path} does not exist: {expected}")
 
 
+@contextmanager
+def deleted_meanwhile(folder: Path) -> Iterator[None]:
+    """Raise UserError in place of an error of the block, which reads `folder`, if that does not exist any more: a run
+    that trains deletes old checkpoints."""
+    try:
+        yield
+    except Exception:  # libraries raise many types for a missing file
+        if folder.exists():
+            raise
+        why = "a run that trains deletes old checkpoints"
+        raise UserError(f"{folder} was deleted while it was read: {why}; run the command again") from None
+
+
 def mention_best(path: Path, model: Path) -> None:
     """Inform if `path`, which refers to the folder `model`, is a run whose best checkpoint is another one."""
     best = path / "checkpoints" / BEST
@@ -177,13 +190,14 @@ def _read_best(path: Path) -> str:
 def last_usable(candidates: Sequence[Path], verify: Verify, advice: str = "") -> Path:
     """Return the last undamaged one of one or more complete checkpoints; logs a warning for each damaged one it skips.
 
-    Raises UserError, with `advice` at its end, if all are damaged.
+    Raises UserError, with `advice` at its end, if all are damaged, or if the only one was deleted meanwhile.
     """
     for checkpoint in reversed(candidates):
         if (problem := verify(checkpoint)) is None:
             return checkpoint
         if len(candidates) == 1:
-            raise UserError(f"the checkpoint {checkpoint} is damaged: {problem}{advice}")
+            with deleted_meanwhile(checkpoint):
+                raise UserError(f"the checkpoint {checkpoint} is damaged: {problem}{advice}")
         log.warning("skipping damaged checkpoint %s: %s", checkpoint, problem)
     raise UserError(f"all {len(candidates)} checkpoints in {candidates[-1].parent} are damaged{advice}")
 

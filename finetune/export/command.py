@@ -9,7 +9,7 @@ from experiment.formatting import shorten
 from experiment.models.hub_names import HubName
 from experiment.models.model_names import local_model
 from experiment.output_folder import is_free, new_folder
-from experiment.run_files.checkpoints import mention_best, unlisted_files
+from experiment.run_files.checkpoints import deleted_meanwhile, mention_best, unlisted_files
 from finetune.export.exported_card import name_model, write_card
 from finetune.export.push import check_target, parse_target, push_folder
 from finetune.model import model_files
@@ -42,13 +42,11 @@ def export_command(options: ExportOptions) -> None:
     if repository is not None:
         check_target(repository, source, options.private, options.overwrite)
     try:
-        with new_folder(target) as aside:
+        with deleted_meanwhile(source), new_folder(target) as aside:
             lines = _write(source, aside, options, repository)
             if repository is not None:
                 name_model(aside, repository.repository)
     except OSError as error:
-        if not source.exists():  # by the retention of a run that trains
-            raise UserError(f"{source} was deleted while it was exported; run the command again") from None
         raise UserError(f"cannot write {target}: {describe_disk_error(error) or reason(error)}") from None
     mention_best(path, source)
     print("\n".join([f"{source} -> {target}", *lines]), flush=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from experiment.errors import UserError
 from experiment.models.fast_linear import ONEDNN_DTYPES, FastLinear
 from experiment.models.hub_names import hub_name
+from experiment.run_files.checkpoints import deleted_meanwhile
 from finetune.data.records import Record
 from finetune.device import Device
 from finetune.kinds import embedding
@@ -43,17 +44,18 @@ class ServedModel:
 def load_served_model(path: Path, precision: str) -> ServedModel:
     """Load a model folder, or the best model of a run. Raises UserError."""
     folder, _ = find_model(path)
-    if is_masked_lm(folder):
-        filler = MaskFiller.load(folder, precision)
-        info = _describe(filler.loaded, kind="masked_lm", mask=filler.mask)
-        pooling, normalize = filler.ranking.kind.embedding
-        served = ServedModel(info, filler.loaded, pooling, filler=filler)
-        filler.fill([filler.mask])
-    else:
-        task = read_saved_task(folder)
-        predictor = Predictor.load(folder, precision, task=task)
-        pooling, normalize = task.kind.embedding
-        served = ServedModel(_describe_predictor(predictor, task), predictor.loaded, pooling, predictor=predictor)
+    with deleted_meanwhile(folder):
+        if is_masked_lm(folder):
+            filler = MaskFiller.load(folder, precision)
+            info = _describe(filler.loaded, kind="masked_lm", mask=filler.mask)
+            pooling, normalize = filler.ranking.kind.embedding
+            served = ServedModel(info, filler.loaded, pooling, filler=filler)
+            filler.fill([filler.mask])
+        else:
+            task = read_saved_task(folder)
+            predictor = Predictor.load(folder, precision, task=task)
+            pooling, normalize = task.kind.embedding
+            served = ServedModel(_describe_predictor(predictor, task), predictor.loaded, pooling, predictor=predictor)
     _own_weights(served.loaded.model)
     pack_linear_layers(served.loaded.model, served.loaded.device)
     return replace(served, embedders=_make_embedders(served.loaded, normalize))

@@ -24,6 +24,7 @@ from experiment.models.transformers_models import (
     keep_fixed,
     saved_names,
 )
+from experiment.run_files.checkpoints import deleted_meanwhile
 from pretrain.batching.packing import RowKind
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
@@ -60,7 +61,11 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
     that makes no model, for weights that do not fit it, and for a missing head otherwise.
     """
     torch.manual_seed(seed)
-    built = random_model(config) if model.init_from is None else _pretrained_model(model, config, new_head)
+    if model.init_from is None:
+        built = random_model(config)
+    else:
+        with deleted_meanwhile(Path(model.init_from)):
+            built = _pretrained_model(model, config, new_head)
     built.float().train()  # transformers loads models in evaluation mode
     reason = why_not_packed(built)
     if reason is not None:

@@ -23,6 +23,7 @@ from transformers import (
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete, write_best
+from experiment.run_files.retention import discard
 from pretrain import evaluate as evaluate_module
 from pretrain.batching import sequences
 from pretrain.batching.batch import Microbatch
@@ -300,6 +301,26 @@ def test_evaluate_rejects_invalid_input(
         evaluate_command(str(folder), f"{heldout_corpus},{heldout_corpus}/")
     with pytest.raises(UserError, match="nowhere"):
         evaluate_command(str(tmp_path / "nowhere"), str(heldout_corpus))
+
+
+@pytest.mark.parametrize("step", ["load_tokenizer", "resolve_model_config", "build_model"])
+def test_a_checkpoint_that_its_run_deletes_meanwhile(
+    folder: Path, heldout_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Catches a traceback, and a mistake in `model.init_from`, a key that the command does not have."""
+    checkpoint = checkpoint_path(tmp_path / "run" / "checkpoints", 1)
+    shutil.copytree(folder, checkpoint / "hf")
+    mark_complete(checkpoint)
+    write_best(checkpoint.parent, 1)
+    wrapped = getattr(evaluate_module, step)
+
+    def call_late(*arguments: Any, **options: Any) -> Any:
+        discard(checkpoint)
+        return wrapped(*arguments, **options)
+
+    monkeypatch.setattr(evaluate_module, step, call_late)
+    with pytest.raises(UserError, match=rf"^{checkpoint}/hf was deleted while it was read: .*; run the command again$"):
+        evaluate_command(str(checkpoint.parent / "best"), str(heldout_corpus), as_json=True)
 
 
 def test_evaluate_rejects_a_damaged_corpus(folder: Path, heldout_corpus: Path, tmp_path: Path) -> None:

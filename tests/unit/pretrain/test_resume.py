@@ -13,6 +13,7 @@ from experiment.config import build_config
 from experiment.errors import HostError, UserError
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete, read_state, replace_state, verify
 from experiment.run_files.provenance import ancestors_of, write_origin, write_provenance
+from experiment.run_files.retention import discard
 from experiment.run_files.run_folder import RunFolder
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
 from pretrain.restore import restore_run
@@ -253,6 +254,18 @@ def test_a_fork_resumes_and_no_other_run_is_overwritten(tmp_path: Path) -> None:
             plan(run, str(parent))
     with pytest.raises(UserError, match="is not a fork of"):
         plan(fork, str(other))
+
+
+def test_a_parent_that_deletes_the_checkpoint_meanwhile(tmp_path: Path) -> None:
+    """Catches a traceback after a fork has chosen its checkpoint."""
+    parent = make_run(tmp_path / "parent", (4,))
+    point = ResumePoint(checkpoint_path(parent / "checkpoints", 4), fork=True)
+    discard(point.checkpoint)
+    message = f"^{point.checkpoint} was deleted while it was read: .*; run the command again$"
+    with pytest.raises(UserError, match=message):
+        locate_model(NEW_MODEL, point)
+    with pytest.raises(UserError, match=message):
+        plan_resume(point, identity())
 
 
 @pytest.mark.parametrize(("resume", "why"), [("sometimes", "does not exist"), ("", "has no complete checkpoint")])

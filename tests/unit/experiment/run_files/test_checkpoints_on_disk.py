@@ -109,6 +109,18 @@ def test_a_damaged_checkpoint_is_skipped(
     assert victim in caplog.text
 
 
+def test_a_checkpoint_that_is_deleted_while_it_is_verified(tmp_path: Path) -> None:
+    """Catches a checkpoint that its run has deleted, as a fork or an evaluation reads it, called damaged."""
+    (checkpoint,) = make(tmp_path, 10)
+
+    def verify_late(path: Path) -> str | None:
+        discard(path)
+        return verify(path)
+
+    with pytest.raises(UserError, match=rf"^{checkpoint} was deleted while it was read: .*; run the command again$"):
+        last_usable([checkpoint], verify_late)
+
+
 @pytest.mark.parametrize("victim", ["COMPLETE", "state.json"])
 def test_an_error_of_the_disk_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, victim: str

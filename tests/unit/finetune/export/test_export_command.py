@@ -192,7 +192,7 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile(
             return False
 
     monkeypatch.setattr("finetune.export.command.unlisted_files", lambda _: Unlisted())
-    with pytest.raises(UserError, match=r"^.*/step-00000002/hf was deleted while it was exported; run the command ag"):
+    with pytest.raises(UserError, match=r"^.*/step-00000002/hf was deleted while it was read: .*; run the command ag"):
         export(run, tmp_path / "encoder")
     assert not (tmp_path / "encoder").exists()
     monkeypatch.undo()

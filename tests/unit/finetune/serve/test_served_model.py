@@ -1,10 +1,14 @@
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from experiment.errors import UserError
 from finetune.device import Device
 from finetune.serve import served_model
-from finetune.serve.served_model import pack_linear_layers, padded_rows
+from finetune.serve.served_model import load_served_model, pack_linear_layers, padded_rows
 
 CPU = torch.device("cpu")
 NEEDS_BF16 = pytest.mark.skipif(torch.bfloat16 not in served_model.ONEDNN_DTYPES, reason="oneDNN lacks bf16 here")
@@ -21,6 +25,16 @@ class Layers(nn.Module):
         hidden = self.second(torch.tanh(self.first(values)))
         with torch.autocast("cpu", enabled=False):
             return self.third(hidden.float())
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a message about weights that cannot be loaded."""
+    folder = Path(shutil.copytree(folders["masked"], tmp_path / "hf"))
+    monkeypatch.setattr(served_model, "is_masked_lm", lambda path: shutil.rmtree(path) or True)
+    with pytest.raises(UserError, match=rf"^{folder} was deleted while it was read: .*; run the command again$"):
+        load_served_model(folder, "fp32")
 
 
 @pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=NEEDS_BF16)])
