@@ -1,5 +1,6 @@
 """Folders that a command writes: by one process at a time, and never over something else."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,10 +37,9 @@ def holds_result(folder: Path, file: str, key: str, kind: str) -> bool:
 @contextmanager
 def lock_output(folder: Path, key: str) -> Iterator[None]:
     """Allow one process at a time to write a folder, whose missing parents are created. Raises LockedError if another
-    one does, and UserError for `/` and the working directory, which cannot be replaced. On a disk without locks, it
-    allows all. key: of the folder, for messages."""
-    if not folder.name or folder.resolve() == Path.cwd():
-        raise UserError(f"{key} {folder}: expected a folder that can be created, not the working directory")
+    one does, and UserError for `/`. On a disk without locks, it allows all. key: of the folder, for messages."""
+    if not folder.name:
+        raise UserError(f"{key} {folder}: expected a folder that can be created")
     path = folder.with_name(f".{folder.name}.lock")
     with ExitStack() as stack:
         try:
@@ -68,5 +68,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if not is_free(folder):
             raise UserError(f"--output {folder} already holds something; name a new folder")
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        is_here = folder.exists() and folder.samefile(os.curdir)
         yield partial
         partial.replace(folder)
+        if is_here:
+            os.chdir(folder)  # the one before is deleted, and relative paths would lead nowhere

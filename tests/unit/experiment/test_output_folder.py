@@ -54,12 +54,9 @@ def test_what_a_killed_process_has_left_is_not_in_the_folder(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
-@pytest.mark.parametrize("folder", ["/", "/proc/new", "/proc/missing/new", ".", "../new"])
-def test_a_folder_that_cannot_be_created_is_named(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback for a path that is none of the user's folders, and a shell that is left in a folder that has
-    been replaced."""
-    (tmp_path / "new").mkdir()
-    monkeypatch.chdir(tmp_path / "new")
+@pytest.mark.parametrize("folder", ["/", "/proc/new", "/proc/missing/new"])
+def test_a_folder_that_cannot_be_created_is_named(folder: str) -> None:
+    """Catches a traceback for a path that is none of the user's folders."""
     with pytest.raises(UserError, match=rf"--output:? .*{folder}"), new_folder(Path(folder)):
         pass
 
