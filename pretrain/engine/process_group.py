@@ -109,14 +109,16 @@ def _select_device(world: World) -> None:
 
 def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) -> dist.Store:
     """Return the store of the process group, when all ranks have connected to it."""
-    # torchrun serves the store itself.
-    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # it serves the store itself
+    serves = world.rank == 0 and not of_torchrun
     listener = _listen(address, port) if serves else None
     store: dist.Store = dist.TCPStore(
         address, port, world.size, serves, timeout, wait_for_workers=False, master_listen_fd=listener
     )
-    # When torchrun restarts ranks, its store still has the addresses of those before.
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if of_torchrun:
+        # After a restart, the store still has the addresses of the ranks before. Each host counts its restarts apart.
+        start = store.add(f"starts/{world.rank} of {world.size}", 1)
+        store = dist.PrefixStore(f"start-{start} of {world.size}", store)
     keys = [f"connected/{rank} of {world.size}" for rank in range(world.size)]
     if store.add(keys[world.rank], 1) > 1:
         raise LostRankError(

@@ -78,24 +78,26 @@ def test_the_store_listens_on_one_address(pools: dict[int, RankPool]) -> None:
 
 def test_a_rank_that_meets_another_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a start in the folder of a live run whose rank 1 connects to another run at the default port, takes the
-    folder for its own, and changes records of the live run."""
+    folder for its own, and changes records of the live run; and restarts by torchrun that do not connect."""
     from pretrain.engine.process_group import LostRankError, _meet
 
     port = free_port()
 
-    def meet(rank: int) -> Any:
-        return _meet(World(rank, 2), "127.0.0.1", port, timedelta(seconds=LIMIT))
+    def meet(rank: int, size: int = 2) -> Any:
+        return _meet(World(rank, size), "127.0.0.1", port, timedelta(seconds=LIMIT))
 
     with ThreadPoolExecutor(2) as ranks:
         stores = list(ranks.map(meet, range(2)))  # open while the others try
     with pytest.raises(LostRankError, match=f"another rank 1 has connected to 127.0.0.1:{port}: "):
         meet(1)
-    stores[0].set("address", "of the first start")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun has restarted the ranks
-    with ThreadPoolExecutor(2) as ranks:
-        stores += ranks.map(meet, range(2))
-    assert not stores[-1].check(["address"]), "gloo would connect to ranks that have ended"
+    for count in ("0", "1", "1"):  # of the restarts of one host: those for a rank of another one do not count
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        with ThreadPoolExecutor(2) as ranks:
+            stores += ranks.map(meet, range(2))
+        assert not stores[-1].check(["address"]), "gloo would connect to ranks that have ended"
+        stores[-1].set("address", "of this start")
+    assert not meet(0, size=1).check(["address"])  # a host has left
 
 
 def timeouts_case(world: World) -> list[float]:
