@@ -54,7 +54,7 @@ _KNOWN_KEYS = (
     *("wall_clock_breakdown", "flops_profiler"),
 )
 
-_LEAVES = "loses gradients of modules whose inputs have none, such as embeddings; remove it"
+_LEAVES = "loses gradients at ZeRO 3 of modules whose inputs have none, such as embeddings; remove it"
 _UNSUPPORTED = {  # unless false, 0 or null
     # These report from DeepSpeed's step, which is not always called.
     "wall_clock_breakdown": "is not supported; remove it and use deepcloze pretrain --profile",
@@ -358,7 +358,7 @@ def _check_with_deepspeed(settings: DeepSpeedSettings) -> None:
     counts = not is_read or steps is None or (isinstance(steps, int | float) and steps > 0)
     for key, value, valid, expected in (  # DeepSpeed's parser accepts any value
         ("fp16.hysteresis", hysteresis, hysteresis > 0, "at least 1: with less the loss scale never falls"),
-        ("fp16.initial_scale_power", power, power < 64, "less than 64"),
+        ("fp16.initial_scale_power", power, abs(power) < 64, "from -63 to 63"),
         ("steps_per_print", steps, counts, "a number above 0"),
         ("zero_optimization.allgather_bucket_size", size, size % 2 == 0 or stage not in (1, 2), "an even number"),
     ):
