@@ -55,7 +55,7 @@ _KNOWN_KEYS = (
 )
 
 _LEAVES = "loses gradients at ZeRO 3 of modules whose inputs have none, such as embeddings; remove it"
-_UNSUPPORTED = {  # unless false, 0 or null
+_UNSUPPORTED = {  # unless false or 0
     # These report from DeepSpeed's step, which is not always called.
     "wall_clock_breakdown": "is not supported; remove it and use deepcloze pretrain --profile",
     "flops_profiler": "is not supported; remove it and use deepcloze pretrain --profile",
@@ -88,7 +88,7 @@ class DeepSpeedSettings:
     stage_change: str  # why the two differ; empty where they don't
     offload: OffloadDevice  # where master weights and optimizer states are kept; none: on the device
     nvme_path: Path | None  # where NVMe offload swaps to, if the JSON says so
-    raw: Mapping[str, Any]
+    raw: Mapping[str, Any]  # without keys that are null
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,11 +126,10 @@ class DeepSpeedSettings:
             zero["overlap_comm"] = False  # nothing is reduced during a backward pass, and DeepSpeed refuses it
         if self.zero_stage == 3:
             zero.setdefault("memory_efficient_linear", False)  # it would replace F.linear in the whole process
-        merged = {key: value for key, value in self.raw.items() if value is not None}
+        merged = dict(self.raw)
         if self.precision != "fp32":  # DeepSpeed would accumulate and reduce gradients in 16 bit
             merged.setdefault("communication_data_type", "fp32")
-            sums = self.raw.get("data_types", {}).get("grad_accum_dtype")
-            merged["data_types"] = {"grad_accum_dtype": sums or "fp32"}
+            merged["data_types"] = {"grad_accum_dtype": "fp32"} | self.raw.get("data_types", {})
         if uses_zero1_optimizer(self.zero_stage, self.offload):
             # With these DeepSpeed builds the optimizer that `Zero1Optimizer` replaces.
             merged["data_types"] = {"grad_accum_dtype": self.precision}
@@ -171,6 +170,7 @@ def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
     """Check the content of a DeepSpeed JSON. `path` is named in messages. Raises UserError."""
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    raw = _without_nulls(raw)
     _check_keys(raw, path)
     zero = _check_zero(raw, path)
     precision = _check_precision_keys(raw, path)
@@ -188,6 +188,12 @@ def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
         nvme_path=Path(nvme_paths[0]) if nvme_paths else None,
         raw=raw,
     )
+
+
+def _without_nulls(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove keys that are null: DeepSpeed takes some for not set, and rejects others."""
+    found = {key: value for key, value in raw.items() if value is not None}
+    return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in found.items()}
 
 
 def check_device_support(settings: DeepSpeedSettings) -> None:
@@ -304,23 +310,23 @@ def _check_zero(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 
 def _offload_device(zero: Mapping[str, Any], key: str) -> OffloadDevice:
-    device: OffloadDevice = (zero.get(key) or {}).get("device", "none")
+    device: OffloadDevice = zero.get(key, {}).get("device", "none")
     return device
 
 
 def _nvme_paths(zero: Mapping[str, Any]) -> list[str]:
     """Return the values of `nvme_path` of the parts that are offloaded to NVMe."""
     sections = [zero[key] for key in ("offload_optimizer", "offload_param") if _offload_device(zero, key) == "nvme"]
-    return [section["nvme_path"] for section in sections if section.get("nvme_path") is not None]
+    return [section["nvme_path"] for section in sections if "nvme_path" in section]
 
 
 def _check_offload(zero: Mapping[str, Any], key: str, lowest_stage: int, path: Path) -> None:
-    offload, stage = zero.get(key) or {}, zero.get("stage", 0)
+    offload, stage = zero.get(key, {}), zero.get("stage", 0)
     if not isinstance(offload, dict):
         raise UserError(f"{path}: 'zero_optimization.{key}' is {json.dumps(offload)}, expected a JSON object")
     if offload.get("device", "none") != "none" and stage < lowest_stage:
         raise UserError(f"{path}: '{key}' needs at least ZeRO stage {lowest_stage}, found stage {stage}")
-    if not isinstance(offload.get("nvme_path"), str | None):
+    if not isinstance(offload.get("nvme_path", ""), str):
         raise UserError(
             f"{path}: 'zero_optimization.{key}.nvme_path' is {json.dumps(offload['nvme_path'])}, expected a folder"
         )
@@ -337,8 +343,8 @@ def _check_precision_keys(raw: Mapping[str, Any], path: Path) -> Precision:
     for key in types:
         if key != "grad_accum_dtype":
             raise UserError(f"{path}: 'data_types.{key}' is not supported, only 'grad_accum_dtype'; remove it")
-    sums = types.get("grad_accum_dtype")
-    if sums not in (None, "fp32", precision):  # DeepSpeed reads it when it builds its optimizer
+    sums = types.get("grad_accum_dtype", "fp32")
+    if sums not in ("fp32", precision):  # DeepSpeed reads it when it builds its optimizer
         known = '"fp32"' if precision == "fp32" else f'"fp32" or "{precision}"'
         raise UserError(f"{path}: 'data_types.grad_accum_dtype' is {json.dumps(sums)}, expected {known}")
     return precision

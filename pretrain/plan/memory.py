@@ -289,7 +289,7 @@ def shard_model(counts: ParameterCounts, run: ResolvedRun, ranks_by_host: Sequen
     """Return a model with these parameters at the run's own ZeRO stage."""
     deepspeed = run.deepspeed
     zero: Mapping[str, Any] = deepspeed.raw.get("zero_optimization", {})
-    offload_param = (zero.get("offload_param") or {}).get("device", "none")
+    offload_param = zero.get("offload_param", {}).get("device", "none")
     return ShardedModel(
         counts,
         zero_stage=deepspeed.zero_stage,

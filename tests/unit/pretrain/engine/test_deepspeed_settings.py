@@ -94,6 +94,16 @@ def test_overlap_comm_is_off_where_nothing_is_reduced_during_a_backward_pass() -
     assert [each["zero_optimization"]["overlap_comm"] for each in sections] == [False, False, True, True]
 
 
+def test_null_stands_for_a_key_that_is_not_set(tmp_path: Path) -> None:
+    """Catches null that is rejected in some places only: by us or by DeepSpeed."""
+    zero = {"stage": None, "compute_grad_norm": None, "reduce_bucket_size": None, "offload_optimizer": None}
+    raw = {"zero_optimization": zero | {"offload_param": {"device": None, "nvme_path": None}}, "bf16": None}
+    raw |= {"fp16": {"enabled": None, "loss_scale": None}, "data_types": {"buffer_dtype": None}, "optimizer": None}
+    (tmp_path / "ds.json").write_text(json.dumps(raw))
+    settings = load_settings(str(tmp_path / "ds.json"))
+    assert (settings.precision, settings.zero_stage, settings.offload) == ("fp32", 0, "none")
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_defaults_that_published_files_spell_out_are_accepted(tmp_path: Path, stage: int) -> None:
     """Catches a run whose file was accepted before, and that cannot be resumed after an upgrade."""
