@@ -30,8 +30,12 @@ from experiment.run_files.checkpoints import state_around
 from experiment.run_files.provenance import describe_devices, forked_from, read_origin
 
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths
-_PRECISION = ("engine.ds_config:", "engine.ds_config.bf16.", "engine.ds_config.fp16.")  # the file's name alone
-_CHANGES = (*(f"{section}." for section in _SETTINGS), "model.freeze", "model.ema_decay", *_PRECISION)  # without paths
+_PRECISION = (":", ".bf16.", ".fp16.", ".data_types.", ".communication_data_type")  # the file and keys in it
+_CHANGES = (  # without paths
+    *(f"{section}." for section in _SETTINGS),
+    *("model.freeze", "model.ema_decay"),
+    *(f"engine.ds_config{key}" for key in _PRECISION),
+)
 _METRICS = ("loss", "perplexity", "accuracy")
 _SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _USAGE = """

@@ -54,6 +54,8 @@ def test_a_card_names_the_settings_that_a_resume_has_changed(tmp_path: Path) -> 
         "corpus.eval.wiki: '/data/a' -> '/data/b'",
         "engine.ds_config: 'bf16_zero2' -> 'offload'",
         "engine.ds_config.bf16.enabled: true -> null",
+        "engine.ds_config.communication_data_type: 'fp32' -> 'bf16'",
+        "engine.ds_config.data_types.grad_accum_dtype: 'fp32' -> 'bf16'",
         "engine.ds_config.zero_optimization.offload_optimizer.nvme_path: null -> '/data/swap'",
         "optimizer.lr: 0.01 -> 0.001",
     ]
@@ -73,6 +75,8 @@ def test_a_card_names_the_settings_that_a_resume_has_changed(tmp_path: Path) -> 
     assert "| 1,000 | optimizer.lr | 0.01 -\\> 0.001 |" in card
     assert "| 1,000 | engine.ds_config | 'bf16_zero2' -\\> 'offload' |" in card
     assert "| 1,000 | engine.ds_config.bf16.enabled | true -\\> null |" in card
+    for key in ("communication_data_type", "data_types.grad_accum_dtype"):
+        assert f"| 1,000 | engine.ds_config.{key} | 'fp32' -\\> 'bf16' |" in card
     assert "/data/" not in card
     assert "0.001 -\\> 0." not in card
     assert re.findall(r"cores, (\w+) CPU", card) == ["Old", "Kept", "New"]
