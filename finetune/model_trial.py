@@ -1,6 +1,5 @@
 """Try a model on a few examples: which precision it can compute in, and whether padding changes its outputs."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +15,7 @@ from finetune.inference import collate
 from finetune.prepared_task import PreparedTask
 from finetune.task_kind import LossOptions, TaskKind
 
-_EXAMPLES = 4
-_PADDING = 8  # tokens, at least: examples may be equally long
+_PADDING = 8  # tokens
 _TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than padding changes if it counts
 
 
@@ -30,17 +28,16 @@ def adapt_to_model(
     depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`. Raises
     UserError for a model that cannot compute at all.
 
-    probe: as from `TaskKind.probe`; the texts of the task may all have `max_length` tokens, and thus no padding.
+    probe: as from `TaskKind.probe`.
     """
-    examples = sorted(next(iter(task.splits.values())).examples, key=lambda example: example.longest)
     lines, name, task = [], model.config.model_type, replace(task, device=device)
-    tried = [probe, *examples[:_EXAMPLES], examples[-1]]
-    if not ignores_padding(model, task.kind, task.padding, tried, max_length):
+    if not ignores_padding(model, task.kind, task.padding, probe, max_length):
         lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
         task = replace(task, padding=replace(task.padding, length=max_length))
     if device.dtype is not None:
         trained = task.kind.config.is_trained
-        batch = collate(task.kind, examples[:2], task.padding, device.torch_device)
+        examples = sorted(next(iter(task.splits.values())).examples, key=lambda example: example.longest)[:2]
+        batch = collate(task.kind, examples, task.padding, device.torch_device)
         options = task.loss_options if trained else None
         if not computes(model.to(device.torch_device).train(trained), task.kind, batch, device, options):
             lines.append(f"{name} cannot compute in {device.precision} on {device.torch_device.type}; fp32 is used")
@@ -48,30 +45,22 @@ def adapt_to_model(
     return task, lines
 
 
-def ignores_padding(
-    model: nn.Module, kind: TaskKind[Any], padding: Padding, examples: Sequence[Example], max_length: int
-) -> bool:
-    """Return whether the outputs of each example stay the same if all are padded, to `max_length` tokens at most.
+def ignores_padding(model: nn.Module, kind: TaskKind[Any], padding: Padding, probe: Example, max_length: int) -> bool:
+    """Return whether padding leaves the outputs of a short example the same, but for rounding. The model is on the CPU.
 
-    The model is on the CPU.
+    Examples of a task would not do: they may all have `max_length` tokens.
     """
-    length = min(max(example.longest for example in examples) + _PADDING, max_length)
+    length = min(probe.longest + _PADDING, max_length)
     model.eval()
     with first_use(model), torch.inference_mode():
-        outputs = _outputs(model, kind, replace(padding, length=length), examples)
-        together = torch.split(outputs, [len(example.sequences) for example in examples])
-        return all(map(_same, [_outputs(model, kind, padding, [example]) for example in examples], together))
-
-
-def _outputs(model: nn.Module, kind: TaskKind[Any], padding: Padding, examples: Sequence[Example]) -> Tensor:
-    """Compute the outputs in fp32 on the CPU. The first dimension: sequences."""
-    return kind.forward(model, collate(kind, examples, padding, torch.device("cpu"))).float()
-
-
-def _same(alone: Tensor, together: Tensor) -> bool:
-    """Return whether outputs are the same but for rounding. together: perhaps for more tokens, which are padding."""
-    shown = together[tuple(map(slice, alone.shape))]
+        alone, padded = (_outputs(model, kind, each, probe) for each in (padding, replace(padding, length=length)))
+    shown = padded[tuple(map(slice, alone.shape))]  # without outputs of padding
     return bool((alone - shown).abs().max() <= _TOLERANCE * (1 + alone.abs().max()))
+
+
+def _outputs(model: nn.Module, kind: TaskKind[Any], padding: Padding, example: Example) -> Tensor:
+    """Compute the outputs in fp32 on the CPU. The first dimension: sequences."""
+    return kind.forward(model, collate(kind, [example], padding, torch.device("cpu"))).float()
 
 
 def computes(

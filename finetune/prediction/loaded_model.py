@@ -97,7 +97,7 @@ def load_on_cpu(folder: Path, task: SavedTask) -> LoadedModel:
     elif isinstance(model, OnnxModel) and model.precision == "int8":  # its outputs depend on a batch anyway
         padding = replace(padding, is_avoided=model.avoids_padding)
     elif task.padded is None:
-        ignores = ignores_padding(model, task.kind, padding, [task.kind.probe(encoder)], length)
+        ignores = ignores_padding(model, task.kind, padding, task.kind.probe(encoder), length)
         padding = replace(padding, is_avoided=not ignores)
     loaded = LoadedModel(folder, model, encoder, padding, CPU)
     with first_use(model), torch.inference_mode():
