@@ -8,6 +8,7 @@ from experiment.config import load_config
 from experiment.decontamination import EvaluationText, decontamination_of, texts_digests
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
+from finetune.data.columns import CONTEXT
 from finetune.data.dialogue import TurnJoiner
 from finetune.data.records import Table, read_table
 from finetune.data.splits import split_off
@@ -51,8 +52,9 @@ def texts_of(config: TaskConfig) -> list[EvaluationText]:
     is_drawn = config.validation is None and config.is_trained
     tables = {split: read(split, None) for split in files if split != "train" or is_drawn}
     if train := tables.pop("train", None):
-        # The draw has to be the same: of texts that include previous turns, behind any separator.
-        _, drawn = split_off(train if config.dialogue is None else read("train", "[SEP]"), config)
+        # The draw has to be the same: where it depends on texts, of those with previous turns, behind any separator.
+        has_turns = config.dialogue is not None and config.columns.roles(CONTEXT)
+        _, drawn = split_off(read("train", "[SEP]") if has_turns else train, config)
         places = {record.place for record in drawn.records}
         records = tuple(record for record in train.records if record.place in places)
         tables["validation"] = replace(drawn, records=records)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from experiment.errors import UserError
 from experiment.run_files.provenance import write_origin
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import FinetuneConfig
+from finetune.data.records import read_table
 from finetune.data.splits import read_splits
 from finetune.encoding.encoder import turn_joiner
 from finetune.evaluation_texts import contamination_warnings, evaluation_texts, texts_of
@@ -75,24 +77,33 @@ def dialogue_config(folder: Path, dialogue: dict[str, object], **others: object)
 
 
 @pytest.mark.parametrize(
-    ("dialogue", "others"),
+    ("dialogue", "others", "reads"),
     [
-        ({"group": "group", "turns": 1}, {}),
-        ({"previous": ["group"]}, {"kind": "embedding", "columns": {"text": "a", "text_pair": "b"}}),
+        ({"group": "group", "turns": 1}, {}, 1),
+        ({"previous": ["group"]}, {"kind": "embedding", "columns": {"text": "a", "text_pair": "b"}}, 2),
     ],
     ids=["turns", "queries"],
 )
 def test_the_drawn_dialogues_are_the_ones_of_fine_tuning(
-    tmp_path: Path, encoder: Path, dialogue: dict[str, object], others: dict[str, object]
+    tmp_path: Path,
+    encoder: Path,
+    dialogue: dict[str, object],
+    others: dict[str, object],
+    reads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Catches turns that are drawn one by one, and queries that are drawn without their previous turns, so that other
-    texts than the evaluated ones leave the corpus."""
+    texts than the evaluated ones leave the corpus; also a file of turns that is parsed twice."""
     turns = (f"text {number % 50}\t{number % 2}\t{number // 4}\treply" for number in range(120))
     write(tmp_path, "train.tsv", "a\tlabel\tgroup\tb", *turns)
     task = dialogue_config(tmp_path, dialogue, **others).task
     drawn = read_splits(task, turn_joiner(encoder, task))["validation"].records
-    assert {text.place for text in texts_of(task)} == {record.place for record in drawn}
-    assert all(text.text.count("text") <= 1 for text in texts_of(task))
+    read = Mock(wraps=read_table)
+    monkeypatch.setattr("finetune.evaluation_texts.read_table", read)
+    found = texts_of(task)
+    assert {text.place for text in found} == {record.place for record in drawn}
+    assert all(text.text.count("text") <= 1 for text in found)
+    assert read.call_count == reads
 
 
 def test_previous_turns_in_columns_are_evaluated_too(tmp_path: Path) -> None:
