@@ -90,7 +90,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     resolved = _resolve(config)
     open_run_folder(folder.path)
     with lock_run(folder, dead=dead), recorded_outcome(folder), logging_set_up(folder):
-        for written in (folder.path, folder.logs, *folder.path.glob(".seed-*")):
+        for written in (folder.path, folder.logs, *folder.path.glob(".seed-*"), *folder.path.glob("seed-*/model")):
             remove_unfinished(written)  # what a killed process has left
         return _train_and_score(config, resolved)
 
@@ -144,7 +144,8 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     provenance = write_provenance(folder, {**collect_provenance(sys.argv), **facts}, ancestors)
     write_text(folder.config, dump_config(config))
     logged = count_logged(kept, folder)
-    started = started if logged == len(kept) else 0
+    if logged < len(kept):
+        started = 0
     again = started > 0 and state_file(missing[0], resolved).lacks_evaluation
     tracked = TrackedRun(wandb_id(provenance), flatten(config), total, steps * logged + started, again, steps)
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))

@@ -316,8 +316,8 @@ def test_a_killed_run_resumes_within_a_seed(
     run, other = tmp_path / "run", tmp_path / "other"
     assert not (run / "seed-1").exists()
     unfinished = f".state.pt.{platform.node()}.{2**22 + 1}"  # above the largest number of a process
-    write_text(run / ".seed-2" / unfinished, "")
-    (run / unfinished).touch()
+    for folder in (run, run / ".seed-2", run / "seed-2" / "model"):
+        write_text(folder / unfinished, "")
     finetune(config_file, overrides)
     assert not list(run.rglob(unfinished))
     assert "seed 1: resuming after step 8" in capsys.readouterr().err
