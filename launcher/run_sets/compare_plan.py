@@ -11,7 +11,7 @@ from experiment.formatting import shorten
 from experiment.models.model_folder import load_model_config
 from experiment.models.model_names import local_model
 from experiment.process.own_process import deepcloze_command
-from experiment.run_files.checkpoints import BEST, checkpoint_candidates, find_model_folder, names_model_folder
+from experiment.run_files.checkpoints import BEST, checkpoint_candidates, find_model_folder
 from experiment.run_files.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
 from finetune.config import FinetuneConfig
 from finetune.device import choose_device
@@ -75,17 +75,18 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     if used := [name for name, row_folder in row_folders.items() if row_folder in _USED]:
         raise UserError(f"rows: '{used[0]}' is the name of a file or folder of the comparison; rename this row")
     recorded = recorded_configs(folder.path / COMPARISON_RECORD, "run.dir")
-    config = _find_encoders(config, options.file, row_folders, recorded)
+    forks = _find_forks(config, options.file, row_folders, recorded)
+    config = _find_encoders(config, options.file, row_folders, recorded, forks)
     files = [*config.tasks, *(row.pretrain for row in config.rows.values() if row.pretrain is not None)]
     configs = {file: read_config_file(file) for file in files}
     tasks = _read_tasks(config, recorded_data(recorded))
-    parents = _find_parents(config, options.file, row_folders, recorded)
     runs: list[PlannedRun] = []
     cells: dict[str, dict[str, PlannedRun]] = {}
     models: set[str] = set()
     for name, row in config.rows.items():
         with user_errors_in(f"{options.file}: rows.{name}"):
-            pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement, recorded, parents)
+            _, forked = forks.get(name, (None, None))
+            pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement, recorded, forked)
             cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config, models)
         runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
     if trained := [task for task in tasks if task.is_trained]:
@@ -97,36 +98,48 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     return ComparePlan(run_set, cells, config.grid is not None, {task.name: task.files for task in tasks})
 
 
-def _find_encoders(
+def _find_forks(
     config: CompareConfig, file: str, folders: Mapping[str, str], recorded: Mapping[str, FlatConfig]
-) -> CompareConfig:
-    """Return the config with the model that each `init_from` referred to when its row began: all cells of a row start
-    from the same checkpoint, although a run may save newer ones meanwhile. folders: by row. Raises UserError."""
-    rows = {}
-    for name, row in config.rows.items():
-        same = [found for run, found in recorded.items() if run.startswith(f"{folders[name]}/")]
-        with user_errors_in(f"{file}: rows.{name}.init_from"):
-            model = record_model_of_set(row.init_from, recorded, same)
-        rows[name] = row.model_copy(update={"init_from": model})
-    return config.model_copy(update={"rows": rows})
-
-
-def _find_parents(
-    config: CompareConfig, file: str, folders: Mapping[str, str], recorded: Mapping[str, FlatConfig]
-) -> dict[str, str]:
-    """Return `run.resume` of rows that fork a run -> the checkpoint that it referred to when the first of them began.
-    folders: by row. Raises UserError."""
-    same: dict[tuple[str, str], list[FlatConfig]] = {}  # `run.resume`, `RunConfig.parent` -> recorded configs
+) -> dict[str, tuple[str, str]]:
+    """Return `RunConfig.parent` of rows that fork a run, and the checkpoint that it referred to when the first of them
+    began. folders: by row. Raises UserError."""
+    runs: dict[str, tuple[str, str]] = {}  # row -> `run.resume`, parent
+    began: dict[tuple[str, str], list[FlatConfig]] = {}
     for name, row in config.rows.items():
         if row.pretrain is not None:
             with user_errors_in(f"{file}: rows.{name}"):
                 overrides = {"model.init_from": row.init_from, "run.dir": "."}
                 run = load_config(PretrainConfig, row.pretrain, overrides).run
             if run.parent is not None:
-                began = recorded.get(f"{folders[name]}/{_PRETRAINING}", {})
-                same.setdefault((run.resume, run.parent), []).append(began)
+                runs[name] = key = run.resume, run.parent
+                began.setdefault(key, []).append(recorded.get(f"{folders[name]}/{_PRETRAINING}", {}))
     with user_errors_in(f"{file}: run.resume"):
-        return {resume: record_parent_of_set(resume, parent, began) for (resume, parent), began in same.items()}
+        checkpoints = {key: record_parent_of_set(*key, same) for key, same in began.items()}
+    return {name: (key[1], checkpoints[key]) for name, key in runs.items()}
+
+
+def _find_encoders(
+    config: CompareConfig,
+    file: str,
+    folders: Mapping[str, str],
+    recorded: Mapping[str, FlatConfig],
+    forks: Mapping[str, tuple[str, str]],
+) -> CompareConfig:
+    """Return the config with the model that each `init_from` referred to when its row began: all cells of a row start
+    from the same checkpoint, although a run may save newer ones meanwhile. That of a run which the row also forks is
+    the forked one. folders: by row. forks: see `_find_forks`. Raises UserError."""
+    rows = {}
+    for name, row in config.rows.items():
+        same = [found for run, found in recorded.items() if run.startswith(f"{folders[name]}/")]
+        parent, checkpoint = forks.get(name, ("", ""))
+        forked = Path(checkpoint).absolute() / "hf"
+        if parent and Path(parent).absolute() == Path(row.init_from).absolute() and forked.is_dir():
+            model = str(forked)
+        else:
+            with user_errors_in(f"{file}: rows.{name}.init_from"):
+                model = record_model_of_set(row.init_from, recorded, same)
+        rows[name] = row.model_copy(update={"init_from": model})
+    return config.model_copy(update={"rows": rows})
 
 
 def _folders(key: str, names: Sequence[str]) -> dict[str, str]:
@@ -168,9 +181,9 @@ def _plan_pretraining(
     folder: str,
     placement: Mapping[str, Any],
     recorded: Mapping[str, FlatConfig],
-    parents: Mapping[str, str],
+    forked: str | None,
 ) -> PlannedRun | None:
-    """Return the pretraining of a row, if any. parents: see `_find_parents`. Raises UserError."""
+    """Return the pretraining of a row, if any. forked: the checkpoint that it forks, if any. Raises UserError."""
     if row.pretrain is None:
         return None
     name = f"{folder}/{_PRETRAINING}"
@@ -178,11 +191,8 @@ def _plan_pretraining(
     loaded = load_config(PretrainConfig, row.pretrain, overrides)
     if loaded.checkpoint.mirror is not None:
         overrides["checkpoint.mirror"] = f"{loaded.checkpoint.mirror}/{name}"
-    if loaded.run.parent is not None:
-        overrides["run.resume"] = parents[loaded.run.resume]
-        model = Path(overrides["run.resume"]).absolute() / "hf"
-        if names_model_folder(Path(loaded.run.parent), Path(row.init_from), any_best=True) and model.is_dir():
-            overrides["model.init_from"] = str(model)  # of the checkpoint that is forked
+    if forked is not None:
+        overrides["run.resume"] = forked
     overrides |= resume_overrides(loaded.run.resume, name, parent, recorded)
     config = validate_pretraining(row.pretrain, overrides, placement, name in recorded)
     return PlannedRun(name, deepcloze_command("pretrain", row.pretrain, {**placement, **overrides}), config)

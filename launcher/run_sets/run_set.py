@@ -246,7 +246,7 @@ def has_planned_seeds(run: PlannedRun, folder: RunFolder) -> bool:
     """Return whether the results of a fine-tuning run, or of a sweep of them, are of the seeds that it has now. True
     for a pretraining run, and if the results are missing or damaged, which is reported where they are read."""
     found = []
-    with suppress(UserError):
+    with suppress(UserError, OSError):
         found += [config.get(SEEDS) for config in recorded_configs(folder.path / SWEEP_RECORD, "--output").values()]
     with suppress(OSError, ValueError, KeyError, TypeError):
         found.append(read_json(folder.results)["seeds"])
