@@ -21,7 +21,7 @@ from pretrain.cleaning.minhash import NgramSets, jaccard, sorted_distinct
 from pretrain.cleaning.words import normalized_words
 
 _MEMBERS = 32  # of a bucket, or beside a dropped document, that a document is compared with
-_CACHED_SETS = 8  # many documents may be compared with the first of their bucket
+_CACHED_SETS = 2 * _MEMBERS  # many documents may be compared with the same ones
 
 
 def hash_ngrams(text: str, ngram: int) -> NDArray[np.uint32]:
@@ -52,7 +52,8 @@ def choose_duplicates(
             kept[later] = earlier
             continue
         beside = others.setdefault(earlier, [int(kept[earlier])])
-        kept[later] = next((other for other in beside if kept[other] < 0 and similarity.is_similar(later, other)), -1)
+        beside[:] = [other for other in beside if kept[other] < 0]
+        kept[later] = next((other for other in beside if similarity.is_similar(later, other)), -1)
         if kept[later] < 0 and len(beside) < _MEMBERS:
             beside.append(later)
     return kept
