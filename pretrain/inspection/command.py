@@ -31,8 +31,8 @@ def inspect_corpus(folder: Path, output: Path | None, seed: int) -> Path:
     path = output or beside / f"{corpus.path.name}-inspect.html"
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder; expected a file")
-    if (path.exists() and path.suffix != ".html") or path.resolve().is_relative_to(corpus.path.resolve()):
-        raise UserError(f"--output: expected a new file or one in .html, outside the corpus, found {path}")
+    if path.suffix != ".html" or Path(os.path.realpath(path)).is_relative_to(corpus.path.resolve()):
+        raise UserError(f"--output: expected a file in .html outside the corpus, found {path}")
     tokenizer = load_tokenizer(corpus.tokenizer_path)
     try:
         found = _inspect(corpus, tokenizer, seed)

@@ -192,7 +192,7 @@ def test_sources_and_cleanings_are_shown(corpus: Corpus, capsys: pytest.CaptureF
         (["--inspect", "books", "--output", "empty"], "--output: empty is a folder; expected a file"),
         (["--inspect", "books", "--output", "a.txt/page.html"], "--output: a.txt: File exists"),
         (["--inspect", "books", "--output", "/proc/page.html"], "--output: /proc/page.html: No such file"),
-        (["--inspect", "books", "--output", "a.txt"], "--output: expected a new file or one in .html, outside the co"),
+        (["--inspect", "books", "--output", "a.txt"], "--output: expected a file in .html outside the corpus"),
         (["--inspect", "books", "--output", "books/page.html"], "outside the corpus, found books/page.html"),
         (["--inspect", "books", "--limit", "5"], "--inspect builds nothing; expected no --limit"),
         (["--inspect", "books", "--verify", "books"], "--verify builds nothing; expected no other flag"),
