@@ -193,13 +193,13 @@ def _limits(metadata: Iterable[Any]) -> str:
             case FieldInfo():
                 limits.append(_limits(entry.metadata))
             case annotated_types.Gt(gt=limit):
-                limits.append(f"> {limit:g}")
+                limits.append(f"> {limit:.10g}")
             case annotated_types.Ge(ge=limit):
-                limits.append(f">= {limit:g}")
+                limits.append(f">= {limit:.10g}")
             case annotated_types.Lt(lt=limit):
-                limits.append(f"< {limit:g}")
+                limits.append(f"< {limit:.10g}")
             case annotated_types.Le(le=limit):
-                limits.append(f"<= {limit:g}")
+                limits.append(f"<= {limit:.10g}")
     return " and ".join(filter(None, limits))
 
 

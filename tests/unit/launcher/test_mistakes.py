@@ -239,10 +239,10 @@ CONFIGS = {
 MACHINES = {
     "ranks beyond counting": Mistake(
         "plan --config run.yaml --num_gpus 1000000000000000000000000",
-        r"--num_gpus: expected a whole number > 0 and <= 1e\+06",
+        r"--num_gpus: expected a whole number > 0 and <= 1000000",
     ),
     "memory beyond counting": Mistake(
-        "plan --config run.yaml --memory_gib 1e300", r"--memory_gib: expected a number > 0 and <= 1e\+06"
+        "plan --config run.yaml --memory_gib 1e300", r"--memory_gib: expected a number > 0 and <= 1000000"
     ),
     "too many ranks": Mistake("pretrain --config run.yaml --num_gpus 1000", r"1000 ranks .* but .*--oversubscribe"),
     "missing hostfile": Mistake("preflight --hostfile no", r"cannot read the hostfile no: No such file"),
