@@ -202,7 +202,7 @@ class ShardedModel:
         """Return the memory of building the engine: DeepSpeed moves the whole model to the device, then copies it to
         flat tensors (ZeRO 1 and 2) or partitions it (ZeRO 3). On a CPU the fp32 model is in the same memory."""
         whole = self.weight_bytes * self.counts.total
-        model = whole if self.on_gpu else max(whole, _FP32 * self.counts.total)
+        model = whole if self.on_gpu or self.weight_bytes == _FP32 else whole + _FP32 * self.counts.total
         flat = whole if self.zero_stage in (1, 2) else resident.weights if self.zero_stage == 3 else 0
         masters = 0 if self.zero_stage == 0 else min(_FP32 * self._share, resident.optimizer)
         return Parts(weights=model + flat, gradients=resident.gradients, optimizer=masters)
