@@ -162,13 +162,13 @@ def _fill_biases(model: PreTrainedModel, new: Collection[str]) -> set[str]:
     Longformer's. new: the parameters that are not in the folder. Returns those that were filled."""
     biases = {name: value for name, value in model.named_parameters(remove_duplicate=False) if name.endswith(".bias")}
     twins = {name: name.replace(".decoder.bias", ".bias") for name in biases if name.endswith(".decoder.bias")}
+    for name in biases.keys() & new:
+        biases[name].zero_()
     filled = set()
     for name, twin in [*twins.items(), *((twin, name) for name, twin in twins.items())]:
         if name in new and twin in biases and twin not in new and biases[name].shape == biases[twin].shape:
             biases[name].copy_(biases[twin])
             filled.add(name)
-    for name in (biases.keys() & new) - filled:
-        biases[name].zero_()
     return filled
 
 
