@@ -116,8 +116,12 @@ def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) ->
         address, port, world.size, serves, timeout, wait_for_workers=False, master_listen_fd=listener
     )
     if of_torchrun:
-        # After a restart, the store still has the addresses of the ranks before. Each host counts its restarts apart.
-        start = store.add(f"starts/{world.rank} of {world.size}", 1)
+        # After a restart, the store still has the addresses of the ranks before. Each host counts its restarts apart:
+        # with several, each rank counts its own starts, and lags behind the others if it once ended before this.
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world.size):
+            start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        else:
+            start = store.add(f"starts/{world.rank} of {world.size}", 1)
         store = dist.PrefixStore(f"start-{start} of {world.size}", store)
     keys = [f"connected/{rank} of {world.size}" for rank in range(world.size)]
     if store.add(keys[world.rank], 1) > 1:

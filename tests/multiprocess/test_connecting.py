@@ -79,6 +79,8 @@ def test_the_store_listens_on_one_address(pools: dict[int, RankPool]) -> None:
 def test_a_rank_that_meets_another_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a start in the folder of a live run whose rank 1 connects to another run at the default port, takes the
     folder for its own, and changes records of the live run; and restarts by torchrun that do not connect."""
+    import torch.distributed as dist
+
     from pretrain.engine.process_group import LostRankError, _meet
 
     port = free_port()
@@ -98,6 +100,11 @@ def test_a_rank_that_meets_another_run_fails(monkeypatch: pytest.MonkeyPatch) ->
         assert not stores[-1].check(["address"]), "gloo would connect to ranks that have ended"
         stores[-1].set("address", "of this start")
     assert not meet(0, size=1).check(["address"])  # a host has left
+    dist.TCPStore("127.0.0.1", port, is_master=False).add("starts/1 of 2", 1)  # rank 0 has ended before it met
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "4")
+    with ThreadPoolExecutor(2) as ranks:
+        stores += ranks.map(meet, range(2))
 
 
 def timeouts_case(world: World) -> list[float]:
