@@ -17,7 +17,6 @@ from experiment.process.daemon_thread import in_daemon_thread
 from experiment.run_files.checkpoints import (
     checkpoint_path,
     complete_checkpoints,
-    deleted_meanwhile,
     last_usable,
     list_state,
     read_state,
@@ -66,14 +65,13 @@ def load_resumed(run: ResolvedRun, model: BuiltModel, engine: Engine, group: Cpu
         return TrainingProgress()
     changes = "".join(f"\n  {line}" for line in plan.changes)
     log.info("%s %s%s", "forking" if plan.fork else "resuming from", plan.checkpoint, changes)
-    with deleted_meanwhile(plan.checkpoint):
-        if not plan.load_optimizer_state:
-            log.warning("the checkpoint has another optimizer: optimizer states start at zero")
-        elif run.config.model.freeze and engine.zero_stage > 0:
-            frozen = parameters_in(run.config.model.freeze, model.model)
-            group.from_rank0(partial(check_step_counts, plan.checkpoint, frozen, model.unused))
-        load_checkpoint(engine, plan.checkpoint, plan.load_optimizer_state)
-        progress = _read_progress(plan.checkpoint, run)
+    if not plan.load_optimizer_state:
+        log.warning("the checkpoint has another optimizer: optimizer states start at zero")
+    elif run.config.model.freeze and engine.zero_stage > 0:
+        frozen = parameters_in(run.config.model.freeze, model.model)
+        group.from_rank0(partial(check_step_counts, plan.checkpoint, frozen, model.unused))
+    load_checkpoint(engine, plan.checkpoint, plan.load_optimizer_state)
+    progress = _read_progress(plan.checkpoint, run)
     return fork_progress(progress, plan.same_stream) if plan.fork else progress
 
 

@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.run_files.checkpoints import checkpoint_path
 from experiment.run_files.provenance import ancestors_of, read_origin
-from experiment.run_files.retention import discard
 from experiment.run_files.run_folder import RunFolder
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
 from launcher.cli import main
-from pretrain.world import World
 from rank_pool import RankPool
 from runs import TINY, Tree, assert_same_tensors, evaluation_events, logged, pretrain_case, run_config, saved_tensors
 
@@ -250,34 +247,4 @@ def test_a_fork_resumes_without_its_ancestors(
     assert set(pools[1].run(pretrain_case, tree, 1)) == {"stopped"}
     assert set(pools[1].run(pretrain_case, yaml.safe_load(RunFolder(forked).config.read_text()))) == {"done"}
     assert logged(forked, "step") == [3, 4, 5]
-    assert [ancestor["relation"] for ancestor in provenance(forked)["ancestors"]] == ["init_from", "init_from", "fork"][
-        1:
-    ]
-
-
-def deleted_case(world: World, tree: Tree, checkpoint: Path) -> str:
-    """Return the message of a fork whose parent deletes the checkpoint after it was verified."""
-    from pretrain.training import checkpointer
-
-    load = checkpointer.load_checkpoint
-
-    def load_late(*arguments: Any) -> None:
-        discard(checkpoint)
-        load(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpointer, "load_checkpoint", load_late)
-        with pytest.raises(UserError) as error:
-            pretrain_case(world, tree)
-    return str(error.value)
-
-
-def test_a_parent_that_deletes_the_checkpoint_meanwhile(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, parent: Path, tmp_path: Path
-) -> None:
-    """Catches a traceback of a rank if the parent trains, and deletes old checkpoints."""
-    shutil.copytree(parent, tmp_path / "parent")
-    checkpoint = checkpoint_path(tmp_path / "parent" / "checkpoints", 2)
-    (message,) = pools[1].run(deleted_case, fork(tmp_path / "fork", wordpiece_corpus, tmp_path / "parent"), checkpoint)
-    why = "a run that trains deletes old checkpoints"
-    assert message == f"{checkpoint} was deleted while it was read: {why}; run the command again"
+    assert [ancestor["relation"] for ancestor in provenance(forked)["ancestors"]] == ["init_from", "fork"]
