@@ -191,9 +191,9 @@ def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
 
 
 def _without_nulls(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove keys that are null: DeepSpeed takes some for not set, and rejects others."""
-    found = {key: value for key, value in raw.items() if value is not None}
-    return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in found.items()}
+    """Remove keys that are null, and sections without others: DeepSpeed takes some for not set, and rejects others."""
+    found = {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in raw.items()}
+    return {key: value for key, value in found.items() if value is not None and value != {}}
 
 
 def check_device_support(settings: DeepSpeedSettings) -> None:
