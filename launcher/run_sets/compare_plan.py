@@ -133,7 +133,7 @@ def _find_encoders(
         same = [found for run, found in recorded.items() if run.startswith(f"{folders[name]}/")]
         parent, checkpoint = forks.get(name, ("", ""))
         forked = Path(checkpoint).absolute() / "hf"
-        if parent and Path(parent).absolute() == Path(row.init_from).absolute() and forked.is_dir():
+        if parent and Path(parent).resolve() == Path(row.init_from).resolve() and forked.is_dir():
             model = str(forked)
         else:
             with user_errors_in(f"{file}: rows.{name}.init_from"):

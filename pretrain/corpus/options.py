@@ -144,7 +144,7 @@ class CorpusOptions(TextOptions):
     NAME[@REVISION] of a model on the Hugging Face Hub."""
 
     output: Annotated[PathName | None, Metavar("PATH")] = None
-    """Corpus folder to write; with --inspect, the page, by default DIR-inspect.html beside the corpus."""
+    """Corpus folder to write; with --inspect, the page in .html, by default DIR-inspect.html beside the corpus."""
 
     workers: PositiveInt | None = None
     """Number of processes on this machine; default: one per core."""
