@@ -62,7 +62,9 @@ class Partitions:
             case 1 | 2:
                 return list(self._engine.optimizer.single_partition_of_fp32_groups)
             case _:
-                return [parameter for group in self._engine.optimizer.param_groups for parameter in group["params"]]
+                # As at the other stages, without parameters that are never trained, such as sinusoidal positions.
+                groups = self._engine.optimizer.param_groups
+                return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
 
     def resident_fragments(self) -> Iterator[list[Fragment]]:
         """Yield the fragments, in lists whose tensors are valid together: one list, except under NVMe offload."""

@@ -193,8 +193,8 @@ def test_unused_parameters_stay_as_they_are(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str, freeze: Tree
 ) -> None:
     """Catches weights that change although the model does not train them, a traceback if they are frozen or the run is
-    resumed, and a checkpoint that no run can start from, for lack of them. RoFormer's sinusoidal positions require a
-    gradient when transformers has loaded them from a folder."""
+    resumed, a resume that is refused at ZeRO 0, and a checkpoint that no run can start from, for lack of them.
+    RoFormer's sinusoidal positions require a gradient when transformers has loaded them from a folder."""
     tokenizer = load_tokenizer(wordpiece_corpus / "tokenizer")
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     start = AutoModelForMaskedLM.from_config(AutoConfig.for_model("roformer", **tiny_fields("roformer") | tokens))
@@ -204,6 +204,8 @@ def test_unused_parameters_stay_as_they_are(
     tree = run_config(tmp_path / "run", wordpiece_corpus, ds_config, **options)
     tree["model"] = {"init_from": str(tmp_path / "start")} | freeze
     assert pools[2].run(pretrain_case, tree, 1) == ["stopped"] * 2
+    assert pools[2].run(pretrain_case, tree, 1) == ["stopped"] * 2
+    tree["engine"]["ds_config"] = "fp32_zero0"
     assert pools[2].run(pretrain_case, tree) == ["done"] * 2
     trained = AutoModelForMaskedLM.from_pretrained(last := checkpoint_path(tmp_path / "run" / "checkpoints", 3) / "hf")
     pairs = zip(start.named_parameters(), trained.parameters(), strict=True)
