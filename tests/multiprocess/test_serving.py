@@ -137,7 +137,7 @@ def test_a_signal_finishes_accepted_requests(number: int, model: Path, serve: Se
 
 def test_a_second_signal_does_not_wait_for_accepted_requests(model: Path, serve: Serve) -> None:
     """Catches tracebacks of requests that are cancelled, and of the application."""
-    server = serve(model, "--max_texts", "4000", "--batch_tokens", "64", "--batch_delay_ms", "0")
+    server = serve(model, "--max_texts", "4000", "--batch_tokens", "8", "--batch_delay_ms", "0")
     body = {"texts": ["word1 word2 word3"] * 4000}
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(post, server.connect(), body=body)
