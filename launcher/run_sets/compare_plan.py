@@ -33,6 +33,7 @@ from pretrain.config import PretrainConfig
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
 _ROWS_SHOWN = 300  # characters of the rows of a warning
 _PRETRAINING = "pretrain"  # folder, beside the folders of the tasks
+_CHECKPOINT = "pretrain.checkpoint"  # key of tasks that start from the best one; those of version 0.2.0 never did
 # Beside the folders of the rows: of the comparison, or what would make its folder one of another kind.
 _USED = (
     *("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", CONFIG_COPIES, COMPARISON_RECORD),
@@ -87,7 +88,9 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
         with user_errors_in(f"{options.file}: rows.{name}"):
             _, forked = forks.get(name, (None, None))
             pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement, recorded, forked)
-            cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config, models)
+            cells[name] = _plan_cells(
+                row, pretraining, folder.path / row_folders[name], tasks, config, models, recorded
+            )
         runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
     if trained := [task for task in tasks if task.is_trained]:
         dropout = {name: _dropout_of_model(row.init_from) for name, row in config.rows.items()}
@@ -201,29 +204,33 @@ def _plan_pretraining(
 def _plan_cells(
     row: RowConfig,
     pretraining: PlannedRun | None,
-    parent: Path,
-    folder: str,
+    folder: Path,
     tasks: Sequence[_Task],
     config: CompareConfig,
     models: set[str] | None,
+    recorded: Mapping[str, FlatConfig],
 ) -> dict[str, PlannedRun]:
-    """Return the runs of a row by task. Their configs have the checksums of all files that they read. models: see
-    `check_model`. Raises UserError."""
+    """Return the runs of a row by task. Their configs have the checksums of all files that they read.
+
+    folder: of the row. models: see `check_model`. recorded: `recorded_configs` of the comparison; tasks of a row start
+    from the same checkpoint. Raises UserError."""
+    parent = folder.parent
     origin = encoder_origin(row.init_from, row.weights)
     seeds = ",".join(map(str, config.seeds))
     now = {"model.init_from": row.init_from, "model.weights": row.weights, "training.seeds": seeds}
     then = now
     if pretraining is not None:
         origin = {**origin, **{f"pretrain.{key}": value for key, value in pretraining.config.items()}}
-        has_best = pretraining.config["evaluation.best_metric"] is not None
-        origin |= {"pretrain.checkpoint": "best"} if has_best else {}  # the newest one, in earlier versions
+        began = [recorded.get(f"{folder.name}/{task.name}", {_CHECKPOINT: BEST}) for task in tasks]
+        has_best = pretraining.config["evaluation.best_metric"] is not None and all(_CHECKPOINT in run for run in began)
+        origin |= {_CHECKPOINT: BEST} if has_best else {}
         run = parent / pretraining.name
         then = {**now, "model.init_from": str(run / "checkpoints" / BEST if has_best else run)}
         if pretraining.config["model.max_positions"] is not None:
             models = None  # it gets its positions from the pretraining
     cells = {}
     for task in tasks:
-        name = f"{folder}/{task.name}"
+        name = f"{folder.name}/{task.name}"
         pinned = task.pinned
         checked = _check_cell(task.file, {**now, **pinned}, parent / name, config.grid, models)
         in_grid = config.grid is not None and "task.pooling" in parse_grid(config.grid)

@@ -584,7 +584,8 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     best_metric: str | None,
 ) -> None:
     """Catches a comparison of the overfitted model that early stopping leaves, one of models that pool differently, a
-    sweep over the pooling that is refused after the pretraining, and warnings that only the run prints."""
+    sweep over the pooling that is refused after the pretraining, and warnings that only the run prints. Also a row of
+    version 0.2.0, whose tasks began with the newest checkpoint, that is refused or continues from the best one."""
     pretraining = {
         "run": {"dir": "replaced"},
         "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(wordpiece_corpus)}},
@@ -611,6 +612,12 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     for grid, kept in (("null", True), ("task.scale=10,20", True), ("task.pooling=mean,cls", False)):
         assert main(["compare", str(path), "--dry_run", f"--grid={grid}"]) == 0
         assert (" --task.pooling=cls" in capsys.readouterr().out) == kept, grid
+    cell = tmp_path / "compare" / "a" / "toy"
+    cell.mkdir(parents=True)
+    for recorded, expected in (({}, ""), ({"pretrain.checkpoint": "best"}, suffix)):
+        write_json(tmp_path / "compare" / "runs.json", {"a/toy": {"config": recorded}})
+        assert main(["compare", str(path), "--dry_run"]) == 0
+        assert f"--model.init_from={tmp_path}/compare/a/pretrain{expected} " in capsys.readouterr().out
 
 
 def test_a_chain_whose_pretraining_has_begun(
