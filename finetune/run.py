@@ -115,16 +115,16 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     left_out = [seed for seed in finished if seed not in seeds and resolved.task.kind.config.is_trained]
     for line in (*_describe_finished(list(records), left_out, resolved), *_describe_gpus(missing, resolved)):
         terminal().print(line)
-    if records and missing and (version := other_version(folder)) is not None:
-        print_warning(
-            f"finished seeds were trained with deepcloze {version}: those of this version may have other scores; "
-            "choose another run.dir to train all seeds with this version"
-        )
     changed = {seed: found for seed in missing if (found := state_file(seed, resolved).other_settings())}
     for seed, found in changed.items():
         differences = describe_differences(found)
         terminal().print(f"seed {seed} starts over: it was stopped with other settings: {differences}")
     resumed = {seed: state_file(seed, resolved).steps for seed in missing}
+    if missing and (records or any(resumed.values())) and (version := other_version(folder)) is not None:
+        print_warning(
+            f"seeds were trained with deepcloze {version}: what this version trains may have other scores; "
+            "choose another run.dir to train all seeds with this version"
+        )
     started = resumed[missing[0]] if missing else 0
     if started:
         terminal().print(f"seed {missing[0]}: resuming after step {started:,}")

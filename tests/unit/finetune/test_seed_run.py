@@ -64,20 +64,29 @@ def test_finished_seeds_are_not_run_again(config_file: Path, tmp_path: Path, see
     assert steps[-1] == 2 * 2 * 5
 
 
+@pytest.mark.parametrize("finished", [True, False])
 def test_seeds_of_another_version_are_kept_with_a_warning(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    finished: bool,
 ) -> None:
-    """Catches scores of two versions in one table without a word, and a warning if no seed is added."""
-    finetune(config_file, {"training.seeds": "[1]"})
+    """Catches scores of two versions in one table, or a seed that two versions trained, without a word, and a warning
+    if no seed is added."""
+    if finished:
+        finetune(config_file, {"training.seeds": "[1]"})
+    else:
+        stop_at_the_first_evaluation(config_file, {"training.seeds": "[1]"}, monkeypatch)
     provenance = tmp_path / "run" / "provenance.json"
     record = json.loads(provenance.read_text())
     record["attempts"][-1]["versions"]["deepcloze"] = "0.1.9"
     provenance.write_text(json.dumps(record))
     capsys.readouterr()
-    for seeds, said in (("[1]", False), ("[1, 2]", True), ("[1, 2]", False), ("[1, 2, 3]", True)):
+    for seeds, said in (("[1]", not finished), ("[1, 2]", True), ("[1, 2]", False), ("[1, 2, 3]", True)):
         finetune(config_file, {"training.seeds": seeds})
         printed = " ".join(capsys.readouterr().err.split())
-        assert ("finished seeds were trained with deepcloze 0.1.9" in printed) == said, seeds
+        assert ("seeds were trained with deepcloze 0.1.9" in printed) == said, seeds
 
 
 def test_one_process_at_a_time_uses_a_run_folder(
