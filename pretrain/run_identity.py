@@ -27,9 +27,12 @@ _STREAM = (
 _FIXED = ("model", "masking", "optimizer.name", *_STREAM)
 # Keys below these that only change how the same result is computed.
 _LAYOUT = ("model.activation_checkpointing",)
-# Keys that change nothing in an encoder. Older identities have use_cache as activation checkpointing sets it, and the
-# `auto_map` and the outputs of a folder.
-_NO_EFFECT = ("model.use_cache", "model.auto_map", "model.output_attentions", "model.output_hidden_states")
+# Keys that change nothing in training. Older identities have `use_cache` as activation checkpointing sets it, the
+# `auto_map` and the outputs of a folder, and a default without newer events.
+_NO_EFFECT = (
+    *("model.use_cache", "model.auto_map", "model.output_attentions", "model.output_hidden_states"),
+    "tracking.alerts.events",
+)
 # Keys that determine masks if the masking rate is a function of the run's length.
 _LENGTH = ("schedule.steps", "schedule.epochs", "schedule.tokens")
 # Keys that name paths, or that `run_identity` resolves.

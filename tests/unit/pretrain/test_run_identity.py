@@ -151,8 +151,9 @@ def test_allowed_changes_are_reported(now: dict[str, Any], key: str) -> None:
 
 def test_a_moved_run_resumes() -> None:
     """Catches a run that cannot resume, or reports changes, after its folder, its corpus or the installation moved, or
-    with another version of transformers."""
-    before = identity(engine__ds_config="/opt/python3.11/ds_configs/bf16_zero1.json")
+    with another version of transformers, or of deepcloze that has more alerts."""
+    ds_config = "/opt/python3.11/ds_configs/bf16_zero1.json"
+    before = identity(engine__ds_config=ds_config, tracking__alerts={"events": ["crash"]})
     now = identity(run__dir="/elsewhere", corpus__train="/mnt/data/a", model=MODEL | {"transformers_version": "6.0"})
     assert check_resume(before, now, "a checkpoint") == {}
 
