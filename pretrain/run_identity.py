@@ -95,10 +95,11 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str, 
             mirror = now.get("checkpoint.mirror")
             other = f" and with another checkpoint.mirror: a new run.dir resumes from {mirror}" if mirror else ""
             fork = " with model.init_from" if _is_architecture(key) else ", or a fork of this one,"
+            older = key == "schedule.stages" and old == [stage[:3] for stage in new]
+            advice = "Earlier versions began new epochs where the length stays:" if older else "Restore the value, or"
             raise UserError(
                 f"{where} cannot be resumed with another {key}: the run was started with {what}{shown(old)}{which}, "
-                f"the config says {what}{shown(new)}. Restore the value, or start a new run{fork} in another "
-                f"run.dir{other}"
+                f"the config says {what}{shown(new)}. {advice} start a new run{fork} in another run.dir{other}"
             )
     return changes
 

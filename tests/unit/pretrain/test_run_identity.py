@@ -118,12 +118,13 @@ def test_equivalent_stages_can_resume(now: list[dict[str, int]]) -> None:
 
 
 def test_stages_of_an_earlier_version_cannot_resume() -> None:
-    """Catches a stage that continued no epochs when it was trained, and reads other sequences after a resume."""
+    """Catches a stage that continued no epochs when it was trained, and reads other sequences after a resume; and
+    advice to restore a value that has not changed."""
     stages = [{"steps": 3, "sequences": 32}, {"steps": 3, "max_seq_length": 64}, {"max_seq_length": 64}]
     now = identity(schedule__stages=stages)
     before = now | {"schedule.stages": [stage[:3] for stage in now["schedule.stages"]]}
     assert [len(stage) for stage in now["schedule.stages"]] == [3, 3, 4]
-    with pytest.raises(UserError, match=r"another schedule\.stages: .*continued"):
+    with pytest.raises(UserError, match=r"another schedule\.stages: .*continued.*length stays: start a new run, or"):
         check_resume(before, now, "a checkpoint")
 
 
