@@ -105,8 +105,8 @@ class Kind(TaskKind[Config]):
         return lambda rows: classification_scores(targets[rows], predicted[rows])
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
-        targets, _ = self.label_pairs(records, predictions)
-        return Classified(targets, pad_probabilities(predictions))
+        targets, predicted = self.label_pairs(records, predictions)
+        return Classified(targets, pad_probabilities(predictions), targets == predicted)
 
     def label_pairs(
         self, records: Sequence[Record], predictions: Sequence[Prediction]

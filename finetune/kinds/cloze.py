@@ -330,7 +330,8 @@ class Kind(TaskKind[Config]):
         """Return labels and probabilities of each blank."""
         targets = [answer for record in records for answer in self._parse(record)[2] or []]
         blanks = [{"probabilities": row} for prediction in predictions for row in prediction["probabilities"]]
-        return Classified(np.array(targets), pad_probabilities(blanks))
+        is_correct = np.concatenate(_is_correct(records, predictions))
+        return Classified(np.array(targets), pad_probabilities(blanks), is_correct)
 
     def calibrate(self, prediction: Prediction, temperature: float) -> Prediction:
         scaled = [scale(np.array(row), temperature).tolist() for row in prediction["probabilities"]]

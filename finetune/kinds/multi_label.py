@@ -195,8 +195,10 @@ class Kind(TaskKind[Config]):
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
         """Classify each label of each record as no or yes."""
-        targets = self._targets(records).astype(int).ravel()
-        return Classified(targets, _no_and_yes(pad_probabilities(predictions).ravel()))
+        targets = self._targets(records)
+        is_correct = targets == self._predicted(predictions)
+        probabilities = _no_and_yes(pad_probabilities(predictions).ravel())
+        return Classified(targets.astype(int).ravel(), probabilities, is_correct.ravel())
 
     def calibrate(self, prediction: Prediction, temperature: float) -> Prediction:
         scaled = scale(_no_and_yes(np.array(list_probabilities(prediction))), temperature)[:, 1].tolist()

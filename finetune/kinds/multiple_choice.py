@@ -181,7 +181,7 @@ class Kind(TaskKind[Config]):
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
         targets = np.array([self._choice_id(record) for record in records])
-        return Classified(targets, pad_probabilities(predictions))
+        return Classified(targets, pad_probabilities(predictions), np.array(_is_correct(records, predictions)))
 
     def intervals(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, Interval]:
         """Questions about one context are not independent."""

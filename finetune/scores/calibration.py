@@ -1,7 +1,7 @@
 """How certain predictions are: losses, calibration of probabilities, and how well they are calibrated."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ class Classified:
 
     targets: NDArray[np.int64]  # N
     probabilities: NDArray[np.float64]  # NC
+    is_correct: NDArray[np.bool_]  # N, whether the prediction counts as right: in a tie it may not
 
     @property
     def losses(self) -> NDArray[np.float64]:
@@ -36,9 +37,8 @@ def calibration_error(classified: Classified) -> float:
     """Expected calibration error: mean distance of confidence and accuracy in 15 bins of equal width, weighted by
     their sizes. The confidence is the probability of the predicted label."""
     confidence = classified.probabilities.max(axis=1)
-    is_correct = classified.probabilities.argmax(axis=1) == classified.targets
     bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)  # upper ends belong to a bin
-    distances = np.bincount(bins, weights=confidence - is_correct, minlength=_BINS)
+    distances = np.bincount(bins, weights=confidence - classified.is_correct, minlength=_BINS)
     return float(np.abs(distances).sum() / len(confidence))
 
 
@@ -47,8 +47,7 @@ def fit_temperature(classified: Classified) -> float:
     records are predicted right, the loss falls until the lower end of the range, 0.05 to 20."""
 
     def loss(log_temperature: float) -> float:
-        scaled = scale(classified.probabilities, float(np.exp(log_temperature)))
-        return float(Classified(classified.targets, scaled).losses.mean())
+        return float(_scaled(classified, float(np.exp(log_temperature))).losses.mean())
 
     from scipy.optimize import minimize_scalar  # takes half a second, and every kind of task imports this module
 
@@ -65,11 +64,15 @@ def measure_calibration(splits: Mapping[str, Classified | None]) -> tuple[float 
     return temperature, {
         split: {
             "ece": calibration_error(found),
-            "calibrated_ece": calibration_error(Classified(found.targets, scale(found.probabilities, temperature))),
+            "calibrated_ece": calibration_error(_scaled(found, temperature)),
         }
         for split, found in splits.items()
         if found is not None
     }
+
+
+def _scaled(classified: Classified, temperature: float) -> Classified:
+    return replace(classified, probabilities=scale(classified.probabilities, temperature))
 
 
 def scale(probabilities: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:

@@ -27,6 +27,7 @@ from finetune.prediction.predictor import Predictor
 from finetune.resolve import load_run_config
 from finetune.results.predictions import prediction_rows
 from finetune.run import finetune, run
+from finetune.scores.calibration import calibration_error
 from finetune.task_kind import LossOptions
 
 CPU = torch.device("cpu")
@@ -296,12 +297,14 @@ def test_articles_have_the_numbers_of_their_predictions() -> None:
 
 
 def test_equal_options_are_no_answer() -> None:
-    """Catches a collapsed model that is right, and not reported, if all right options come first."""
+    """Catches a collapsed model that is right, and not reported, if all right options come first; and a calibration
+    error with another accuracy."""
     record = Record("", {"article": "a _ b _", "options": [["x", "y"], ["x", "y", "z"]], "answers": ["A", "A"]})
-    for second, accuracy in ([1 / 3, 1 / 3, 1 / 3], 0.0), ([0.4, 0.3, 0.3], 0.5):
+    for second, accuracy, error in ([1 / 3, 1 / 3, 1 / 3], 0.0, (1 / 2 + 1 / 3) / 2), ([0.4, 0.3, 0.3], 0.5, 0.55):
         predictions = [{"answers": ["A", "A"], "probabilities": [[0.5, 0.5], second]}]
         assert kind().scores([record], predictions) == {"accuracy": accuracy}
         assert kind().is_collapsed([record], predictions) == (not accuracy)
+        assert calibration_error(kind().classified([record], predictions)) == pytest.approx(error)
 
 
 def test_blanks_are_calibrated() -> None:

@@ -238,10 +238,7 @@ def test_calibration_of_each_label() -> None:
     records = [Record("f", {"labels": labels}) for labels in (["a"], ["b"])]
     found = KIND.classified(records, [prediction] * 2)
     assert np.exp(-found.losses) == pytest.approx([0.9, 0.9, 0.5, 0.1, 0.1, 0.5])
-    errors = (
-        4 * 0.9 - 2,
-        2 * 0.5 - 2,
-    )  # two of four are right at 0.9, and both at 0.5, where "no" is the first of equals
+    errors = 4 * 0.9 - 2, 2 * 0.5  # two of four are right at 0.9, and none at 0.5, which is predicted
     assert calibration_error(found) == pytest.approx(sum(map(abs, errors)) / 6)
 
 

@@ -20,6 +20,7 @@ from finetune.inference import collate
 from finetune.kinds.multiple_choice import Config, Kind, MultipleChoiceColumns
 from finetune.model import ModelSpec, read_model_inputs
 from finetune.prepared_task import make_kind
+from finetune.scores.calibration import calibration_error
 from finetune.task_kind import LossOptions
 
 CHOICES = ["word1", "word2", "word3", "word4"]
@@ -213,7 +214,7 @@ def test_an_architecture_without_such_a_head_is_named(encoder: Path, tmp_path: P
 @pytest.mark.parametrize("labels", [("A", "B"), ()])
 def test_equal_choices_are_no_answer(labels: tuple[str, ...]) -> None:
     """Catches a collapsed model that is right in a file whose right choices come first, and one that is not reported
-    because the labels are texts, which differ."""
+    because the labels are texts, which differ; and a calibration error with another accuracy."""
     kind = Kind(config(), labels)
     choices = [[f"x{row}", f"y{row}"] for row in range(3)]
     rows = [record(both, label=labels[0] if labels else both[0]) for both in choices]
@@ -224,6 +225,7 @@ def test_equal_choices_are_no_answer(labels: tuple[str, ...]) -> None:
     assert (kind.scores(rows, equal)["accuracy"], kind.is_collapsed(rows, equal)) == (0.0, True)
     assert (kind.scores(rows, sure)["accuracy"], kind.is_collapsed(rows, sure)) == (1.0, False)
     other = [*rows[:2], record(choices[2], label=labels[1] if labels else choices[2][1])]
+    assert calibration_error(kind.classified(other, equal)) == pytest.approx(0.5)
     assert kind.is_collapsed(other, sure) == bool(labels)
 
 

@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.special import softmax
@@ -7,9 +10,15 @@ from finetune.scores.calibration import (
     calibrate,
     calibration_error,
     fit_temperature,
+    measure_calibration,
     pad_probabilities,
     scale,
 )
+
+
+def classify(targets: Sequence[int], probabilities: Any) -> Classified:
+    found = np.array(targets)
+    return Classified(found, np.array(probabilities), np.argmax(probabilities, axis=1) == found)
 
 
 def test_the_error_of_a_case_counted_by_hand() -> None:
@@ -17,23 +26,23 @@ def test_the_error_of_a_case_counted_by_hand() -> None:
 
     Confidences 0.9 and 0.92 share a bin, one of two is right: |1.82 - 1|; 0.6 alone, right: |0.6 - 1|; of 3 records.
     """
-    probabilities = np.array([[0.9, 0.1], [0.08, 0.92], [0.6, 0.4]])
-    assert calibration_error(Classified(np.array([0, 0, 0]), probabilities)) == pytest.approx((0.82 + 0.4) / 3)
+    probabilities = [[0.9, 0.1], [0.08, 0.92], [0.6, 0.4]]
+    assert calibration_error(classify([0, 0, 0], probabilities)) == pytest.approx((0.82 + 0.4) / 3)
 
 
 def test_the_upper_end_of_a_bin_belongs_to_it() -> None:
     """Catches 6/15, the end of the sixth of 15 bins, in the seventh. 0.4 and 0.36 share a bin, one of two is right."""
-    probabilities = np.array([[0.4, 0.3, 0.3], [0.36, 0.32, 0.32]])
+    probabilities = [[0.4, 0.3, 0.3], [0.36, 0.32, 0.32]]
     expected = abs(0.4 + 0.36 - 1) / 2
-    assert calibration_error(Classified(np.array([0, 1]), probabilities)) == pytest.approx(expected)
+    assert calibration_error(classify([0, 1], probabilities)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("confidence", [1.0, 0.5])
 def test_calibrated_probabilities_have_no_error(confidence: float) -> None:
     """Catches a confidence of 1, or one at the border of bins, that falls out of the bins."""
-    probabilities = np.array([[confidence, 1 - confidence]] * 4)
-    targets = np.array([0] * round(4 * confidence) + [1] * round(4 * (1 - confidence)))
-    assert calibration_error(Classified(targets, probabilities)) == pytest.approx(0.0)
+    probabilities = [[confidence, 1 - confidence]] * 4
+    targets = [0] * round(4 * confidence) + [1] * round(4 * (1 - confidence))
+    assert calibration_error(classify(targets, probabilities)) == pytest.approx(0.0)
 
 
 def test_the_temperature_undoes_a_known_one() -> None:
@@ -41,11 +50,11 @@ def test_the_temperature_undoes_a_known_one() -> None:
     draw = np.random.default_rng(0)
     logits = draw.normal(size=(20_000, 3)) * 2
     targets = (draw.random((20_000, 1)) > softmax(logits, axis=1).cumsum(axis=1)[:, :2]).sum(axis=1)
-    too_sure = Classified(targets, softmax(3 * logits, axis=1))
+    too_sure = classify(targets, softmax(3 * logits, axis=1))
     temperature = fit_temperature(too_sure)
     assert temperature == pytest.approx(3.0, rel=0.05)
-    after = Classified(targets, scale(too_sure.probabilities, temperature))
-    assert calibration_error(after) < 0.01 < 0.1 < calibration_error(too_sure)
+    _, measured = measure_calibration({"validation": too_sure})
+    assert measured["validation"]["calibrated_ece"] < 0.01 < 0.1 < measured["validation"]["ece"]
 
 
 def test_scaling_divides_logits() -> None:
@@ -57,7 +66,7 @@ def test_scaling_divides_logits() -> None:
 
 def test_a_perfect_model_has_a_temperature_within_the_range() -> None:
     """Catches a search that runs to 0 and divides by it."""
-    perfect = Classified(np.array([0, 1]), np.array([[0.7, 0.3], [0.4, 0.6]]))
+    perfect = classify([0, 1], [[0.7, 0.3], [0.4, 0.6]])
     assert 0.05 <= fit_temperature(perfect) < 0.1
 
 
@@ -75,5 +84,5 @@ def test_rows_with_fewer_choices() -> None:
     padded = pad_probabilities(predictions)
     assert padded.tolist() == [[0.2, 0.3, 0.5], [0.8, 0.2, 0.0]]
     assert scale(padded, 20.0)[1].tolist() == [*calibrate(predictions[1], 20.0)["probabilities"], 0.0]
-    classified = Classified(np.array([2, 0]), padded)
+    classified = classify([2, 0], padded)
     assert classified.losses == pytest.approx([-np.log(0.5), -np.log(0.8)])
