@@ -19,7 +19,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, window_around, windows
 from finetune.encoding.examples import Batch, Example
-from finetune.kinds.multiple_choice import choice_loss, has_tie
+from finetune.kinds.multiple_choice import best_choices, choice_loss, has_tie
 from finetune.masked_tokens import full_width_advice, masked_logits
 from finetune.scores.calibration import Classified, pad_probabilities, scale
 from finetune.scores.metrics import is_constant
@@ -273,7 +273,7 @@ class Kind(TaskKind[Config]):
             scores[example.details.index].append(self._option_scores(found, example.details))
         probabilities = [torch.softmax(torch.stack(each).mean(0), dim=0).tolist() for each in scores]
         return {
-            "answers": [self._names(len(each))[int(np.argmax(each))] for each in probabilities],
+            "answers": [self._names(len(each))[best_choices(each)[0]] for each in probabilities],
             "probabilities": probabilities,
         }
 

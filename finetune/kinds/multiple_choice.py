@@ -163,7 +163,7 @@ class Kind(TaskKind[Config]):
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         probabilities = torch.softmax(torch.from_numpy(np.concatenate(outputs)), dim=0).tolist()
         names = self._names(record.values["choices"], record.place)
-        best = names[int(np.argmax(probabilities))]
+        best = names[best_choices(probabilities)[0]]
         if not self.labels:
             return {"label": best, "probabilities": probabilities}
         # All labels, also in a row of fewer choices: the rows of a file have the same columns.
@@ -196,11 +196,16 @@ def choice_loss(scores: Sequence[Tensor], targets: Tensor) -> Loss:
     return Loss.of(losses.sum(), len(losses))
 
 
-def has_tie(probabilities: list[float]) -> bool:
-    """Return whether several choices are the most probable ones, up to rounding: scores of the same tokens differ by
-    their place in a batch. Then no answer counts as right: a collapsed model, whose choices are all equal, would be
-    right wherever the first one is."""
-    return sum(each > max(probabilities) - 1e-6 for each in probabilities) > 1
+def best_choices(probabilities: Sequence[float]) -> list[int]:
+    """Return the indices of the most probable choices, up to rounding: scores of the same tokens differ by their place
+    in a batch. If there are several, the first is predicted, but none counts as right: a collapsed model, whose choices
+    are all equal, would be right wherever the first one is."""
+    lower = max(probabilities) - 1e-6
+    return [index for index, each in enumerate(probabilities) if not each <= lower]  # NaN, too: it is reported later
+
+
+def has_tie(probabilities: Sequence[float]) -> bool:
+    return len(best_choices(probabilities)) > 1
 
 
 def _is_correct(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[bool]:

@@ -214,17 +214,20 @@ def test_an_architecture_without_such_a_head_is_named(encoder: Path, tmp_path: P
 @pytest.mark.parametrize("labels", [("A", "B"), ()])
 def test_equal_choices_are_no_answer(labels: tuple[str, ...]) -> None:
     """Catches a collapsed model that is right in a file whose right choices come first, and one that is not reported
-    because the labels are texts, which differ; and a calibration error with another accuracy."""
+    because the labels are texts, which differ; a calibration error with another accuracy; and a predicted label that
+    depends on the place in a batch, or a traceback before a diverged model is reported."""
     kind = Kind(config(), labels)
     choices = [[f"x{row}", f"y{row}"] for row in range(3)]
     rows = [record(both, label=labels[0] if labels else both[0]) for both in choices]
     equal, sure = (
         [kind.decode(row, [], [np.array([first], dtype=np.float32), np.zeros(1, dtype=np.float32)]) for row in rows]
-        for first in (1e-7, 1.0)  # scores of the same tokens differ by rounding
+        for first in (-2e-7, 1.0)  # scores of the same tokens differ by rounding
     )
     assert (kind.scores(rows, equal)["accuracy"], kind.is_collapsed(rows, equal)) == (0.0, True)
     assert (kind.scores(rows, sure)["accuracy"], kind.is_collapsed(rows, sure)) == (1.0, False)
     other = [*rows[:2], record(choices[2], label=labels[1] if labels else choices[2][1])]
+    assert [each["label"] for each in equal] == [row.values["label"] for row in rows]
+    assert kind.decode(rows[0], [], [np.full(2, np.nan, dtype=np.float32)])["label"] == rows[0].values["label"]
     assert calibration_error(kind.classified(other, equal)) == pytest.approx(0.5)
     assert kind.is_collapsed(other, sure) == bool(labels)
 
