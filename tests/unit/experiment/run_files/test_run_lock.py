@@ -42,9 +42,9 @@ def folder(tmp_path: Path) -> RunFolder:
     return open_run_folder(tmp_path / "run")
 
 
-def be_elsewhere(folder: RunFolder) -> None:
+def be_elsewhere(folder: RunFolder, host: str = "elsewhere") -> None:
     """What a process on another machine leaves that does not end properly."""
-    folder.owner.write_text(json.dumps({"host": "elsewhere", "boot": "1", "pid": 7, "id": "1"}))
+    folder.owner.write_text(json.dumps({"host": host, "boot": "1", "pid": 7, "id": "1"}))
 
 
 def renewed(folder: RunFolder) -> AbstractContextManager[None]:
@@ -80,6 +80,20 @@ def test_a_dead_machine_is_replaced(folder: RunFolder) -> None:
         renewed = folder.owner.stat().st_mtime_ns
         wait_until(lambda: folder.owner.stat().st_mtime_ns != renewed)
     assert not folder.owner.exists()
+
+
+def test_the_machine_that_replaces_a_dead_one_is_named(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches `status` saying that the run is active on the dead machine."""
+    is_renewed = run_lock._is_renewed
+
+    def replaced(*args: Any) -> bool | None:
+        be_elsewhere(folder, "node-2")
+        return is_renewed(*args)
+
+    be_elsewhere(folder)
+    os.utime(folder.owner, (0, 0))
+    monkeypatch.setattr(run_lock, "_is_renewed", replaced)
+    assert folder_use(folder, FAST) == FolderUse(True, "node-2")
 
 
 def test_a_killed_process_of_this_machine_delays_nothing(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
