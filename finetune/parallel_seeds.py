@@ -2,13 +2,15 @@
 
 `python -m finetune.parallel_seeds CONFIG SEED` is the process of a seed. It writes RUN/seed-N as `train_seed` does, its
 output to RUN/logs/seed-N.log and its events to RUN/logs/seed-N.jsonl, from where they go to the trackers of the run
-when the seed is finished. It ends when this process does, and saves its state.
+when the seed is finished. It ends when this process does, and saves its state. Its stdin is a socket, to which it sends
+the reason of a failure: the disk of its log may be the reason.
 """
 
 import gc
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -43,13 +45,14 @@ from finetune.seed_run import is_finished, print_seed, read_finished_seeds, stat
 from finetune.training.fit import DivergedError, Log
 
 _POLL_SECONDS = 0.5  # reads the end of a file for each seed
+_REASON_BYTES = 1 << 16
 
 
 @dataclass
 class _SeedProcess:
     seed: int
     process: "subprocess.Popen[bytes]"
-    log_start: int  # bytes of its log file that earlier processes have written
+    connection: socket.socket  # the other end is its stdin
 
 
 def train_seeds_in_parallel(run: ResolvedRun, logs: Mapping[int, Log]) -> dict[int, SeedRecord]:
@@ -133,16 +136,17 @@ def move_events_to_end(order: Sequence[int], missing: Sequence[int], run: Resolv
 
 def _start(seed: int, slot: int, slots: int, run: ResolvedRun) -> _SeedProcess:
     inform(f"seed {seed}: training, see {_log_file(seed, run.folder)}")
-    with _log_file(seed, run.folder).open("ab") as output:
+    connection, stdin = socket.socketpair()
+    with _log_file(seed, run.folder).open("ab") as output, stdin:
         process = subprocess.Popen(
             [*module_command(__name__), str(run.folder.config), str(seed)],
             env={**own_environment(), **_share(slot, slots, run)},
-            stdin=subprocess.PIPE,
+            stdin=stdin.fileno(),
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
-        return _SeedProcess(seed, process, output.tell())
+    return _SeedProcess(seed, process, connection)
 
 
 def _share(slot: int, slots: int, run: ResolvedRun) -> dict[str, str]:
@@ -157,17 +161,17 @@ def _share(slot: int, slots: int, run: ResolvedRun) -> dict[str, str]:
 def _finish(ended: _SeedProcess, run: ResolvedRun) -> None:
     """Print the results of a seed whose process has ended. Raises as `train_seeds_in_parallel`."""
     seed, code = ended.seed, ended.process.returncode
+    with ended.connection:
+        reason = ended.connection.recv(_REASON_BYTES).decode(errors="replace")
     if code == 0:
         print_seed(seed, read_finished_seeds(run.folder, run.settings)[seed], run)
         return
-    output = _log_file(seed, run.folder)
-    lines = output.read_bytes()[ended.log_start :].decode("utf-8", errors="replace").splitlines()
-    last = lines[-1].removeprefix("deepcloze: ") if lines else ""
     if code == Outcome.STOPPED.exit_code:
-        raise StoppedError(last)
+        raise StoppedError(reason)
     if code == Outcome.REFUSED.exit_code:
-        raise UserError(last)
-    sys.exit(f"deepcloze: seed {seed} failed (exit code {code}): {last}; see {output}")
+        raise UserError(reason)
+    failed = f"seed {seed} failed (exit code {code}){reason and f': {reason}'}"
+    sys.exit(f"deepcloze: {failed}; see {_log_file(seed, run.folder)}")
 
 
 def _stop(running: Collection[_SeedProcess]) -> None:
@@ -176,7 +180,8 @@ def _stop(running: Collection[_SeedProcess]) -> None:
         with suppress(ProcessLookupError):
             each.process.send_signal(signal.SIGTERM)
     for each in running:
-        each.process.communicate()
+        each.process.wait()
+        each.connection.close()
 
 
 def _last_step(seed: int, run: ResolvedRun) -> int:
@@ -202,9 +207,9 @@ def main(argv: Sequence[str]) -> int:
     """Train one seed. Returns an exit code."""
     config, seed = argv[0], int(argv[1])
     prepare_process()
-    lock_until_exit(RunFolder(Path(config).parent))  # the next command waits, if its parent was killed
     try:
         with handle_stop_signals(interrupt), stopped_by_disk_errors():
+            lock_until_exit(RunFolder(Path(config).parent))  # the next command waits, if its parent was killed
             threading.Thread(target=_stop_with_parent, daemon=True).start()
             run = resolve(load_run_config(config))
             state, events = state_file(seed, run), _events_file(seed, run.folder)
@@ -217,24 +222,31 @@ def main(argv: Sequence[str]) -> int:
 
             train_seed(seed, run, log)
     except UserError as error:
-        notify(str(error))
-        return Outcome.REFUSED.exit_code
+        return _end(Outcome.REFUSED, str(error))
     except DivergedError as error:
-        notify(str(error))
-        return Outcome.FAILED.exit_code
+        return _end(Outcome.FAILED, str(error))
     except (StoppedError, KeyboardInterrupt) as stopped:
-        notify(str(stopped) or "stopped")
-        return Outcome.STOPPED.exit_code
+        return _end(Outcome.STOPPED, str(stopped) or "stopped")
     except Exception as error:
-        if (message := describe_lack_of_memory(error)) is None:
+        message = describe_lack_of_memory(error)
+        code = _end(Outcome.FAILED, message or f"{type(error).__name__}: {error}")
+        if message is None:
             raise
-        notify(message)
-        return Outcome.FAILED.exit_code
+        return code
     return 0
+
+
+def _end(outcome: Outcome, reason: str) -> int:
+    """Print the reason and send it to the parent. Returns the exit code."""
+    notify(reason)
+    with suppress(OSError):  # the parent was killed
+        os.write(sys.stdin.fileno(), reason.encode(errors="replace")[:_REASON_BYTES])
+    return outcome.exit_code
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # the disk of the log may have failed
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # a normal exit takes a second to clean up imported modules

@@ -142,6 +142,32 @@ finetune.seed_run.train_seed = train_seed
     assert "Traceback" not in "".join(logs)
 
 
+@pytest.mark.parametrize(("error", "code"), [("EROFS", 2), ("ESTALE", 75)])
+def test_a_reason_that_its_log_cannot_take(
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: str,
+    code: int,
+) -> None:
+    """Catches the last line of the log as the reason, if the disk of the run folder fails: advice on the learning rate
+    for a disk that is read-only."""
+    patch = f"""
+import errno, os, finetune.seed_run
+def train_seed(*_):
+    print("part of a line", end="")
+    os.write(2, b"deepcloze: seed 1 has collapsed\\n")
+    for stream in (1, 2): os.dup2(os.open("/dev/full", os.O_WRONLY), stream)
+    raise OSError(errno.{error}, "", "/runs/a/state.pt")
+finetune.seed_run.train_seed = train_seed
+"""
+    for name, value in patched(tmp_path, EMPTY_FIGURES + patch).items():
+        monkeypatch.setenv(name, value)
+    assert run_here(config_file, **{**FLAGS, "training.seeds": "[1, 2]", "training.parallel_seeds": "2"}) == code
+    assert capfd.readouterr().err.splitlines()[-1].startswith("deepcloze: /runs/a/state.pt: ")
+
+
 def test_a_seed_that_outlives_its_command_is_waited_for(config_file: Path, tmp_path: Path) -> None:
     """Catches two processes that train one seed, after the command was killed and started again at once."""
     folder = open_run_folder(tmp_path / "run")
