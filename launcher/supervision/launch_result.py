@@ -106,9 +106,13 @@ def read_result(
     if others_killed and silent and (reported is None or reported.outcome is Outcome.STOPPED):
         cause, ending = Cause.KILLED, f"{_name_ranks(folder, silent)} ended first"
     if reported is None:
-        # Ranks catch stop signals when they begin, after their imports.
-        if exit_code == Outcome.STOPPED.exit_code or killer in STOP_SIGNALS:
+        if killer in STOP_SIGNALS:  # ranks catch them when they begin, after their imports
             return STOPPED_EARLY
+        # Python and shells exit with 2 too, if they cannot start a rank.
+        refused = exit_code == Outcome.REFUSED.exit_code and has_begun(folder)
+        if refused or exit_code == Outcome.STOPPED.exit_code:
+            message = f"the ranks ended, and could not write why to {folder.logs}; their output has the reason"
+            return LaunchResult(Outcome.REFUSED if refused else Outcome.STOPPED, message, Cause.AGREED)
         message = _failure_message(folder, ending or f"exit code {exit_code}", earlier, suspects)
         return LaunchResult(Outcome.FAILED, message, cause)
     outcome, message, reported_cause = reported

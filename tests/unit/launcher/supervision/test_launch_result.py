@@ -11,6 +11,7 @@ from experiment.run_files.heartbeat import Heartbeat, write_heartbeat
 from experiment.run_files.outcome_file import Cause, Outcome, RankRecord, read_rank_records, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.supervision.launch_result import LaunchResult, all_done, begin_attempt, read_result
+from launcher.supervision.restarts import Attempt, End, decide
 
 STOPPED = {75, 256 - 15, 256 - 2, 256 - 10, 256 - 12}
 OUT_OF_MEMORY = "was killed by SIGKILL, possibly because the system ran out of memory"
@@ -116,6 +117,17 @@ def test_the_exit_code_of_ssh_is_no_signal(folder: RunFolder) -> None:
     assert "(a rank was killed by SIGHUP)" in message(folder, 255, remote=False)
     write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer")
     assert message(folder, 255, remote=True) == f"{lost}; node-0, rank 0: lost its peer"
+
+
+@pytest.mark.parametrize(("exit_code", "outcome"), [(75, Outcome.STOPPED), (2, Outcome.REFUSED)])
+def test_ranks_that_cannot_record_their_outcome(folder: RunFolder, exit_code: int, outcome: Outcome) -> None:
+    """Catches 'stopped before the first step' after the last step, exit code 1 for a file that cannot be written, and
+    restarts on a disk that has failed."""
+    record(folder, 0, None)
+    result = result_of(folder, exit_code)
+    assert (result.outcome, result.cause) == (outcome, Cause.AGREED)
+    assert f"could not write why to {folder.logs}" in result.message
+    assert decide([Attempt(result, 0.0, saved=False)], 5, can_halve=True) == End()
 
 
 @pytest.mark.parametrize("exit_code", sorted(STOPPED))
