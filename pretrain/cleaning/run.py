@@ -123,7 +123,7 @@ def _clean(
         last, tallies = run_passes(passes, read_inputs(sources, config), unfinished, run_tasks)
     except UserError:
         if not _holds_parts(unfinished):
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
     result = unfinished / "result"
     shutil.rmtree(result, ignore_errors=True)
@@ -145,7 +145,7 @@ def _clean(
     write_json(result / _SOURCES, identity_of(sources))
     fsync_tree(result)
     result.replace(folder)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)  # NFS keeps files that are open; the next call removes the rest
     return summary
 
 

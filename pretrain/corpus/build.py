@@ -126,7 +126,7 @@ def _build(plan: BuildPlan, run_tasks: TaskRunner) -> dict[Part, Manifest]:
     for part in reversed(unpublished):  # the main corpus last: if it exists, the build is complete
         (plan.partial / part).replace(plan.folder_of(part))
         fsync(plan.folder.parent)
-    shutil.rmtree(plan.partial)
+    shutil.rmtree(plan.partial, ignore_errors=True)  # NFS keeps files that are open; the next call removes the rest
     return manifests
 
 

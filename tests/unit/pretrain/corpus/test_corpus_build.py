@@ -632,6 +632,23 @@ def test_full_disk(corpus: Build, tmp_path: Path) -> None:
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
+def test_a_partial_folder_that_cannot_be_removed(corpus: Build, tmp_path: Path) -> None:
+    """Catches a traceback after the corpus has its name, on NFS, which keeps deleted files that are open."""
+    real = os.rmdir
+
+    def refuse(path: Any, **options: Any) -> None:
+        if str(path).endswith(".partial"):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+        real(path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        assert corpus("c").documents == 300
+    assert (tmp_path / "c.partial").exists()
+    corpus("c")
+    assert not (tmp_path / "c.partial").exists()
+
+
 @pytest.mark.parametrize("pages", [0, 1, 4, 8, 12])
 def test_a_build_continues_when_a_full_disk_has_room_again(
     corpus: Build, whole: Callable[..., None], tmp_path: Path, small_disk: SmallDisk, pages: int
