@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
 from experiment.formatting import shorten
 
@@ -134,13 +135,14 @@ def end_line() -> None:
             print(file=sys.stderr, flush=True)
 
 
-def describe_disk_error(error: BaseException) -> str | None:
-    """Return the error of a disk, with the file if it is known; None for an error of another kind."""
+def describe_disk_error(error: BaseException, folder: Path | None = None) -> str | None:
+    """Return the error of a disk, with the file, or else the folder, if it is known; None for an error of another
+    kind."""
     if (number := _errno(error)) not in _REFUSALS:
         return None
     log.debug("the disk refused:", exc_info=error)
     reason = _FULL.get(number) or os.strerror(number)
-    file = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a rename: its target
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None) or folder  # of a rename: its target
     return f"{file}: {reason}" if file else reason
 
 
@@ -162,16 +164,18 @@ def readable_disk_errors(where: str = "", advice: str = "", writes: bool = False
 
 
 @contextmanager
-def stopped_by_disk_errors(where: str = "") -> Iterator[None]:
+def stopped_by_disk_errors(where: str = "", folder: Path | None = None) -> Iterator[None]:
     """Raise StoppedError in place of an error of the disk that may pass, such as a full one: the same command resumes.
-    UserError in place of the others: it would fail again."""
-    with readable_disk_errors(where):
-        try:
-            yield
-        except Exception as error:
-            if _errno(error) not in _MAY_PASS:
-                raise
-            raise StoppedError(f"{where}{describe_disk_error(error)}; the same command resumes") from None
+    UserError in place of the others: it would fail again. folder: named if an error, as of safetensors, names no file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (line := describe_disk_error(error, folder)) is None:
+            raise
+        if _errno(error) in _MAY_PASS:
+            raise StoppedError(f"{where}{line}; the same command resumes") from None
+        raise UserError(f"{where}{line}") from None
 
 
 def _errno(error: BaseException) -> int | None:

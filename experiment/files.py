@@ -285,12 +285,23 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Add the name of a file to an OSError of the block that has none: only opening a file gives it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def fsync(*paths: Path) -> None:
     """Wait until the contents of these files, or the entries of these folders, are on disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            sync(descriptor)
+            with named_errors(path):
+                sync(descriptor)
         except OSError as error:  # some network file systems cannot sync a folder
             if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
                 raise
@@ -350,7 +361,7 @@ def paths_below(folder: Path) -> list[Path]:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with named_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -363,7 +374,7 @@ def checksum(path: Path, on_progress: Callable[[], None] = lambda: None) -> str:
     """Return the hexadecimal XXH3-128 of a file: detects damage, far faster than SHA-256, but not secure against
     forgery. Calls `on_progress` after each part."""
     digest, part = xxhash.xxh3_128(), memoryview(bytearray(_CHECKSUM_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with named_errors(path), path.open("rb", buffering=0) as file:
         while size := file.readinto(part):
             digest.update(part[:size])
             on_progress()

@@ -150,7 +150,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     tracked = TrackedRun(wandb_id(provenance), flatten(config), total, steps * logged + started, again, steps)
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
     logs = {seed: _log_from_step(tracker, steps * number) for number, seed in enumerate(order) if seed in seeds}
-    with _closed_at_the_end(tracker):
+    with _closed_at_the_end(tracker, folder):
         records |= _train_seeds(missing, resolved, logs)
         results = write_results(resolved, {seed: records[seed] for seed in seeds})
         add_seed_scores(folder, results)
@@ -173,11 +173,11 @@ def _in_order_of_events(seeds: Sequence[int], folder: RunFolder) -> list[int]:
 
 
 @contextmanager
-def _closed_at_the_end(tracker: Tracker) -> Iterator[None]:
+def _closed_at_the_end(tracker: Tracker, folder: RunFolder) -> Iterator[None]:
     """Close the tracker with the run's outcome. Raises StoppedError in place of disk errors that may pass."""
     outcome = Outcome.FAILED
     try:
-        with stopped_by_disk_errors():
+        with stopped_by_disk_errors(folder=folder.path):
             yield
         outcome = Outcome.DONE
     except (KeyboardInterrupt, StoppedError):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiment.files import sync
+from experiment.files import named_errors, sync
 
 _PART = 1 << 26  # bytes between two calls of fsync
 _ALIGNMENT = 8  # bytes, of the first tensor
@@ -54,20 +54,16 @@ def save_tensors(
             raise TypeError(f"the tensor {name} cannot be saved: safetensors files cannot contain {tensor.dtype}")
     ordered = dict(sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0])))
     unsynced = 0
-    try:
-        with path.open("wb") as file:
-            for part in _parts(ordered, metadata, part_bytes):
-                file.write(part)
-                unsynced += len(part)
-                if unsynced >= part_bytes:
-                    file.flush()
-                    sync(file.fileno())
-                    unsynced = 0
-            file.flush()
-            sync(file.fileno())
-    except OSError as error:
-        error.filename = str(path)
-        raise
+    with named_errors(path), path.open("wb") as file:
+        for part in _parts(ordered, metadata, part_bytes):
+            file.write(part)
+            unsynced += len(part)
+            if unsynced >= part_bytes:
+                file.flush()
+                sync(file.fileno())
+                unsynced = 0
+        file.flush()
+        sync(file.fileno())
 
 
 def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, part_bytes: int) -> Iterator[Any]:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,13 @@ def test_only_an_error_that_may_pass_can_be_resumed(number: int, expected: type[
     """Catches a queue that runs a command again forever because it exits with 75 for a file that it may not write."""
     with pytest.raises(expected, match=r"^sweep: /runs/a: "), stopped_by_disk_errors("sweep: "):
         raise OSError(number, "", "/runs/a")
+
+
+def test_the_folder_of_an_error_without_a_file_is_named() -> None:
+    """Catches 'disk full' that does not tell which disk."""
+    for error, expected in ((RUST, "^/runs: disk full; the same command"), (FULL, "^/runs/a/config.yaml: disk full; ")):
+        with pytest.raises(StoppedError, match=expected), stopped_by_disk_errors(folder=Path("/runs")):
+            raise error
 
 
 def test_the_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
