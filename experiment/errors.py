@@ -138,6 +138,8 @@ def end_line() -> None:
 def describe_disk_error(error: BaseException, folder: Path | None = None) -> str | None:
     """Return the error of a disk, with the file, or else the folder, if it is known; None for an error of another
     kind."""
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):  # of tempfile
+        return "no folder for temporary files can be written, such as /tmp; set TMPDIR to one"
     if (number := _errno(error)) not in _REFUSALS:
         return None
     log.debug("the disk refused:", exc_info=error)

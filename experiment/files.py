@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -98,14 +97,6 @@ def removed_on_error(folder: Path) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def temporary_root() -> Path:
-    """Return the folder for temporary files of this machine. Raises UserError if none can be written."""
-    try:
-        return Path(tempfile.gettempdir())
-    except FileNotFoundError:  # its message lists folders, without a remedy
-        raise UserError("no folder for temporary files can be written, such as /tmp; set TMPDIR to one") from None
 
 
 @contextmanager

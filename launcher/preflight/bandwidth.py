@@ -5,8 +5,9 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 
-from experiment.files import parse_record, temporary_folder, temporary_root
+from experiment.files import parse_record, temporary_folder
 from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import GuardedHosts, name_reasons
 from launcher.hosts.hostfile import Slots
@@ -50,7 +51,7 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
     """Measure all-reduce bandwidth, links and compute over these slots, some of the target's. Raises MeasurementError
     with the end of the output."""
     processes = RankProcesses()
-    with temporary_folder(temporary_root(), "deepcloze-preflight-") as folder:
+    with temporary_folder(Path(gettempdir()), "deepcloze-preflight-") as folder:
         if is_local(slots):
             output = _run(command_on_this_machine(slots, (MEASURE,), machine), folder, processes)
         else:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import IO, TextIO
 
 from experiment.errors import UserError
-from experiment.files import atomic_write, temporary_folder, temporary_root
+from experiment.files import atomic_write, temporary_folder
 from experiment.process.own_process import GATE_VARIABLE, START_VARIABLE
 from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, interrupt, kill_group, signals_blocked
 from experiment.run_files.heartbeat import Heartbeat, request_stack
@@ -267,7 +268,7 @@ def held_ranks(command: DeepSpeedCommand, start_time: float) -> Iterator[HeldRan
 
     `begin` raises UserError if its temporary folder was removed or is full.
     """
-    with temporary_folder(temporary_root(), "deepcloze-launch-") as folder, ExitStack() as held:
+    with temporary_folder(Path(gettempdir()), "deepcloze-launch-") as folder, ExitStack() as held:
         gate = folder / "gate"
         signals: list[int] = []
         with handle_stop_signals(signals.append):  # an exception while they start would leave them running

@@ -30,7 +30,7 @@ from torch._inductor.utils import clear_caches
 from torch.utils.checkpoint import checkpoint
 
 from experiment.errors import first_line
-from experiment.files import temporary_folder, temporary_root
+from experiment.files import temporary_folder
 from pretrain.modeling.fast_gelu import use_fast_gelu
 from pretrain.modeling.fused_modules import use_fused_modules
 from pretrain.modeling.last_layer import ShortForward
@@ -151,7 +151,7 @@ def _open_cache(usual: Path) -> Path:
 def _private_folder() -> Path:
     """Return the folder of this user among temporary files, or else one for this process: code is loaded from it, so
     no other user may write there."""
-    root = temporary_root()
+    root = Path(tempfile.gettempdir())
     folder = root / f"deepcloze-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def test_other_errors_pass() -> None:
     with pytest.raises(UserError, match=expected) as caught, readable_disk_errors("--output o: ", "; try again"):
         raise FULL
     assert caught.value.__suppress_context__
+
+
+def test_a_machine_without_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback, and a message that does not name TMPDIR."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    with pytest.raises(UserError, match=r"^no folder for temporary files .* set TMPDIR"), readable_disk_errors():
+        tempfile.gettempdir()
 
 
 def test_a_key_before_a_message_keeps_its_kind() -> None:

@@ -235,14 +235,6 @@ def test_a_removed_folder_is_named(tmp_path: Path, temporary: Path) -> None:
             pass
 
 
-def test_a_machine_without_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback, and a message that does not name TMPDIR."""
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
-    with pytest.raises(UserError, match="set TMPDIR"), held_ranks(rank(tmp_path), time.time()):
-        pass
-
-
 def test_a_restart_starts_ranks_of_its_own(tmp_path: Path) -> None:
     """Catches a second attempt that waits for the ranks of the first one, ranks that take part in two, and a record
     without the time for which held ranks have waited."""
