@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from tempfile import gettempdir
 
 from experiment.formatting import shorten
 
@@ -140,6 +141,8 @@ def describe_disk_error(error: BaseException, folder: Path | None = None) -> str
     kind."""
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):  # of tempfile
         return "no folder for temporary files can be written, such as /tmp; set TMPDIR to one"
+    if isinstance(error, OSError) and str(error) == "AF_UNIX path too long":  # of multiprocessing, which adds 32 bytes
+        return f"the path of the folder for temporary files is too long ({gettempdir()}); set TMPDIR to a shorter one"
     if (number := _errno(error)) not in _REFUSALS:
         return None
     log.debug("the disk refused:", exc_info=error)

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from experiment.errors import UserError, inform
+from experiment.errors import UserError, inform, readable_disk_errors
 from experiment.files import fsync_tree, json_digest, read_json
 from experiment.formatting import counted
 from experiment.hub_data import HubData
@@ -118,7 +118,8 @@ def _load_without_torch(path: Path, segmenter: SegmenterSpec | None) -> BuildTok
 
 def _load(path: Path, segmenter: SegmenterSpec | None) -> BuildTokenizer:
     tokenizer = load_tokenizer(path)
-    with tempfile.TemporaryDirectory() as temporary:
+    where = f"the folder for temporary files, {tempfile.gettempdir()}: "
+    with readable_disk_errors(where, "; set TMPDIR to another one"), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_tokenizer(tokenizer, folder)
         files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ def test_a_machine_without_a_temporary_folder(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
     with pytest.raises(UserError, match=r"^no folder for temporary files .* set TMPDIR"), readable_disk_errors():
         tempfile.gettempdir()
+
+
+def test_a_long_path_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback of worker processes that does not name the folder, such as of a job on a cluster."""
+    folder = tmp_path / ("t" * 90)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with (
+        pytest.raises(UserError, match=rf"^the path .* is too long \({folder}\); set TMPDIR"),
+        readable_disk_errors(),
+        Listener(tempfile.mktemp(), "AF_UNIX"),
+    ):
+        pass
 
 
 def test_a_key_before_a_message_keeps_its_kind() -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import zipfile
 from collections.abc import Callable
@@ -662,6 +663,17 @@ def test_a_build_continues_when_a_full_disk_has_room_again(
     corpus("small-disk/c")
     whole()
     assert contents(small_disk.path / "c") == contents(tmp_path / "whole")
+
+
+def test_no_space_for_temporary_files(
+    vocabulary_folder: Path, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a full disk without its name, so that one looks at the disk of --output."""
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk.path))
+    small_disk.fill(leave=2 * 4096)
+    message = f"^the folder for temporary files, {small_disk.path}: .*disk full; set TMPDIR to another one$"
+    with pytest.raises(UserError, match=message):
+        build_plan._load(vocabulary_folder, None)
 
 
 class KillsItsWorker:
