@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,8 +21,10 @@ from experiment.storage import delete, stat_file, upload, write_bytes
 from launcher.cli import main
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.run import clean
+from pretrain.corpus import build as corpus_build
 from pretrain.corpus import splits, tasks
 from pretrain.corpus.build import build_corpus
+from pretrain.corpus.build_plan import plan_build
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.sources import find_sources
 
@@ -153,6 +156,27 @@ def test_a_bucket_that_vanishes_midway(
     build(url, vocabulary_folder, tmp_path / "c", workers=1)
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
     assert set(read[:4]).isdisjoint(read[5:])
+
+
+def test_a_server_that_does_not_tell_whether_a_file_has_changed(
+    bucket: str, lines: list[str], vocabulary_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches text of before in a corpus that is resumed, and splits that other tasks of an array do not find."""
+    monkeypatch.setattr(storage, "_VERSIONS", ())
+    texts = ["\n".join(order).encode() for order in (lines, lines[::-1])]
+    url = f"{bucket}/a.txt"
+    write_bytes(url, texts[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_build, "_write_metadata", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(url, vocabulary_folder, tmp_path / "c", workers=1)
+    assert any(tmp_path.glob("c.partial/main/*.arrow"))
+    write_bytes(url, texts[1])
+    build(url, vocabulary_folder, tmp_path / "c", workers=1)
+    build(url, vocabulary_folder, tmp_path / "whole", workers=1)
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+    array = CorpusOptions(source=url, tokenizer=str(vocabulary_folder), output=tmp_path / "d", engine="slurm")
+    assert plan_build(array).splits == plan_build(array).splits
 
 
 def test_cleaning_reads_urls(bucket: str, files: Path, tmp_path: Path) -> None:
