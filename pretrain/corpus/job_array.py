@@ -1,6 +1,7 @@
 """`deepcloze corpus --engine slurm`: the share of one task of a SLURM job array."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -55,6 +56,8 @@ def build_share(options: CorpusOptions) -> None:
             complete_corpus(plan)
         except LockedError:
             print(f"{plan.folder}: another task publishes the corpus")
+    elif holds_corpus(plan.folder):
+        shutil.rmtree(plan.partial, ignore_errors=True)  # which this task may have made again
 
 
 def array_share(environment: Mapping[str, str]) -> tuple[int, int]:

@@ -155,6 +155,27 @@ def test_tasks_of_a_job_array_at_the_same_time(
     assert by_task[0].isdisjoint(by_task[1])
 
 
+@pytest.mark.parametrize("step", ["write_json", "checksum", "join_pieces"])
+def test_a_task_whose_share_others_finish(
+    tmp_path: Path, source: Path, vocabulary_folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Catches a traceback of a task whose pieces are gone, as of an array that was submitted twice, and one that leaves
+    its splits beside the finished corpus."""
+    command = flags(tmp_path / "c", source, vocabulary_folder, "--engine=slurm", "--workers=1")
+    plan = plan_build(CorpusOptions(source=source, tokenizer=str(vocabulary_folder), output=tmp_path / "c", workers=1))
+    real = getattr(tasks, step)
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(tasks, step, real)
+        complete_corpus(plan)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(tasks, step, late)
+    array_task(monkeypatch, 1, 1)
+    assert main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "source"]
+
+
 def test_tasks_of_a_job_array_with_a_mistake_join_nothing(
     tmp_path: Path,
     source: Path,
