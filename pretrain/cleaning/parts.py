@@ -96,8 +96,8 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 
 def write_documents(path: Path, documents: Sequence[Document]) -> None:
-    """Write documents. Values of metadata that JSON lacks, such as dates, become text."""
-    lines = "".join(json.dumps(_row(document), ensure_ascii=False, default=str) + "\n" for document in documents)
+    """Write documents. Values of metadata that JSON lacks, such as dates and NaN, become text."""
+    lines = "".join(json.dumps(_row(document), ensure_ascii=False) + "\n" for document in documents)
     content, compressor = lines.encode(), zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
     starts = range(0, max(len(content), 1), _FRAME_BYTES)
     write_file(path, b"".join(compressor.compress(content[start : start + _FRAME_BYTES]) for start in starts))
@@ -105,7 +105,9 @@ def write_documents(path: Path, documents: Sequence[Document]) -> None:
 
 def _row(document: Document) -> dict[str, Any]:
     row: dict[str, Any] = {"id": document.id, "source": document.source, "text": document.text}
-    return {**row, "metadata": document.metadata} if document.metadata else row
+    if document.metadata:
+        row["metadata"] = json.loads(json.dumps(document.metadata, default=str), parse_constant=str)
+    return row
 
 
 def _save(path: Path, values: NDArray[Any]) -> None:

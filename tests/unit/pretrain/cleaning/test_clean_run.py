@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import resource
@@ -541,13 +542,14 @@ def test_a_disk_error_of_a_step_ends_the_cleaning(clean: Any, monkeypatch: pytes
 
 
 def test_metadata_that_json_lacks(tmp_path: Path) -> None:
-    """Catches a TypeError for a date or a decimal number in a column of a Parquet file."""
-    columns = {"text": ["a b"], "day": [date(2024, 1, 31)], "price": [Decimal("1.50")], "links": [["a", "b"]]}
+    """Catches a TypeError for a date or a decimal number in a column of a Parquet file, and NaN, which most readers of
+    JSON refuse."""
+    columns = {"text": ["a b"], "day": [date(2024, 1, 31)], "price": [Decimal("1.50")], "score": [[0.5, math.nan]]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     tree = {"source": str(tmp_path / "a.parquet"), "output": str(tmp_path / "out"), "metadata": [*columns][1:]}
     run.clean(build_config(CleanConfig, tree), lambda name: [], 1)
     (document,) = read_documents(tmp_path / "out" / "data-00000.jsonl.zst")
-    assert document.metadata == {"day": "2024-01-31", "price": "1.50", "links": ["a", "b"]}
+    assert document.metadata == {"day": "2024-01-31", "price": "1.50", "score": [0.5, "NaN"]}
 
 
 def test_results_can_be_cleaned_again(config: CleanConfig, tmp_path: Path) -> None:
