@@ -178,9 +178,14 @@ def stopped_by_disk_errors(where: str = "", folder: Path | None = None) -> Itera
     except Exception as error:
         if (line := describe_disk_error(error, folder)) is None:
             raise
-        if _errno(error) in _MAY_PASS:
+        if may_pass(error):
             raise StoppedError(f"{where}{line}; the same command resumes") from None
         raise UserError(f"{where}{line}") from None
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether it is an error of a disk that may work later."""
+    return _errno(error) in _MAY_PASS
 
 
 def _errno(error: BaseException) -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.errors import UserError, reason, warn_once
+from experiment.errors import HostError, UserError, describe_disk_error, may_pass, reason, warn_once
 from experiment.files import fsync_tree, json_digest, read_json
 from experiment.models.transformers_models import (
     check_label_count,
@@ -85,7 +85,7 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
     BERT is uncased if no entry has an upper-case letter, unless tokenizer_config.json sets `do_lower_case`.
 
     needed: special tokens it must have, such as "pad_token". Raises UserError if one is missing, or if there is no
-    tokenizer.
+    tokenizer, HostError if a disk fails.
     """
     if not (folder := Path(path)).is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
@@ -124,6 +124,8 @@ def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # many types, also the PanicException of tokenizers, which is no Exception
+            if may_pass(error):
+                raise HostError(f"tokenizer: cannot load {folder}: {describe_disk_error(error)}") from None
             has_vocabulary = any(any(folder.glob(name)) for name in ("tokenizer.json", "vocab.txt", "*.model"))
             why = " ".join(str(error).split())
             if "tiktoken" in why and any(folder.glob("*.model")):  # which transformers tries next, and asks to install

@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from experiment.config import flatten
-from experiment.errors import UserError
+from experiment.errors import HostError, UserError
 from experiment.files import read_json, write_text
 from experiment.formatting import UNKNOWN, format_perplexity, show
 from experiment.models.tokenizer import load_any_tokenizer
@@ -109,11 +109,14 @@ def _read_config(source: Path) -> dict[str, Any]:
 
 
 def _usage(source: Path, config: Mapping[str, Any]) -> str:
-    """Write the usage section; empty for a model without a masked-LM head, or a tokenizer without a mask."""
+    """Write the usage section; empty for a model without a masked-LM head, or a tokenizer without a mask.
+    Raises HostError if a disk fails."""
     if not has_masked_lm_head(config.get("architectures")):
         return ""
     try:
         tokenizer = load_any_tokenizer(source, ["mask_token"])
+    except HostError:
+        raise
     except UserError:
         return ""
     sentence = repr(f"The capital of France is {tokenizer.mask_token}.")

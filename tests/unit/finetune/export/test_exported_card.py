@@ -1,5 +1,6 @@
 """Cards of folders about which little is known; a whole one is in tests/multiprocess/test_hugging_face_folder.py."""
 
+import errno
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from transformers import (
     BertModel,
 )
 
-from experiment.errors import UserError
+from experiment.errors import HostError, UserError
 from experiment.results.model_card import snippet, usage_section
 from experiment.run_files.checkpoints import find_model_folder
 from finetune.export.command import export_command
@@ -122,6 +123,21 @@ def test_a_model_of_another_origin_has_a_card(tmp_path: Path) -> None:
     assert f"| parameters | {model.num_parameters():,} |" in card
     assert "## Usage" not in card
     assert "pipeline_tag" not in card
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), Exception("Input/output error (os error 5)")]
+)
+def test_a_disk_that_fails_changes_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Catches a card without its usage because the tokenizer could not be read once."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(HostError, match=r"^tokenizer: cannot load \S+/hf: Input/output error$"):
+        export(str(OLD), str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_edited_card_is_exported_as_it_is(tmp_path: Path) -> None:
