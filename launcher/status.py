@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from rich.table import Table
 
 from experiment.config import read_recorded
-from experiment.errors import UserError, describe_disk_error, notify
+from experiment.errors import UserError, describe_disk_error, escape_controls, notify
 from experiment.files import read_json
 from experiment.formatting import FILE_WIDTH, UNKNOWN, describe_duration, shorten, show, table_console
 from experiment.results.main_score import main_score
@@ -207,7 +207,7 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(status) for status in found]))
     elif len(found) == 1:
-        print(_list(found[0]))
+        print(escape_controls(_list(found[0])))
     else:
         _print_table(found)
 
@@ -242,7 +242,7 @@ def _table(found: Sequence[RunStatus], names: Sequence[str]) -> Table:
         table.add_column(name, justify="right")
     for status in found:
         values = _values(status)
-        table.add_row(status.run, _state(status), *(values.get(name, "") for name in names))
+        table.add_row(escape_controls(status.run), _state(status), *(values.get(name, "") for name in names))
     return table
 
 

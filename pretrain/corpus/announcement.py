@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from itertools import islice
 
-from experiment.errors import UserError, is_quiet
+from experiment.errors import UserError, escape_controls, is_quiet
 from experiment.formatting import counted
 from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats, detect_format
@@ -28,8 +28,9 @@ def announce_sources(sources: Sequence[Source], options: TextOptions) -> None:
     reads_lines = is_text and options.document == "line" and options.document_start is None
     if reads_lines and is_hard_wrapped(_first_documents(first, options)):
         print(
-            f"warning: the lines of {first.name} look like parts of paragraphs; with `--document line` each is "
-            "a document of its own; if blank lines separate paragraphs, use `--document blank_line`",
+            f"warning: the lines of {escape_controls(first.name)} look like parts of paragraphs; with "
+            "`--document line` each is a document of its own; if blank lines separate paragraphs, use "
+            "`--document blank_line`",
             file=sys.stderr,
         )
 
@@ -39,7 +40,7 @@ def _list(sources: Sequence[Source]) -> None:
     total = f", {size / 1e6:,.1f} MB" if size else ""
     print(f"reading {counted(len(sources), 'source')}{total}:")
     for source in sources[:_LISTED]:
-        print(f"  {source.name}{f'::{source.selection}' if source.selection else ''}")
+        print(escape_controls(f"  {source.name}{f'::{source.selection}' if source.selection else ''}"))
     if len(sources) > _LISTED:
         print(f"  … and {len(sources) - _LISTED:,} more")
 

@@ -35,14 +35,15 @@ def make_run(path: Path) -> str:
 
 
 def test_one_run_is_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches figures that are missing, and a failure without its reason."""
-    run = make_run(tmp_path / "first")
+    """Catches figures that are missing, a failure without its reason, and a name that changes the terminal."""
+    run = make_run(tmp_path / "\x1b[2J")
     write_outcome(open_run_folder(run), Outcome.FAILED, "rank 1 was killed", Cause.KILLED)
     checkpoint = Path(run, "checkpoints", "step-00001100")
     checkpoint.mkdir(parents=True)
     (checkpoint / "COMPLETE").touch()
     assert main(["status", run]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == [rf"{tmp_path}/\x1b[2J"]
     expected = "state failed", "step 1,200", "loss 3.2500", "tokens/s 45,679", "attempts 0", "rank 1 was killed"
     assert [text.split() for text in expected if text.split() not in lines] == []
     assert ["last", "checkpoint", "1,100,"] in [line[:3] for line in lines]
@@ -64,13 +65,14 @@ def test_several_runs_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_narrow_terminal_shows_fewer_columns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches columns so narrow that no figure can be read."""
+    """Catches columns so narrow that no figure can be read, and a name that changes the terminal."""
     for name, value in {"TTY_COMPATIBLE": "1", "NO_COLOR": "1", "COLUMNS": "80"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    assert main(["status", make_run(Path("runs/first")), make_run(Path("runs/second"))]) == 0
+    runs = [make_run(Path("runs/first")), make_run(Path("runs/\x1b[2J"))]
+    assert main(["status", *runs]) == 0
     shown = capsys.readouterr().out
-    assert all(text in shown for text in ("runs/first", "runs/second", "1,200", "3.2500")), shown
+    assert all(text in shown for text in ("runs/first", r"runs/\x1b[2J", "1,200", "3.2500")), shown
     assert "…" not in shown
     assert "left out to fit the terminal: attempts, goodput" in shown
 

@@ -832,13 +832,13 @@ def test_a_list_of_many_files_is_no_name(tmp_path: Path) -> None:
 
 
 def test_sources_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a glob that names other files than meant, without a sign of it."""
+    """Catches a glob that names other files than meant, without a sign of it, and names that change the terminal."""
     for number in range(12):
-        (tmp_path / f"{number:02}.txt").write_text("\n".join(textwrap.wrap(" ".join(SENTENCES), 72)))
+        (tmp_path / f"{number:02}\x1b[2J.txt").write_text("\n".join(textwrap.wrap(" ".join(SENTENCES), 72)))
     announce_sources(find_sources(tmp_path), TextOptions())
     printed, warnings = capsys.readouterr()
     assert printed.startswith("reading 12 sources, 0.2 MB:\n")
-    assert f"  {tmp_path}/09.txt\n  … and 2 more\n" in printed
-    assert f"warning: the lines of {tmp_path}/00.txt look like parts of paragraphs" in warnings
+    assert rf"  {tmp_path}/09\x1b[2J.txt" + "\n  … and 2 more\n" in printed
+    assert rf"warning: the lines of {tmp_path}/00\x1b[2J.txt look like parts of paragraphs" in warnings
     announce_sources(find_sources(tmp_path), TextOptions(document="blank_line"))
     assert "warning" not in capsys.readouterr().err
