@@ -70,7 +70,7 @@ def read_sweep_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]],
             dict(run["values"]),
             str(run.get("state", "not done")),
             run.get("value"),
-            **_read_seeds(RunFolder(folder.path / name), metric),
+            **(_read_seeds(RunFolder(folder.path / name), metric) if run.get("value") is not None else {}),
         )
         for name, run in runs.items()
         if "values" in run and not run.get("removed")

@@ -116,13 +116,15 @@ def test_the_spread_of_several_seeds_is_shown(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_collapsed_seeds_are_counted_in_the_csv(tmp_path: Path) -> None:
-    """Catches scripts that choose a point whose seeds predict one label, and a 0 for pretraining, which has no such
-    seeds."""
-    runs = {f"lr={lr}": {"values": {"lr": str(lr)}, "state": "done", "value": 1.0 / lr} for lr in (1, 2, 3)}
-    for lr, collapsed in ((1, {"7": ["validation"]}), (2, {})):
+    """Catches scripts that choose a point whose seeds predict one label, a 0 for pretraining, which has no such seeds,
+    and for a point that failed with the seeds that were added, whose earlier results are still there."""
+    values = {1: 1.0, 2: 0.5, 3: 0.3, 4: None}
+    runs = {f"lr={lr}": {"values": {"lr": str(lr)}, "value": value} for lr, value in values.items()}
+    for lr, collapsed in ((1, {"7": ["validation"]}), (2, {}), (4, {})):
         folder = RunFolder(tmp_path / f"lr={lr}")
         folder.path.mkdir()
         folder.results.write_text(json.dumps({"collapsed": collapsed, "seeds": [7, 8, 9]}))
     write_summary(read_sweep_results(RunFolder(tmp_path), runs, "f1"), tmp_path, "f1")
     with (tmp_path / "sweep.csv").open() as file:
-        assert [(row["lr"], row["collapsed"]) for row in csv.DictReader(file)] == [("1", "1"), ("2", "0"), ("3", "")]
+        counts = {row["lr"]: row["collapsed"] for row in csv.DictReader(file)}
+    assert counts == {"1": "1", "2": "0", "3": "", "4": ""}
