@@ -16,7 +16,7 @@ from experiment.run_files.downstream import DownstreamResult
 from experiment.run_files.run_folder import RunFolder, folder_name
 from experiment.run_files.run_lock import folder_use
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, ModelConfig, TrainingConfig, check_validation
-from finetune.data.task_config import data_checksums
+from finetune.data.task_config import TaskConfig, data_checksums
 from finetune.task_kind import find_kind
 from launcher.run_sets.child_run import DONE, REJECTED, ChildRun, start, wait_for_other_process
 from launcher.run_sets.run_set import CONFIG_COPIES, check_unchanged, write_copy
@@ -57,7 +57,8 @@ class WatchedTask:
     metric: str  # the primary one
     lower_is_better: bool
     config: str  # identifies the settings and the data that the scores depend on
-    data: Mapping[str, str]  # overrides with the commits of data sets of the Hub
+    data: TaskConfig  # with absolute paths, and the commits of data sets of the Hub
+    checksums: Mapping[str, str]  # of the data, by split
     content: bytes = field(compare=False)  # of the file, which the user may edit meanwhile
 
 
@@ -82,22 +83,21 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
         if getattr(config.model, key) == ModelConfig.model_fields[key].default:
             del settings["model"][key]
     with user_errors_in(file):
-        settings["data"] = data_checksums(task)
+        settings["data"] = checksums = data_checksums(task)
     if task.kind == "multi_label" and task.validation is None:  # version 0.2.0 draws other rows
         settings["drawn"] = "by the rarest label"
     if probe:
         name = f"{name}-probe"
         del settings["training"]
     lower_is_better = task.metric in find_kind(task.kind).lower_is_better
-    digest, data = json_digest(settings), task.hub_overrides()
-    return WatchedTask(file, name, probe, task.metric, lower_is_better, digest, data, content)
+    return WatchedTask(file, name, probe, task.metric, lower_is_better, json_digest(settings), task, checksums, content)
 
 
 def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: RunFolder) -> DownstreamResult:
     """Score a complete checkpoint, which may be deleted meanwhile. weights: see `checkpoints.weights_digest`.
 
     An interrupted fine-tuning resumes. Raises ScoringError, TaskRejectedError, OSError if the checkpoint is deleted
-    before it is linked, and StoppedError if the process that scores was stopped.
+    before it is linked, StoppedError if the process that scores was stopped, and UserError if the data were changed.
     """
     start_time = time.monotonic()
     work = run.downstream / task.name / "work"
@@ -118,9 +118,18 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
     if (state := start(child)) != DONE:
         raise TaskRejectedError(state) if state == REJECTED else ScoringError(state)
     metrics, collapsed = _read_results(child.folder.results)
+    try:
+        is_changed = data_checksums(task.data) != task.checksums
+    except UserError as error:  # of the disk: it may pass
+        raise ScoringError(str(error)) from None
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # not empty: what `_remove_leftovers` keeps
         work.rmdir()
+    if is_changed:
+        raise UserError(
+            f"{task.file}: the data were changed after this watch had begun, so that the score of step {step} is not "
+            "comparable with earlier ones; restore them, or set task.name to another name"
+        )
     seconds = round(time.monotonic() - start_time, 1)
     scored = (metrics, weights, task.config, seconds, collapsed)
     return DownstreamResult(step, task.name, task.metric, task.lower_is_better, *scored)
@@ -136,7 +145,8 @@ def _remove_leftovers(work: Path, kept: Path) -> None:
 def _argv_with_copy(task: WatchedTask, folder: Path) -> tuple[str, ...]:
     """Write a copy of the task's config to `folder`, and return the command that scores the model in it."""
     config = str(write_copy(task.file, task.content, folder / CONFIG_COPIES))
-    overrides = {**_REPLACED, **task.data, "model.init_from": str(folder / "hf"), "run.dir": str(folder / "run")}
+    overrides = {**_REPLACED, **task.data.hub_overrides()}
+    overrides |= {"model.init_from": str(folder / "hf"), "run.dir": str(folder / "run")}
     if task.probe:
         return (*module_command("finetune.probe"), config, *(f"{key}={value}" for key, value in overrides.items()))
     return deepcloze_command("finetune", config, overrides)

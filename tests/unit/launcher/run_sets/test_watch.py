@@ -26,12 +26,13 @@ from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_life import Life, read_life
 from experiment.run_files.run_lock import lock_run
 from experiment.tracking.notification import Message, Service
+from finetune.kinds.classification import Config
 from launcher.cli import main
 from launcher.run_sets.watch import Announcement, Watch, describe_scores
 from launcher.run_sets.watched_task import ScoringError, TaskRejectedError, WatchedTask
 
 RESULT = DownstreamResult(100, "toy", "accuracy", False, {"accuracy": 0.9}, "weights", "config", 2.0)
-TASK = WatchedTask("toy.yaml", "toy", False, "accuracy", False, "config", {}, b"")
+TASK = WatchedTask("toy.yaml", "toy", False, "accuracy", False, "config", Config(), {}, b"")
 
 Save = Callable[..., Path]
 End = Callable[..., None]

@@ -75,7 +75,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ChildRun]:
 
     def start(run: ChildRun) -> str:
         runs.append(run)
-        run.folder.path.mkdir(parents=True)
+        run.folder.path.mkdir(parents=True, exist_ok=True)
         splits = {"validation": {"accuracy": {"mean": 0.7}}, "test": {"accuracy": {"mean": 0.1}}}
         (run.folder.path / "results.json").write_text(
             json.dumps({"splits": splits, "collapsed": {"2": ["validation"]}})
@@ -188,6 +188,25 @@ def test_the_checkpoint_may_be_deleted_while_it_is_scored(
             raise PermissionError("no hard links here")
 
         monkeypatch.setattr(os, "link", refuse)
+
+
+def test_an_edit_of_the_data_does_not_change_scores(
+    run: RunFolder, save: Save, write_task: WriteTask, started: list[ChildRun]
+) -> None:
+    """Catches scores on other rows in one curve, which the next start takes for scores on the rows of before; and a
+    disk that does not answer for a moment, taken for an edit."""
+    file, checkpoint = write_task(), save(100)
+    task, train = task_of(file), file.with_name("train.tsv")
+    rows, weights = train.read_text(), weights_digest(checkpoint)
+    train.write_text(f"{rows}low\tc\n")
+    with pytest.raises(UserError, match=r"toy\.yaml: the data were changed after this watch had begun"):
+        score_checkpoint(checkpoint, weights, task, run)
+    assert not (run.downstream / "toy" / "work").exists(), "seeds that are trained on these rows"
+    train.unlink()
+    with pytest.raises(ScoringError, match="cannot read"):
+        score_checkpoint(checkpoint, weights, task, run)
+    train.write_text(rows)
+    assert score_checkpoint(checkpoint, weights, task, run).step == 100
 
 
 def test_a_damaged_checkpoint_is_not_scored(
