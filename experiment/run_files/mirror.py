@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from experiment.run_files.checkpoints import (
     verify,
     verify_name,
 )
+from experiment.run_files.downstream import drop_results
+from experiment.run_files.fillings import drop_fillings
 from experiment.run_files.provenance import parse_provenance, read_provenance
 from experiment.run_files.retention import Retention, abandon, discard
 from experiment.run_files.run_folder import RunFolder
@@ -178,7 +181,8 @@ class Mirror:
         """Copy the run to a folder: the newest undamaged checkpoint, the best one, and the run's files.
 
         is_ahead: the folder is behind, see `check_owner`: its files are replaced, and only checkpoints of later steps
-        than its own are copied; with them, its own are deleted that differ from those of the same steps in the mirror.
+        than its own are copied; with them, its own are deleted that differ from those of the same steps in the mirror,
+        and the scores of all steps that were trained again.
         Else it has no checkpoints, and its files stay.
 
         An interrupted copy is repeated. Raises UserError if all are damaged, and OSError.
@@ -216,6 +220,8 @@ class Mirror:
         copied = [folder.checkpoints / name for name in copies]
         for path in stale:
             abandon(path)
+        if is_ahead and copies and provenance is not None:
+            _drop_scores(folder, parse_provenance(provenance, self.url)["attempts"])
         # If this is interrupted, it is repeated in a folder that had checkpoints until it has the newest one. An empty
         # folder resumes from what it has, which must be the newest.
         for path in (*named, *reversed(copied)) if own else (*copied, *named):
@@ -315,6 +321,14 @@ def _replace(checkpoint: Path, copied: Path) -> None:
     if checkpoint.exists():
         discard(checkpoint)
     copied.rename(checkpoint)
+
+
+def _drop_scores(folder: RunFolder, attempts: Sequence[Mapping[str, Any]]) -> None:
+    """Delete the scores of steps that the attempts in another folder have trained again. attempts: all of the run."""
+    own = (read_provenance(folder) or {"attempts": []})["attempts"][: len(attempts)]
+    if begun := [attempt.get("step", 0) for attempt, ours in zip_longest(attempts, own) if attempt != ours]:
+        drop_results(folder, min(begun))
+        drop_fillings(folder, min(begun))
 
 
 def _run_files(folder: RunFolder) -> tuple[Path, ...]:

@@ -22,6 +22,8 @@ from experiment.run_files.checkpoints import (
     mark_complete,
     write_best,
 )
+from experiment.run_files.downstream import DownstreamResult, read_results, write_result
+from experiment.run_files.fillings import CheckpointFillings, add_fillings, read_fillings
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.provenance import read_provenance, write_provenance
 from experiment.run_files.run_folder import RunFolder
@@ -85,7 +87,7 @@ def save(folder: RunFolder, step: int) -> Path:
 
 def train(folder: RunFolder, mirror: Mirror, host: str, *steps: int) -> None:
     """Add an attempt to a run, whose checkpoints of these steps are copied to the mirror."""
-    write_provenance(folder, {"host": host})
+    write_provenance(folder, {"host": host, "step": steps_in(folder)[-1]})
     folder.metrics.write_text(f"until {steps}")
     mirror.upload_run_files(folder)
     for step in steps:
@@ -128,7 +130,8 @@ def test_a_folder_that_is_behind_the_mirror_takes_over_its_newer_checkpoints(
     mirror: Mirror, tmp_path: Path, has_checkpoints: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a host that returns with its old disk and deletes what another host has trained since; and one that
-    starts over, or that deletes what it has saved last."""
+    starts over, that deletes what it has saved last, or that shows the scores of what it had trained for those of what
+    the other one has."""
     first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
     save(first, 2)  # not copied before the host was lost
     if not has_checkpoints:
@@ -136,7 +139,11 @@ def test_a_folder_that_is_behind_the_mirror_takes_over_its_newer_checkpoints(
     restore(second, mirror)
     train(second, mirror, "b")
     write_provenance(first, {"host": "a"})  # lost before it has saved anything
+    for step in (1, 2, 3):
+        write_result(first, DownstreamResult(step, "toy", "accuracy", False, {"accuracy": 0.5}, "w", "c", 1.0))
+        add_fillings(first, CheckpointFillings(step, "w", ()))
     restore(first, mirror)
+    assert [result.step for result in read_results(first)] == ([1, 2, 3] if has_checkpoints else [1])
     assert steps_in(first) == ([1, 2] if has_checkpoints else [1])
     assert read_provenance(first) == mirror.provenance()
     train(second, mirror, "b", 5, 7)
@@ -146,6 +153,7 @@ def test_a_folder_that_is_behind_the_mirror_takes_over_its_newer_checkpoints(
     assert steps_in(first) == ([1, 2, 5, 7] if has_checkpoints else [1, 5, 7])
     assert (first.checkpoints / "best").read_text() == "step-00000005\n"
     assert first.metrics.read_text() == "until (5, 7)"
+    assert [result.step for result in read_results(first)] == [found.step for found in read_fillings(first)] == [1]
     assert read_provenance(first) == mirror.provenance()
     assert f"the run in {mirror.url} was continued in another folder: copying its newer checkpoints" in caplog.text
     train(first, mirror, "a", 9)
