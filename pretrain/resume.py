@@ -5,6 +5,7 @@ and `run.resume` may be deleted once it is there.
 """
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ from experiment.run_files.checkpoints import (
 from experiment.run_files.provenance import forked_from, read_origin, read_provenance
 from experiment.run_files.run_folder import RunFolder, check_run_folder
 from experiment.storage import is_url
+from experiment.tracking.config import RUN_SET
 from pretrain.config import ModelConfig, RunConfig
 from pretrain.run_identity import check_fork, check_resume, describe_changes, keeps_stream, shown
 from pretrain.training_progress import progress_from_json
@@ -36,6 +38,9 @@ log = logging.getLogger(__name__)
 
 # Keys of lengths that count from step 0, in a fork too.
 _FROM_STEP_0 = ("model.freeze_steps", "schedule.warmup_steps", "schedule.batch_warmup_steps")
+
+# Keys that a run of a sweep or comparison may not change when it resumes: its results would be those of two configs.
+_OF_SET = ("optimizer.", "schedule.", "evaluation.")
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,13 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
         changed = check_fork(before, identity, where)
     else:
         changed = check_resume(before, identity, where, f" ({state['config']['corpus']['train']})")
+        edited, mirror = [key for key in changed if key.startswith(_OF_SET)], identity["checkpoint.mirror"]
+        if edited and mirror is not None and RUN_SET in os.environ:
+            old, new = map(shown, changed[edited[0]])
+            raise UserError(
+                f"{where} was trained with another {edited[0]}: {old}, now {new}. To train this run again, remove its "
+                f"folder, and {mirror} too or set another checkpoint.mirror: a new folder resumes from the mirror"
+            )
     for key in _FROM_STEP_0 if point.fork else ():
         ends_freeze = key == "model.freeze_steps" and key in changed and identity[key] < changed[key][0]
         if key in changed and 0 < identity[key] <= step and not ends_freeze:

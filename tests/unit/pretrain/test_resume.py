@@ -79,6 +79,19 @@ def plan(run: Path, resume: str, mirror: str | None = None, **changes: Any) -> R
     return plan_resume(candidates.choose(verify), identity(**changes))
 
 
+def test_a_run_of_a_set_resumes_from_its_mirror_with_its_config_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a point of a sweep that was removed to train it with an edited config, and has the results of the old one
+    from its mirror."""
+    run, mirrored = make_run(tmp_path / "run", (4,)), {"checkpoint__mirror": "s3://bucket/sweep/run"}
+    assert plan(run, "auto", **mirrored, optimizer__lr=2e-4).resumes
+    monkeypatch.setenv("DEEPCLOZE_RUN_SET", "1")
+    assert plan(run, "auto", **mirrored, batch__microbatch_tokens=256).resumes
+    with pytest.raises(UserError, match=r"was trained with another optimizer\.lr: .* and s3://bucket/sweep/run too"):
+        plan(run, "auto", **mirrored, optimizer__lr=2e-4)
+
+
 @pytest.mark.parametrize(("number", "expected"), [(errno.EIO, HostError), (errno.EACCES, UserError)])
 def test_checkpoints_that_cannot_be_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[UserError]
