@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from experiment.errors import UserError, warn_once
-from experiment.files import created_parents, is_unicode, names_in, read_json
+from experiment.errors import UserError
+from experiment.files import created_parents, names_in, read_json
 
 RunKind = Literal["pretraining run", "fine-tuning run"]
 
@@ -147,17 +147,7 @@ def runs_in(folder: str | Path) -> list[Path]:
     open_folder(folder)
     if found := _runs_in(Path(folder)):
         return found
-    return [run for child in folders_in(Path(folder)) for run in _runs_in(child)]
-
-
-def folders_in(folder: Path) -> list[Path]:
-    """Return the folders in a folder, in order. Those whose name is not UTF-8, which no page and not every terminal can
-    show, are left out with a warning."""
-    found = sorted(path for path in folder.iterdir() if path.is_dir())
-    for path in found:
-        if not is_unicode(path.name):
-            warn_once(f"{os.fsencode(path.absolute())!r} is left out: its name is not UTF-8; rename it")
-    return [path for path in found if is_unicode(path.name)]
+    return [run for child in sorted(Path(folder).iterdir()) if child.is_dir() for run in _runs_in(child)]
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from experiment.results.report.pages import run_blocks, run_page, set_page
 from experiment.results.report.run import OpenRuns, Run, last_start
 from experiment.results.report.several_runs import overlay_blocks
 from experiment.results.report.tasks import read_task_results
-from experiment.run_files.run_folder import RunFolder, folders_in, is_run, planned_folders, runs_in
+from experiment.run_files.run_folder import RunFolder, is_run, planned_folders, runs_in
 from experiment.run_files.run_life import Life, read_life
 
 _LOCATE_WAIT = 0.2  # seconds of the wait for runs until it is known which ones are the newest
@@ -265,7 +265,7 @@ class FollowedPages:
                 return run_page(run, run_blocks(run))
         runs = {self._name(path): RunFolder(path) for each in folders for path in runs_in(each.path)}
         blocks: list[Block] = []
-        if sets := [path for each in folders for path in folders_in(each.path) if planned_folders(path)]:
+        if sets := [path for each in folders for path in sorted(each.path.iterdir()) if planned_folders(path)]:
             links = [(self._name(path), self._link(RunFolder(path), is_first)) for path in sets]
             blocks.append(Links("Sweeps and comparisons", links))
         blocks += overlay_blocks(open_runs(runs)) if runs else [Text("There are no runs yet.")]

@@ -2,7 +2,6 @@ import errno
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -112,25 +111,6 @@ def test_folders_that_are_no_runs_are_skipped(tmp_path: Path, capsys: pytest.Cap
     assert [status["run"] for status in json.loads(capsys.readouterr().out)] == [run]
     assert main(["status", report, report]) == 2
     assert "report is not a run folder" in capsys.readouterr().err
-
-
-def test_a_run_whose_name_is_not_utf8_is_skipped(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Catches a traceback of `status` and `report` for a folder with a run from a machine with other names, and a
-    warning that is repeated."""
-    run = make_run(tmp_path / "a")
-    shutil.copytree(run, tmp_path / os.fsdecode(b"l\xe4uft"))
-    monkeypatch.chdir(tmp_path)
-    assert main(["status", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith(f"{run}\n  state")
-    assert main(["report", "."]) == 0
-    assert "<h1>1 run</h1>" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    name = os.fsencode(tmp_path) + b"/l\xe4uft"
-    assert caplog.messages == [f"{name!r} is left out: its name is not UTF-8; rename it"]
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
