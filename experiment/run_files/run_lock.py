@@ -160,8 +160,7 @@ def folder_use(folder: RunFolder, times: LockTimes = _TIMES) -> FolderUse:
         return FolderUse(is_locked(folder), host)
     renewed = _renewed(folder.owner)
     alive = _is_renewed(folder, renewed, times.observe, times)
-    if alive and (new := _owner(folder.owner)):  # another process may have taken the folder over meanwhile
-        host = str(new["host"])
+    host = str((_owner(folder.owner) or owner)["host"])  # another process may have taken the folder over meanwhile
     return FolderUse(alive, host, 0.0 if alive is not None else max(0.0, time.time() - (renewed or 0) / 1e9))
 
 
