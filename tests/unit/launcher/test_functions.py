@@ -419,7 +419,7 @@ def test_the_state_of_torch_is_the_callers(function: str, monkeypatch: pytest.Mo
     monkeypatch.setattr("finetune.resolve.load_run_config", lambda *_: None)
     seeds: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)  # a test process may be one, of torch for CUDA
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)  # True in a fork after a look for GPUs
     seed, before = torch.initial_seed(), torch.get_rng_state()
     with torch.inference_mode():
         if function == "finetune.run.run":

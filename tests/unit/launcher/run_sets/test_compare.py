@@ -594,7 +594,7 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
 ) -> None:
     """Catches a comparison of the overfitted model that early stopping leaves, one of models that pool differently, a
     sweep over the pooling that is refused after the pretraining, and warnings that only the run prints. Also a row of
-    version 0.2.0, whose tasks began with the newest checkpoint, that is refused or continues from the best one."""
+    version 0.2.0, whose tasks began with the newest checkpoint, that continues from the best one."""
     pretraining = {
         "run": {"dir": "replaced"},
         "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(wordpiece_corpus)}},
