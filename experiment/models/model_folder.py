@@ -81,6 +81,9 @@ def load_weights(
     if not has_weights(folder):
         found = ", found an ONNX model, which cannot be trained" if any(folder.glob("*.onnx")) else ""
         raise UserError(f"{folder} has no weights: expected *.safetensors or pytorch_model*.bin{found}")
+    if config.model_type in ("deberta", "deberta-v2") and not config.legacy:
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = False  # transformers before 5.20 would tie a weight that the head does not have
     with quiet_transformers():
         try:
             model, report = auto_model.from_pretrained(
