@@ -7,6 +7,7 @@ network, and for a full disk. They retry transient errors.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -77,15 +78,24 @@ def download_model(
         card: whether to download its card and license too.
     """
     from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     pinned = resolve_commit(name)
+
+    def fetch(weights: Sequence[str]) -> Path:
+        try:
+            return _snapshot(pinned, weights, modules, tqdm_class=_bar(on_progress))
+        except Exception:  # before 2.2, huggingface_hub does not look for what is cached of a commit
+            with suppress(LocalEntryNotFoundError):
+                return _snapshot(pinned, weights, modules, local_files_only=True)
+            raise
 
     def download(weights: Sequence[str]) -> Path:
         if (folder := _cached(pinned, weights, modules)) is not None:
             return folder
         if not constants.is_offline_mode():
             inform(f"downloading {pinned} from the Hugging Face Hub")
-        folder = call_hub(name, "model", lambda: _snapshot(pinned, weights, modules, tqdm_class=_bar(on_progress)))
+        folder = call_hub(name, "model", lambda: fetch(weights))
         # Without the list of a commit's files, `snapshot_download` returns what other programs have cached of it.
         if modules and not (folder / "1_Pooling").is_dir() and _cached(pinned, weights, modules) is None:
             raise UserError(
