@@ -19,6 +19,7 @@ from experiment.local_server import bind
 from experiment.results.report import page_server
 from experiment.results.report.followed_pages import FollowedPages
 from experiment.results.report.page_server import PageServer
+from experiment.run_files.metrics_file import read_events
 from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from runs import soak
@@ -200,17 +201,18 @@ def url_of_many(many: Path) -> Iterator[str]:
 
 
 def test_fifty_runs(driver: Any, url_of_many: str, many: Path) -> None:
-    """Catches a first picture without runs or curves, one that takes much longer than to parse the logs, and an update
-    that sends everything."""
+    """Catches a first picture without runs or curves, one that takes much longer than to parse the logs twice, and an
+    update that sends everything."""
     start = time.process_time()
     for path in many.glob("*/metrics.jsonl"):
+        read_events(path)  # the speeds of the two parsers differ by version
         for line in path.read_text().splitlines():
             json.loads(line)
     parsed = time.process_time()
     view = View(driver, url_of_many)
     shown = time.process_time()
     print(f"{parsed - start:.2f} s of the processor to parse, {shown - parsed:.2f} s until the page is shown")
-    assert shown - parsed < 3 * (parsed - start), "a limit in seconds would fail on a slow machine"
+    assert shown - parsed < 2 * (parsed - start), "a limit in seconds would fail on a slow machine"
     assert len(names(view)) == 50
     assert lines(view) == 2 * 21, "with their averages"
     assert "50 runs, 21 in the charts" in view.texts(".filter span")
