@@ -119,8 +119,9 @@ def _distributions() -> list[tuple[str, importlib.metadata.Distribution]]:
     """Return (normalized name, distribution), sorted by name. If a name is installed twice, the first one counts."""
     found: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions():
-        if name := distribution.metadata["Name"]:
-            found.setdefault(_normalized(name), distribution)
+        metadata = distribution.metadata
+        if "Name" in metadata:  # not if half uninstalled
+            found.setdefault(_normalized(metadata["Name"]), distribution)
     return sorted(found.items())
 
 

@@ -140,6 +140,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.filterwarnings("error")
 def test_read_installed_packages(installed: Path) -> None:
     """Catches tests and licenses among the documents, duplicate texts, and an unstable order."""
     docs = list(read_python_docs())
