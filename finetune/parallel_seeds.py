@@ -7,6 +7,7 @@ the reason of a failure: the disk of its log may be the reason.
 """
 
 import gc
+import logging
 import math
 import os
 import signal
@@ -22,7 +23,15 @@ from pathlib import Path
 
 import torch
 
-from experiment.errors import StoppedError, UserError, describe_lack_of_memory, inform, notify, stopped_by_disk_errors
+from experiment.errors import (
+    StoppedError,
+    UserError,
+    describe_lack_of_memory,
+    first_line,
+    inform,
+    notify,
+    stopped_by_disk_errors,
+)
 from experiment.process.hardware import prepare_process
 from experiment.process.own_process import module_command, own_environment
 from experiment.process.signals import handle_stop_signals, interrupt, uninterrupted
@@ -224,16 +233,13 @@ def main(argv: Sequence[str]) -> int:
             train_seed(seed, run, log)
     except UserError as error:
         return _end(Outcome.REFUSED, str(error))
-    except DivergedError as error:
-        return _end(Outcome.FAILED, str(error))
     except (StoppedError, KeyboardInterrupt) as stopped:
         return _end(Outcome.STOPPED, str(stopped) or "stopped")
     except Exception as error:
-        message = describe_lack_of_memory(error)
-        code = _end(Outcome.FAILED, message or f"{type(error).__name__}: {error}")
+        message = str(error) if isinstance(error, DivergedError) else describe_lack_of_memory(error)
         if message is None:
-            raise
-        return code
+            logging.getLogger(__name__).exception("this seed failed")
+        return _end(Outcome.FAILED, message or f"{type(error).__name__}: {first_line(error)}")
     return 0
 
 
@@ -249,5 +255,4 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     with suppress(OSError):  # the disk of the log may have failed
         sys.stdout.flush()
-        sys.stderr.flush()
     os._exit(code)  # a normal exit takes a second to clean up imported modules

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -124,47 +125,49 @@ def test_a_seed_that_fails_ends_the_command(config_file: Path, tmp_path: Path, p
     assert not children_with(tmp_path / "run")
 
 
-def test_a_lack_of_gpu_memory_has_a_message(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback in the log of the seed, and a command that gives no advice."""
-    code = """
+@pytest.mark.parametrize(
+    ("error", "reason", "has_traceback"),
+    [
+        ("OutOfMemoryError('CUDA out of memory. Tried')", r"memory ran out; .* see nvidia-smi \(CUDA out .*\)", False),
+        ("AcceleratorError('launch failed\\nFor debugging')", "AcceleratorError: launch failed", True),
+    ],
+)
+def test_an_unexpected_error_of_a_seed(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, reason: str, has_traceback: bool
+) -> None:
+    """Catches a traceback for a lack of memory, a command that gives no advice, and a bug that aborts the process or
+    has a reason of many lines."""
+    code = f"""
 import torch, finetune.seed_run
-def train_seed(*_): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def train_seed(*_): raise torch.{error}
 finetune.seed_run.train_seed = train_seed
 """
     for name, value in patched(tmp_path, EMPTY_FIGURES + code).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(
-        SystemExit, match=r"seed [12] failed \(exit code 1\): memory ran out; .* see nvidia-smi \(CUDA out "
-    ):
+    with pytest.raises(SystemExit, match=rf"seed [12] failed \(exit code 1\): {reason}; see ") as caught:
         run_here(config_file, **{**FLAGS, "training.seeds": "[1, 2]", "training.parallel_seeds": "2"})
-    logs = [path.read_text() for path in (tmp_path / "run" / "logs").glob("seed-*.log")]
-    assert logs
-    assert "Traceback" not in "".join(logs)
+    log = Path(str(caught.value).rpartition("; see ")[2]).read_text()
+    assert re.search(f"\ndeepcloze: {reason}$", log.rstrip())
+    assert ("Traceback" in log) == has_traceback
 
 
-@pytest.mark.parametrize(("error", "code"), [("EROFS", 2), ("ESTALE", 75)])
 def test_a_reason_that_its_log_cannot_take(
-    config_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    error: str,
-    code: int,
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Catches the last line of the log as the reason, if the disk of the run folder fails: advice on the learning rate
     for a disk that is read-only."""
-    patch = f"""
+    patch = """
 import errno, os, finetune.seed_run
 def train_seed(*_):
     print("part of a line", end="")
     os.write(2, b"deepcloze: seed 1 has collapsed\\n")
     for stream in (1, 2): os.dup2(os.open("/dev/full", os.O_WRONLY), stream)
-    raise OSError(errno.{error}, "", "/runs/a/state.pt")
+    raise OSError(errno.EROFS, "", "/runs/a/state.pt")
 finetune.seed_run.train_seed = train_seed
 """
     for name, value in patched(tmp_path, EMPTY_FIGURES + patch).items():
         monkeypatch.setenv(name, value)
-    assert run_here(config_file, **{**FLAGS, "training.seeds": "[1, 2]", "training.parallel_seeds": "2"}) == code
+    assert run_here(config_file, **{**FLAGS, "training.seeds": "[1, 2]", "training.parallel_seeds": "2"}) == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("deepcloze: /runs/a/state.pt: ")
 
 
