@@ -108,11 +108,9 @@ def read_result(
     if reported is None:
         if killer in STOP_SIGNALS:  # ranks catch them when they begin, after their imports
             return STOPPED_EARLY
-        # Python and shells exit with 2 too, if they cannot start a rank.
-        refused = exit_code == Outcome.REFUSED.exit_code and has_begun(folder)
-        if refused or exit_code == Outcome.STOPPED.exit_code:
+        if exit_code == Outcome.STOPPED.exit_code:
             message = f"the ranks ended, and could not write why to {folder.logs}; their output has the reason"
-            return LaunchResult(Outcome.REFUSED if refused else Outcome.STOPPED, message, Cause.AGREED)
+            return LaunchResult(Outcome.STOPPED, message, Cause.AGREED)
         message = _failure_message(folder, ending or f"exit code {exit_code}", earlier, suspects)
         return LaunchResult(Outcome.FAILED, message, cause)
     outcome, message, reported_cause = reported

@@ -119,14 +119,14 @@ def test_the_exit_code_of_ssh_is_no_signal(folder: RunFolder) -> None:
     assert message(folder, 255, remote=True) == f"{lost}; node-0, rank 0: lost its peer"
 
 
-@pytest.mark.parametrize(("exit_code", "outcome"), [(75, Outcome.STOPPED), (2, Outcome.REFUSED)])
-def test_ranks_that_cannot_record_their_outcome(folder: RunFolder, exit_code: int, outcome: Outcome) -> None:
-    """Catches 'stopped before the first step' after the last step, exit code 1 for a file that cannot be written, and
-    restarts on a disk that has failed."""
+def test_ranks_that_cannot_record_their_outcome(folder: RunFolder) -> None:
+    """Catches 'stopped before the first step' after the last step, restarts on a disk that has failed, and exit code 2
+    without a message, of which the launcher expects that rank 0 has printed it."""
     record(folder, 0, None)
-    result = result_of(folder, exit_code)
-    assert (result.outcome, result.cause) == (outcome, Cause.AGREED)
+    result = result_of(folder, 75)
+    assert (result.outcome, result.cause) == (Outcome.STOPPED, Cause.AGREED)
     assert f"could not write why to {folder.logs}" in result.message
+    assert result_of(folder, 2).outcome is Outcome.FAILED
     assert decide([Attempt(result, 0.0, saved=False)], 5, can_halve=True) == End()
 
 
