@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from pathlib import Path
 from tempfile import gettempdir
 
 from experiment.formatting import shorten
@@ -136,9 +135,8 @@ def end_line() -> None:
             print(file=sys.stderr, flush=True)
 
 
-def describe_disk_error(error: BaseException, folder: Path | None = None) -> str | None:
-    """Return the error of a disk, with the file, or else the folder, if it is known; None for an error of another
-    kind."""
+def describe_disk_error(error: BaseException) -> str | None:
+    """Return the error of a disk, with the file if it is known; None for an error of another kind."""
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):  # of tempfile
         return "no folder for temporary files can be written, such as /tmp; set TMPDIR to one"
     if isinstance(error, OSError) and str(error) == "AF_UNIX path too long":  # of multiprocessing, which adds 32 bytes
@@ -147,7 +145,7 @@ def describe_disk_error(error: BaseException, folder: Path | None = None) -> str
         return None
     log.debug("the disk refused:", exc_info=error)
     reason = _FULL.get(number) or os.strerror(number)
-    file = getattr(error, "filename2", None) or getattr(error, "filename", None) or folder  # of a rename: its target
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a rename: its target
     return f"{file}: {reason}" if file else reason
 
 
@@ -169,18 +167,16 @@ def readable_disk_errors(where: str = "", advice: str = "", writes: bool = False
 
 
 @contextmanager
-def stopped_by_disk_errors(where: str = "", folder: Path | None = None) -> Iterator[None]:
+def stopped_by_disk_errors(where: str) -> Iterator[None]:
     """Raise StoppedError in place of an error of the disk that may pass, such as a full one: the same command resumes.
-    UserError in place of the others: it would fail again. folder: named if an error, as of safetensors, names no file.
-    """
-    try:
-        yield
-    except Exception as error:
-        if (line := describe_disk_error(error, folder)) is None:
+    UserError in place of the others: it would fail again. `where` goes before the message."""
+    with readable_disk_errors(where):
+        try:
+            yield
+        except Exception as error:
+            if may_pass(error):
+                raise StoppedError(f"{where}{describe_disk_error(error)}; the same command resumes") from None
             raise
-        if may_pass(error):
-            raise StoppedError(f"{where}{line}; the same command resumes") from None
-        raise UserError(f"{where}{line}") from None
 
 
 def may_pass(error: BaseException) -> bool:

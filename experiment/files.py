@@ -237,7 +237,8 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_json(path: Path) -> Any:
     """Return the value of a JSON file. Raises OSError, and ValueError as `parse_json`."""
-    return parse_json(path.read_text(encoding="utf-8"))
+    with named_errors(path):
+        return parse_json(path.read_text(encoding="utf-8"))
 
 
 def parse_record(kind: type[T], text: str | bytes) -> T:
@@ -291,10 +292,10 @@ def fsync(*paths: Path) -> None:
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            with named_errors(path):
-                sync(descriptor)
+            sync(descriptor)
         except OSError as error:  # some network file systems cannot sync a folder
             if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+                error.filename = str(path)
                 raise
         finally:
             os.close(descriptor)

@@ -214,12 +214,11 @@ def _stop_with_parent() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Train one seed. Returns an exit code."""
-    config, seed = argv[0], int(argv[1])
-    folder = RunFolder(Path(config).parent)
+    config, seed = Path(argv[0]), int(argv[1])
     prepare_process()
     try:
-        with handle_stop_signals(interrupt), stopped_by_disk_errors(folder=folder.path):
-            lock_until_exit(folder)  # the next command waits, if its parent was killed
+        with handle_stop_signals(interrupt), stopped_by_disk_errors(f"run.dir {config.parent}: "):
+            lock_until_exit(RunFolder(config.parent))  # the next command waits, if its parent was killed
             threading.Thread(target=_stop_with_parent, daemon=True).start()
             run = resolve(load_run_config(config))
             state, events = state_file(seed, run), _events_file(seed, run.folder)

@@ -177,7 +177,7 @@ def _closed_at_the_end(tracker: Tracker, folder: RunFolder) -> Iterator[None]:
     """Close the tracker with the run's outcome. Raises StoppedError in place of disk errors that may pass."""
     outcome = Outcome.FAILED
     try:
-        with stopped_by_disk_errors(folder=folder.path):
+        with stopped_by_disk_errors(f"run.dir {folder.path}: "):
             yield
         outcome = Outcome.DONE
     except (KeyboardInterrupt, StoppedError):

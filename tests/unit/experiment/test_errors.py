@@ -104,13 +104,6 @@ def test_only_an_error_that_may_pass_can_be_resumed(number: int, expected: type[
         raise OSError(number, "", "/runs/a")
 
 
-def test_the_folder_of_an_error_without_a_file_is_named() -> None:
-    """Catches 'disk full' that does not tell which disk."""
-    for error, expected in ((RUST, "^/runs: disk full; the same command"), (FULL, "^/runs/a/config.yaml: disk full; ")):
-        with pytest.raises(StoppedError, match=expected), stopped_by_disk_errors(folder=Path("/runs")):
-            raise error
-
-
 def test_the_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Catches a bug that looks like an error of the disk, and leaves no trace of where it is."""
     with caplog.at_level(logging.DEBUG), pytest.raises(UserError), readable_disk_errors():

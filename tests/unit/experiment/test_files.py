@@ -17,6 +17,7 @@ from experiment.files import (
     created_parents,
     fsync_tree,
     read_items,
+    read_json,
     removed_on_error,
     sha256,
     temporary_folder,
@@ -101,9 +102,9 @@ def test_digests_are_the_published_ones(tmp_path: Path) -> None:
     path.write_bytes(content)
     assert sha256(path) == hashlib.sha256(content).hexdigest()
     assert checksum(path) == xxhash.xxh3_128_hexdigest(content)
-    for digest in (sha256, checksum):
+    for read in (sha256, checksum, read_json):
         with pytest.raises(OSError, match="Input/output error: '/proc/self/mem'"):  # of read, which knows no name
-            digest(Path("/proc/self/mem"))
+            read(Path("/proc/self/mem"))
 
 
 def test_items_have_the_numbers_of_their_lines(tmp_path: Path) -> None:

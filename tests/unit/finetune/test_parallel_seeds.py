@@ -168,7 +168,9 @@ finetune.seed_run.train_seed = train_seed
     for name, value in patched(tmp_path, EMPTY_FIGURES + patch).items():
         monkeypatch.setenv(name, value)
     assert run_here(config_file, **{**FLAGS, "training.seeds": "[1, 2]", "training.parallel_seeds": "2"}) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("deepcloze: /runs/a/state.pt: ")
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"deepcloze: run.dir {tmp_path}/run: /runs/a/state.pt: Read-only file system"
+    )
 
 
 def test_a_seed_that_outlives_its_command_is_waited_for(config_file: Path, tmp_path: Path) -> None:

@@ -540,7 +540,7 @@ def test_a_full_disk_keeps_finished_seeds_only(
     small_disk.fill(leave=pages * 4096)
     assert main(command) == code
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith(f"deepcloze: {run}")
+    assert str(run) in error.splitlines()[-1]
     assert "disk full" in error.splitlines()[-1]
     assert "Traceback" not in error
     assert {path.name for path in run.glob("*seed-*/*")} <= {"state.pt"}
@@ -575,7 +575,7 @@ def test_a_disk_that_is_full_at_an_evaluation(
     command = ["finetune", "--config", str(config_file), f"--run.dir={run}", "--training.seeds=[1]"]
     assert main(command) == 75
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("deepcloze: ")]
-    assert line == f"deepcloze: {run}/.seed-1/state.pt: disk full; the same command resumes"
+    assert line == f"deepcloze: run.dir {run}: {run}/.seed-1/state.pt: disk full; the same command resumes"
     assert list(run.glob(".seed-1/*")) == []
     monkeypatch.undo()
     small_disk.free()
