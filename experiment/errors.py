@@ -25,7 +25,7 @@ _MAY_PASS = {*_FULL, *_OF_NETWORKS, errno.EIO, errno.ESTALE}
 _OF_DISKS_ONLY = {*_MAY_PASS - _OF_NETWORKS, errno.EFBIG, errno.ENOLCK, errno.EROFS}
 _REFUSALS = {
     *(*_MAY_PASS, *_OF_DISKS_ONLY, errno.EACCES, errno.EBUSY, errno.EEXIST),
-    *(errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM),
+    *(errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM),
 }
 # torch's allocator on a CPU; oneDNN, which gives no reason; its mapping of files; CUDA and Triton; cuBLAS; NCCL.
 _OUT_OF_MEMORY = re.compile(

@@ -33,6 +33,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/config.yaml")
         (OSError(errno.EDQUOT, "", "/home/x"), "/home/x: disk full (quota exceeded)"),
         (PermissionError(errno.EACCES, "", "/runs/a"), "/runs/a: Permission denied"),
         (OSError(errno.EROFS, "", "/runs/a"), "/runs/a: Read-only file system"),
+        (OSError(errno.ENOTEMPTY, "of NFS, with an open file", "/runs/a"), "/runs/a: Directory not empty"),
         (TimeoutError(errno.ETIMEDOUT, "", "/nfs/a"), "/nfs/a: Connection timed out"),
         (TimeoutError(errno.ETIMEDOUT, "of a socket"), None),
         (OSError(errno.ENOLCK, "of flock(2), which knows no name"), "No locks available"),
