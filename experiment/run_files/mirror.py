@@ -31,10 +31,8 @@ from experiment.run_files.checkpoints import (
     verify,
     verify_name,
 )
-from experiment.run_files.downstream import drop_results
-from experiment.run_files.fillings import drop_fillings
 from experiment.run_files.provenance import parse_provenance, read_provenance
-from experiment.run_files.retention import Retention, abandon, discard
+from experiment.run_files.retention import Retention, abandon, discard, drop_scores
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import (
     DamagedError,
@@ -327,8 +325,7 @@ def _drop_scores(folder: RunFolder, attempts: Sequence[Mapping[str, Any]]) -> No
     """Delete the scores of steps that the attempts in another folder have trained again. attempts: all of the run."""
     own = (read_provenance(folder) or {"attempts": []})["attempts"][: len(attempts)]
     if begun := [attempt.get("step", 0) for attempt, ours in zip_longest(attempts, own) if attempt != ours]:
-        drop_results(folder, min(begun))
-        drop_fillings(folder, min(begun))
+        drop_scores(folder, min(begun))
 
 
 def _run_files(folder: RunFolder) -> tuple[Path, ...]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.run_files.checkpoints import BEST, checkpoint_step, complete_checkpoints, named_best
+from experiment.run_files.downstream import drop_results
+from experiment.run_files.fillings import drop_fillings
+from experiment.run_files.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,15 @@ def abandon(checkpoint: Path) -> None:
     if named_best(checkpoint.parent) == checkpoint:
         (checkpoint.parent / BEST).unlink()
     discard(checkpoint)
+
+
+def drop_scores(folder: RunFolder, last_step: int) -> None:
+    """Delete the scores of abandoned checkpoints, those of steps after `last_step`. Warns if they cannot be deleted."""
+    try:
+        drop_results(folder, last_step)
+        drop_fillings(folder, last_step)
+    except OSError as error:
+        log.warning("cannot delete the scores of abandoned checkpoints: %s", error)
 
 
 def discard(checkpoint: Path) -> None:

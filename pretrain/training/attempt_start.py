@@ -9,8 +9,6 @@ from typing import Any
 from experiment.config import dump_config
 from experiment.files import write_text
 from experiment.formatting import counted, format_epochs
-from experiment.run_files.downstream import drop_results
-from experiment.run_files.fillings import drop_fillings
 from experiment.run_files.goodput import ActivityTimer
 from experiment.run_files.provenance import (
     ancestors_of,
@@ -19,6 +17,7 @@ from experiment.run_files.provenance import (
     wandb_id,
     write_provenance,
 )
+from experiment.run_files.retention import drop_scores
 from experiment.tracking.tracker import TrackedRun, Trackers, open_trackers
 from pretrain.config import CHANGE_ROUNDING_ONLY
 from pretrain.resolve import ResolvedRun
@@ -72,11 +71,7 @@ def open_run_tracker(
     for warning in run.config.warnings(total_steps):
         log.warning(warning)
     resumed_step = step if run.resume_plan.resumes else -1
-    try:
-        drop_results(run.folder, resumed_step)
-        drop_fillings(run.folder, resumed_step)
-    except OSError as error:
-        log.warning("cannot delete the scores of abandoned checkpoints: %s", error)
+    drop_scores(run.folder, resumed_step)
     tracked = TrackedRun(
         wandb_id=wandb_id(provenance),
         parameters=run.config.model_dump(mode="json"),

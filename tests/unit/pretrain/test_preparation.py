@@ -262,6 +262,19 @@ def test_an_interrupted_copy_of_newer_checkpoints_is_repeated(
     assert first.metrics.read_text() == "until (5,)"
 
 
+def test_a_score_that_cannot_be_deleted_keeps_no_run_from_starting(
+    mirror: Mirror, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a run that is refused at each start because of a file of another user, in a folder behind its mirror."""
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    restore(second, mirror)
+    train(second, mirror, "b", 5)
+    (first.downstream / "toy" / "step-00000003.json").mkdir(parents=True)  # a folder: root may delete any file
+    restore(first, mirror)
+    assert steps_in(first) == [1, 5]
+    assert "cannot delete the scores of abandoned checkpoints" in caplog.text
+
+
 @pytest.mark.parametrize("is_empty", [False, True])
 def test_a_copy_that_is_interrupted_between_two_checkpoints(
     mirror: Mirror, tmp_path: Path, is_empty: bool, monkeypatch: pytest.MonkeyPatch
