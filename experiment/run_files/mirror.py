@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -323,8 +322,8 @@ def _replace(checkpoint: Path, copied: Path) -> None:
 
 def _drop_scores(folder: RunFolder, attempts: Sequence[Mapping[str, Any]]) -> None:
     """Delete the scores of steps that the attempts in another folder have trained again. attempts: all of the run."""
-    own = (read_provenance(folder) or {"attempts": []})["attempts"][: len(attempts)]
-    if begun := [attempt.get("step", 0) for attempt, ours in zip_longest(attempts, own) if attempt != ours]:
+    own = (read_provenance(folder) or {"attempts": []})["attempts"]
+    if begun := [attempt.get("step", 0) for attempt in attempts if attempt not in own]:
         drop_scores(folder, min(begun))
 
 

@@ -245,7 +245,7 @@ class Watch:
             return
         self._waiting.discard(step)
         write_result(self._run, result)
-        if any(attempt.get("step", step) < step for attempt in self._attempts()[len(attempts) :]):
+        if any(attempt.get("step", step) < step for attempt in self._attempts() if attempt not in attempts):
             # After it was written: the run may have looked for results to delete before.
             result_file(self._run, name, step).unlink(missing_ok=True)
             notify(f"watch: {name}: step {step}: dropped: the run has resumed from an earlier step")

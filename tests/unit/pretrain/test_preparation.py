@@ -146,7 +146,7 @@ def test_a_folder_that_is_behind_the_mirror_takes_over_its_newer_checkpoints(
     assert [result.step for result in read_results(first)] == ([1, 2, 3] if has_checkpoints else [1])
     assert steps_in(first) == ([1, 2] if has_checkpoints else [1])
     assert read_provenance(first) == mirror.provenance()
-    train(second, mirror, "b", 5, 7)
+    train(second, mirror, "c", 5, 7)
     mirror.write_best("step-00000005")
     first.metrics.write_text("until [1]")
     restore(first, mirror)

@@ -194,6 +194,8 @@ def test_a_run_that_resumes_from_an_earlier_step_is_scored_again(
     def finish_step(step: int) -> None:
         write_text(run.goodput, json.dumps(asdict(AttemptTime(1.0, 2.0, step, 300, 500, TRAINING, {}))))
 
+    # Another host has continued the run without this attempt.
+    write_json(run.provenance, {"run_id": "abc", "attempts": [{"step": 0}], "ancestors": []})
     resumed: list[int] = []
     for step in (100, 200):
         save(step)
