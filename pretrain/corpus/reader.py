@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.config.field_types import expand_home
-from experiment.errors import UserError
+from experiment.errors import HostError, UserError
 from experiment.files import sha256
 from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.storage import is_url
@@ -145,7 +145,7 @@ class Corpus:
         try:
             found = tokenizer_fingerprint(load_tokenizer(path))
         except UserError as error:
-            return f"{error}; {_ADVICE}"
+            return str(error) if isinstance(error, HostError) else f"{error}; {_ADVICE}"
         return None if found == expected else f"{path} has the fingerprint {found}, expected {expected}; {_ADVICE}"
 
     @cached_property

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import platform
@@ -5,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -188,9 +190,12 @@ def test_the_command_verifies_always(corpus: Path, built: Path, capsys: pytest.C
         list(verified_shards([open_corpus(corpus)], show_progress=False))
 
 
-@pytest.mark.parametrize("damage", ["other", "torn", "missing"])
-def test_the_command_verifies_the_tokenizer(corpus: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a copy of a corpus whose tokenizer gives texts other ids, and damage of a shard that it hides."""
+@pytest.mark.parametrize("damage", ["other", "torn", "missing", "unreadable"])
+def test_the_command_verifies_the_tokenizer(
+    corpus: Path, damage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a copy of a corpus whose tokenizer gives texts other ids, damage of a shard that it hides, and the advice
+    to build the corpus again because a disk has failed once."""
     file = corpus / "tokenizer" / "tokenizer.json"
     if damage == "other":
         content = json.loads(file.read_text())
@@ -199,6 +204,9 @@ def test_the_command_verifies_the_tokenizer(corpus: Path, damage: str, capsys: p
         file.write_text(json.dumps(content))
     elif damage == "torn":
         file.write_text(file.read_text()[:100])
+    elif damage == "unreadable":
+        error = OSError(errno.EIO, "Input/output error", str(file))
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Mock(side_effect=error))
     else:
         shutil.rmtree(file.parent)
     flip(shard(corpus))
@@ -210,11 +218,13 @@ def test_the_command_verifies_the_tokenizer(corpus: Path, damage: str, capsys: p
         "other": f"deepcloze: {file.parent} has the fingerprint ",
         "torn": f"deepcloze: tokenizer: cannot load {file.parent}: ",
         "missing": f"deepcloze: {file.parent} is missing; ",
+        "unreadable": f"deepcloze: tokenizer: {file}: Input/output error",
     }
     about_tokenizer, about_shard = said.err.splitlines()
     assert about_tokenizer.startswith(parts[damage])
     assert damage != "other" or f", expected {expected}; restore it" in about_tokenizer
-    assert "restore it from a copy, or build the corpus again" in about_tokenizer
+    has_advice = "restore it from a copy, or build the corpus again" in about_tokenizer
+    assert has_advice == (damage != "unreadable")
     assert f"{shard(corpus)} is damaged" in about_shard
 
 
