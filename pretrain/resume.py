@@ -31,7 +31,7 @@ from experiment.run_files.run_folder import RunFolder, check_run_folder
 from experiment.storage import is_url
 from experiment.tracking.config import RUN_SET
 from pretrain.config import ModelConfig, RunConfig
-from pretrain.run_identity import check_fork, check_resume, describe_changes, keeps_stream, shown
+from pretrain.run_identity import PRECISION, check_fork, check_resume, describe_changes, keeps_stream, shown
 from pretrain.training_progress import progress_from_json
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 _FROM_STEP_0 = ("model.freeze_steps", "schedule.warmup_steps", "schedule.batch_warmup_steps")
 
 # Keys that a run of a sweep or comparison may not change when it resumes: its results would be those of two configs.
-_OF_SET = ("optimizer.", "schedule.", "evaluation.")
+_OF_SET = ("optimizer.", "schedule.", "evaluation.", "health.policy", "health.spike_factor", *PRECISION)
 
 
 @dataclass(frozen=True)

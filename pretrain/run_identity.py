@@ -18,6 +18,8 @@ Changes = Mapping[str, tuple[Any, Any]]
 
 _SPECIAL_TOKENS = "corpus.special_tokens"
 _DS_CONFIG = "engine.ds_config."
+PRECISION = tuple(_DS_CONFIG + key for key in ("bf16.", "fp16.", "data_types.", "communication_data_type"))
+"""Beginnings of keys. Others of the DeepSpeed JSON change the results by rounding at most."""
 # Keys that determine which sequences are in a batch.
 _STREAM = (
     *("run.seed", "batch.sequences", "batch.max_seq_length", "corpus.train", _SPECIAL_TOKENS),

@@ -18,12 +18,10 @@ from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
 from launcher.options import PretrainOptions
 from pretrain.config import PretrainConfig
+from pretrain.run_identity import PRECISION
 
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
-
-_PRECISION = tuple(f"engine.ds_config.{key}" for key in ("bf16.", "fp16.", "data_types.", "communication_data_type"))
-"""Beginnings of keys of `run_identity`. Others change the results by rounding at most."""
 
 
 def check_pretraining(config: str, overrides: dict[str, str]) -> None:
@@ -66,7 +64,7 @@ def validate_pretraining(
             plan = plan_launch(options, loaded.model_copy(update={"run": new}), machine)
     for warning in loaded.warnings(loaded.schedule.known_steps):
         warn_once(f"{config}: {warning}")  # points of a sweep have the same
-    content = {key: value for key, value in plan.identity.items() if key.startswith(_PRECISION)}
+    content = {key: value for key, value in plan.identity.items() if key.startswith(PRECISION)}
     content |= {"corpus.fingerprint": plan.identity["corpus.train"], "corpus.eval_fingerprints": plan.held_out}
     if loaded.model.init_from is not None and loaded.run.parent is None:
         content |= encoder_origin(loaded.model.init_from, "pretrained")

@@ -29,6 +29,7 @@ from pretrain.schedule_config import ScheduleConfig
 from pretrain.training.learning_rate import learning_rate
 from pretrain.training_progress import TrainingProgress, fork_progress, progress_to_json
 
+BF16, ZERO_2 = {"enabled": True}, {"zero_optimization": {"stage": 2}}
 NEW_MODEL = ModelConfig(config={"model_type": "bert"})
 
 
@@ -79,17 +80,30 @@ def plan(run: Path, resume: str, mirror: str | None = None, **changes: Any) -> R
     return plan_resume(candidates.choose(verify), identity(**changes))
 
 
+@pytest.mark.parametrize(
+    ("key", "edited"),
+    [
+        ("optimizer.lr", {"optimizer__lr": 2e-4}),
+        ("health.spike_factor", {"health__spike_factor": 5.0}),
+        ("engine.ds_config.bf16.enabled", {"ds_config": ZERO_2}),
+    ],
+)
 def test_a_run_of_a_set_resumes_from_its_mirror_with_its_config_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, edited: dict[str, Any]
 ) -> None:
     """Catches a point of a sweep that was removed to train it with an edited config, and has the results of the old one
-    from its mirror."""
+    from its mirror; and one that is refused because it is computed in another way."""
     run, mirrored = make_run(tmp_path / "run", (4,)), {"checkpoint__mirror": "s3://bucket/sweep/run"}
-    assert plan(run, "auto", **mirrored, optimizer__lr=2e-4).resumes
+    assert plan(run, "auto", **mirrored, **edited).resumes
     monkeypatch.setenv("DEEPCLOZE_RUN_SET", "1")
-    assert plan(run, "auto", **mirrored, batch__microbatch_tokens=256).resumes
-    with pytest.raises(UserError, match=r"was trained with another optimizer\.lr: .* and s3://bucket/sweep/run too"):
-        plan(run, "auto", **mirrored, optimizer__lr=2e-4)
+    same: dict[str, Any] = {
+        "batch__microbatch_tokens": 256,
+        "health__hang_seconds": 60,
+        "ds_config": {**ZERO_2, "bf16": BF16},
+    }
+    assert plan(run, "auto", **mirrored, **same).resumes
+    with pytest.raises(UserError, match=rf"was trained with another {key}: .* and s3://bucket/sweep/run too"):
+        plan(run, "auto", **mirrored, **edited)
 
 
 @pytest.mark.parametrize(("number", "expected"), [(errno.EIO, HostError), (errno.EACCES, UserError)])
