@@ -125,7 +125,7 @@ def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
             raise
         except BaseException as error:  # many types, also the PanicException of tokenizers, which is no Exception
             if may_pass(error):
-                raise HostError(f"tokenizer: {describe_disk_error(error, folder)}") from None
+                raise HostError(f"tokenizer: cannot load {folder}: {describe_disk_error(error)}") from None
             has_vocabulary = any(any(folder.glob(name)) for name in ("tokenizer.json", "vocab.txt", "*.model"))
             why = " ".join(str(error).split())
             if "tiktoken" in why and any(folder.glob("*.model")):  # which transformers tries next, and asks to install
