@@ -96,7 +96,7 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 
 def write_documents(path: Path, documents: Sequence[Document]) -> None:
-    """Write documents. Values of metadata that JSON lacks, such as dates and NaN, become text."""
+    """Write documents. Values of metadata that JSON lacks, such as dates, become text, NaN and infinity null."""
     lines = "".join(json.dumps(_row(document), ensure_ascii=False) + "\n" for document in documents)
     content, compressor = lines.encode(), zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
     starts = range(0, max(len(content), 1), _FRAME_BYTES)
@@ -106,7 +106,7 @@ def write_documents(path: Path, documents: Sequence[Document]) -> None:
 def _row(document: Document) -> dict[str, Any]:
     row: dict[str, Any] = {"id": document.id, "source": document.source, "text": document.text}
     if document.metadata:
-        row["metadata"] = json.loads(json.dumps(document.metadata, default=str), parse_constant=str)
+        row["metadata"] = json.loads(json.dumps(document.metadata, default=str), parse_constant=lambda _: None)
     return row
 
 

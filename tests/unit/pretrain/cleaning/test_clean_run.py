@@ -545,7 +545,7 @@ def test_metadata_that_json_lacks(tmp_path: Path) -> None:
     tree = {"source": str(tmp_path / "a.parquet"), "output": str(tmp_path / "out"), "metadata": [*columns][1:]}
     run.clean(build_config(CleanConfig, tree), lambda name: [], 1)
     (document,) = read_documents(tmp_path / "out" / "data-00000.jsonl.zst")
-    assert document.metadata == {"day": "2024-01-31", "price": "1.50", "score": [0.5, "NaN"]}
+    assert document.metadata == {"day": "2024-01-31", "price": "1.50", "score": [0.5, None]}
 
 
 def test_results_can_be_cleaned_again(config: CleanConfig, tmp_path: Path) -> None:
