@@ -47,10 +47,15 @@ def build_share(options: CorpusOptions) -> None:
         print(f"{plan.folder} already exists")
         return
     advice = "; submit the same array again to resume from what is finished"
-    with readable_disk_errors(f"--output {plan.folder}: ", advice), created_parents(plan.folder):
-        open_partial(plan.partial, plan.arguments, plan.splits)
-        with open_task_runner(plan.options.workers, build_job(plan)) as run_tasks:
-            is_last = _build_share(plan, run_tasks, slice(index, None, tasks))
+    is_last = False
+    try:
+        with readable_disk_errors(f"--output {plan.folder}: ", advice), created_parents(plan.folder):
+            open_partial(plan.partial, plan.arguments, plan.splits)
+            with open_task_runner(plan.options.workers, build_job(plan)) as run_tasks:
+                is_last = _build_share(plan, run_tasks, slice(index, None, tasks))
+    except UserError:
+        if not holds_corpus(plan.folder):  # otherwise another array has published it and deleted the partial folder
+            raise
     if is_last:
         try:
             complete_corpus(plan)
@@ -109,7 +114,8 @@ def _build_share(plan: BuildPlan, run_tasks: TaskRunner, share: slice) -> bool:
     ordered = [records[task.split.key] for task in tasks]
     check_records(plan, ordered)  # no task completes such a corpus
     joins = shard_tasks(plan, ordered)
-    list(run_tasks(write_shard_file, joins[share]))
+    with suppress(FileNotFoundError):  # pieces that a task with the same share has just joined, and deleted
+        list(run_tasks(write_shard_file, joins[share]))
     _wait_for_others(
         plan.folder, joins, lambda left: [task for task in left if not (plan.partial / task.record).exists()]
     )

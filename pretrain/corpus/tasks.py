@@ -78,17 +78,14 @@ def write_shard_file(job: BuildJob, task: ShardTask) -> ShardRecord | str:
     Returns the name of a piece if it, or the shard that was made of it, is missing or damaged.
     """
     path, record_path = job.folder / task.part / task.file, job.folder / task.record
-    try:
-        if record := read_record(record_path, ShardRecord):
-            if path.exists() and sha256(path) == record.shard.sha256:
-                return record
-            record_path.unlink()
-        for piece in task.pieces:
-            if not (job.folder / piece.file).exists() or checksum(job.folder / piece.file) != piece.checksum:
-                return piece.file
-        shard, lengths = join_pieces(job.folder, task.pieces, path)
-    except FileNotFoundError:  # another task of an array has just joined the pieces or published the corpus
-        return task.pieces[0].file
+    if record := read_record(record_path, ShardRecord):
+        if path.exists() and sha256(path) == record.shard.sha256:
+            return record
+        record_path.unlink()
+    for piece in task.pieces:
+        if not (job.folder / piece.file).exists() or checksum(job.folder / piece.file) != piece.checksum:
+            return piece.file
+    shard, lengths = join_pieces(job.folder, task.pieces, path)
     record = ShardRecord(task.part, shard, [piece.file for piece in task.pieces], sorted(lengths.items()))
     write_json(record_path, asdict(record), durable=False)
     for piece in task.pieces:

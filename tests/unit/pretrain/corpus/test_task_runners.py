@@ -155,7 +155,7 @@ def test_tasks_of_a_job_array_at_the_same_time(
     assert by_task[0].isdisjoint(by_task[1])
 
 
-@pytest.mark.parametrize("step", ["write_json", "checksum", "join_pieces"])
+@pytest.mark.parametrize("step", ["check_shared", "write_json", "checksum", "join_pieces"])
 def test_a_task_whose_share_others_finish(
     tmp_path: Path, source: Path, vocabulary_folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
