@@ -136,7 +136,8 @@ def end_line() -> None:
 
 
 def describe_disk_error(error: BaseException) -> str | None:
-    """Return the error of a disk, with the file if it is known; None for an error of another kind."""
+    """Return the error of a disk, or of the folder for temporary files, with the file if it is known; None for an error
+    of another kind."""
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):  # of tempfile
         return "no folder for temporary files can be written, such as /tmp; set TMPDIR to one"
     if isinstance(error, OSError) and str(error) == "AF_UNIX path too long":  # of multiprocessing, which adds 32 bytes

@@ -113,6 +113,13 @@ def _build(plan: BuildPlan, run_tasks: TaskRunner) -> dict[Part, Manifest]:
         _check_same_recipe(plan, manifests, None)
     try:
         open_partial(plan.partial, plan.arguments, plan.splits)
+        if plan.options.engine != "slurm":  # whose tasks share the keys
+            # Without a version, a file may have changed since a split was finished.
+            fresh = [
+                split if all(span.source.version for span in split.spans) else replace(split, key=os.urandom(16).hex())
+                for split in plan.splits
+            ]
+            plan = replace(plan, splits=fresh)
         forget_other_splits(plan.partial, plan.splits)
         counts = count_documents(plan, run_tasks, plan.splits) if plan.sampling.enabled else {}
         if manifests:

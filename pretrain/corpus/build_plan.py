@@ -5,7 +5,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +105,7 @@ def load_build_tokenizer(name: str, segmenter: SegmenterSpec | None) -> BuildTok
     path = local_tokenizer(name)
     if "transformers" in sys.modules:
         return _load(path, segmenter)
-    with worker_pool(1, "free some, and run the same command again") as pool:
+    with readable_disk_errors(), worker_pool(1, "free some, and run the same command again") as pool:
         return pool.submit(_load_without_torch, path, segmenter).result()
 
 
@@ -212,17 +212,10 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
         raise UserError(
             f"--segmenter {options.segmenter}: cannot tell where words begin for the tokenizer {options.tokenizer}"
         )
-    splits = plan_splits(sources, options)
-    if options.engine != "slurm":  # whose tasks share the keys
-        # Without a version, a file may have changed since a split was finished.
-        splits = [
-            split if all(span.source.version for span in split.spans) else replace(split, key=os.urandom(16).hex())
-            for split in splits
-        ]
     return BuildPlan(
         folder=options.output.absolute(),
         sources=sources,
-        splits=splits,
+        splits=plan_splits(sources, options),
         options=options,
         sampling=Sampling(options.seed, options.limit, options.holdout),
         tokenizer=tokenizer,
