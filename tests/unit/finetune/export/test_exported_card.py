@@ -126,22 +126,22 @@ def test_a_model_of_another_origin_has_a_card(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "file"),
+    ("error", "named"),
     [
-        (OSError(errno.EIO, "Input/output error", "/hf/tokenizer.json"), "/hf/tokenizer.json"),
-        (Exception("Input/output error (os error 5)"), OLD / "hf"),
+        (OSError(errno.EIO, "Input/output error", "/hf/tokenizer.json"), "/hf/tokenizer.json: "),
+        (Exception("Input/output error (os error 5)"), ""),
     ],
 )
 def test_a_disk_that_fails_changes_no_card(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, file: Path | str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, named: str
 ) -> None:
-    """Catches a card without its usage because the tokenizer could not be read once; two paths in the message."""
+    """Catches a card without its usage because the tokenizer could not be read once."""
 
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
-    with pytest.raises(HostError, match=rf"^tokenizer: {file}: Input/output error$"):
+    with pytest.raises(HostError, match=rf"^tokenizer: cannot load {OLD}/hf: {named}Input/output error$"):
         export(str(OLD), str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 

@@ -218,7 +218,7 @@ def test_the_command_verifies_the_tokenizer(
         "other": f"deepcloze: {file.parent} has the fingerprint ",
         "torn": f"deepcloze: tokenizer: cannot load {file.parent}: ",
         "missing": f"deepcloze: {file.parent} is missing; ",
-        "unreadable": f"deepcloze: tokenizer: {file}: Input/output error",
+        "unreadable": f"deepcloze: tokenizer: cannot load {file.parent}: {file}: Input/output error",
     }
     about_tokenizer, about_shard = said.err.splitlines()
     assert about_tokenizer.startswith(parts[damage])
