@@ -163,9 +163,7 @@ def _evaluation_settings(config: FinetuneConfig | PretrainConfig, metric: str | 
     masking = config.masking.model_dump(exclude={"schedule"}) | {"rate": config.masking.rates[-1]}
     by_loss = metric == "loss" or not config.corpus.eval
     corpora = config.corpus.model_dump(include={"eval", "train"} if by_loss else {"eval"})
-    selection = {"best_metric": config.evaluation.best_metric}  # of the checkpoint that is measured
-    batch = {"max_seq_length": config.batch.max_seq_length}
-    return flatten({"masking": masking, "batch": batch, "corpus": corpora, "evaluation": selection})
+    return flatten({"masking": masking, "batch": {"max_seq_length": config.batch.max_seq_length}, "corpus": corpora})
 
 
 class _Pins:
