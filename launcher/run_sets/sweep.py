@@ -61,7 +61,7 @@ def run_sweep(plan: SweepPlan) -> None:
     or a full disk stops it early, and SystemExit if runs failed, after all others have been run.
     """
     runs, output = plan.runs, plan.runs.folder.path
-    selects_best = runs.runs[0].config.get("evaluation.best_metric") == plan.metric
+    selects_best = all(run.config.get("evaluation.best_metric") == plan.metric for run in runs.runs)
     measure = partial(read_metric, metric=plan.metric, lower_is_better=plan.lower_is_better if selects_best else None)
     with runs.opened() as records:
         runs.finish(records, measure)

@@ -364,13 +364,21 @@ def test_runs_of_another_version_are_named_if_others_are_added(
         assert (error.count(line), error.count("another version")) == (said, said)
 
 
-@pytest.mark.parametrize(("best_metric", "value"), [("eval/held/accuracy", 12.5), ("eval/held/loss", 9.9)])
-def test_points_are_compared_by_their_best_checkpoints(tmp_path: Path, best_metric: str, value: float) -> None:
-    """Catches a point that is listed with the loss of its last checkpoint although it has kept a better one."""
-    (run,) = plan(tmp_path, {"1e-4": "12.5"}).runs.runs
-    config = {**run.config, "evaluation.best_metric": best_metric}
-    run_sweep(plan_of([replace(run, config=config)], tmp_path))
-    assert json.loads((tmp_path / "sweep.json").read_text())["runs"]["lr=1e-4"]["value"] == value
+@pytest.mark.parametrize(
+    ("best_metrics", "value"),
+    [(["eval/held/accuracy"], 12.5), (["eval/held/loss"], 9.9), (["eval/held/loss", None], 12.5)],
+)
+def test_points_are_compared_by_their_best_checkpoints(
+    tmp_path: Path, best_metrics: list[str | None], value: float
+) -> None:
+    """Catches a point that is listed with the loss of its last checkpoint although it has kept a better one, and points
+    that are measured in another way if the grid has another order."""
+    runs = plan(tmp_path, dict.fromkeys(["1e-4", "1e-3"][: len(best_metrics)], "12.5")).runs.runs
+    pairs = zip(runs, best_metrics, strict=True)
+    changed = [replace(run, config={**run.config, "evaluation.best_metric": metric}) for run, metric in pairs]
+    run_sweep(plan_of(changed, tmp_path))
+    found = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+    assert [each["value"] for each in found.values()] == [value] * len(best_metrics)
 
 
 def test_scores_of_a_fine_tuning_name_their_split(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
