@@ -107,10 +107,16 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
         link_model(checkpoint, folder)
         try:
             problem = verify(folder, files_below("hf")) or verify_name(checkpoint)
+            is_changed = data_checksums(task.data) != task.checksums
         except UserError as error:  # of the disk: it may pass
             raise ScoringError(str(error)) from None
         if problem:
             raise ScoringError(f"the checkpoint is damaged: {problem}")
+        if is_changed:
+            raise UserError(
+                f"{task.file}: the data were changed after this watch had begun, so that scores would not be "
+                "comparable with earlier ones; restore them, or set task.name to another name"
+            )
     step = checkpoint_step(checkpoint)
     argv = _argv_with_copy(task, folder)
     child = ChildRun("watch", f"{task.name}: step {step}", RunFolder(folder / "run"), argv, shows_results=False)
@@ -118,18 +124,9 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
     if (state := start(child)) != DONE:
         raise TaskRejectedError(state) if state == REJECTED else ScoringError(state)
     metrics, collapsed = _read_results(child.folder.results)
-    try:
-        is_changed = data_checksums(task.data) != task.checksums
-    except UserError as error:  # of the disk: it may pass
-        raise ScoringError(str(error)) from None
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # not empty: what `_remove_leftovers` keeps
         work.rmdir()
-    if is_changed:
-        raise UserError(
-            f"{task.file}: the data were changed after this watch had begun, so that the score of step {step} is not "
-            "comparable with earlier ones; restore them, or set task.name to another name"
-        )
     seconds = round(time.monotonic() - start_time, 1)
     scored = (metrics, weights, task.config, seconds, collapsed)
     return DownstreamResult(step, task.name, task.metric, task.lower_is_better, *scored)
