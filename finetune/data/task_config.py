@@ -199,9 +199,9 @@ def _checksum(key: str, path: Path) -> str:
         if not data.is_folder:
             return json_digest(str(data.pinned()))
         path = Path(data.name)
-    if path.is_dir():
-        return json_digest({str(file.relative_to(path)): checksum(file) for file in visible_files(path)})
     try:
+        if path.is_dir():
+            return json_digest({str(file.relative_to(path)): checksum(file) for file in visible_files(path)})
         return checksum(path)
     except OSError as error:
         raise UserError(f"{key}: cannot read {path}: {error.strerror}") from None

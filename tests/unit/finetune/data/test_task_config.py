@@ -1,10 +1,12 @@
 """Checksums of the data of a task."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from experiment.errors import UserError
+from finetune.data import task_config
 from finetune.data.task_config import data_checksums
 from finetune.kinds.classification import Config
 
@@ -40,7 +42,11 @@ def test_a_folder_that_is_read_as_a_data_set_counts_by_its_content(tmp_path: Pat
     assert data_checksums(task) != before
 
 
-def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a traceback, and a message that does not name the split."""
     with pytest.raises(UserError, match=r"task\.train: cannot read /nowhere\.csv: No such file"):
         data_checksums(Config(train="/nowhere.csv"))
+    (tmp_path / "1.json").touch()
+    monkeypatch.setattr(task_config, "checksum", Mock(side_effect=OSError(5, "Input/output error")))
+    with pytest.raises(UserError, match=rf"task\.train: cannot read {tmp_path}: Input/output error"):
+        data_checksums(Config(train=str(tmp_path)))
