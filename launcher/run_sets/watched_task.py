@@ -100,6 +100,15 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
     before it is linked, StoppedError if the process that scores was stopped, and UserError if the data were changed.
     """
     start_time = time.monotonic()
+    try:
+        is_changed = data_checksums(task.data) != task.checksums
+    except UserError as error:  # of the disk: it may pass
+        raise ScoringError(str(error)) from None
+    if is_changed:
+        raise UserError(
+            f"{task.file}: the data were changed after this watch had begun, so that scores would not be comparable "
+            "with earlier ones; restore them, or set task.name to another name"
+        )
     work = run.downstream / task.name / "work"
     folder = work / f"{checkpoint.name}-{json_digest([weights, task.config])[:12]}"  # the same only if it can resume
     _remove_leftovers(work, folder)
@@ -107,16 +116,10 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
         link_model(checkpoint, folder)
         try:
             problem = verify(folder, files_below("hf")) or verify_name(checkpoint)
-            is_changed = data_checksums(task.data) != task.checksums
         except UserError as error:  # of the disk: it may pass
             raise ScoringError(str(error)) from None
         if problem:
             raise ScoringError(f"the checkpoint is damaged: {problem}")
-        if is_changed:
-            raise UserError(
-                f"{task.file}: the data were changed after this watch had begun, so that scores would not be "
-                "comparable with earlier ones; restore them, or set task.name to another name"
-            )
     step = checkpoint_step(checkpoint)
     argv = _argv_with_copy(task, folder)
     child = ChildRun("watch", f"{task.name}: step {step}", RunFolder(folder / "run"), argv, shows_results=False)
