@@ -1,5 +1,6 @@
 """The memory of data workers, which are forked from their rank."""
 
+import gc
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ def memory_case(world: World, tree: Tree) -> int:
     """The most memory that data workers do not share with this rank after one of the next steps of a run, in bytes."""
     from pretrain.training.trainer import Trainer
 
+    gc.collect()  # engines of earlier runs: if they are freed after the fork, this rank overwrites them
     count, measured = Trainer._count, []
 
     def count_and_measure(trainer: Trainer, *arguments: Any) -> None:
