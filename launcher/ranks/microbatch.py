@@ -1,5 +1,6 @@
 """Other sizes of the microbatch: halved when memory runs out, and tried by `--autotune`."""
 
+import itertools
 import math
 from typing import TypeVar
 
@@ -12,15 +13,12 @@ S = TypeVar("S", bound=Section)
 
 def max_halvings(config: PretrainConfig) -> int:
     """Return how often halving changes the computation: until a microbatch is one sequence."""
-
-    def sizes(halvings: int) -> tuple[BatchConfig, tuple[Stage, ...]]:
-        scaled = scaled_microbatch(config, -halvings)
-        return scaled.batch, scaled.stages  # evaluations have the size of `batch`
-
-    halvings = 0
-    while sizes(halvings + 1) != sizes(halvings):
-        halvings += 1
-    return halvings
+    sizes: tuple[BatchConfig | Stage, ...] = (config.batch, *config.stages)  # evaluations have the size of `batch`
+    return next(
+        halvings
+        for halvings in itertools.count()
+        if all(size.microbatch_tokens >> halvings <= size.max_seq_length for size in sizes)
+    )
 
 
 def max_doublings(config: PretrainConfig, ranks: int) -> int:
