@@ -18,7 +18,7 @@ from experiment.process.own_process import module_command, python_path
 from experiment.process.signals import HANDLED_SIGNALS, kill_group, signals_blocked
 from experiment.run_files.heartbeat import Heartbeat
 from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS, STACK
-from launcher.hosts.ssh import CONNECT_SECONDS, last_reason, ssh_argv
+from launcher.hosts.ssh import CONNECT_SECONDS, last_reason, start_ssh
 
 _START_SECONDS = CONNECT_SECONDS + SILENCE_SECONDS
 _SECONDS_PER_HOST = 0.1  # to start ssh
@@ -199,13 +199,7 @@ class _Connection:
     def __init__(self, host: str) -> None:
         command = ["env", f"PYTHONPATH={python_path(os.environ)}", *module_command("launcher.hosts.host_guard")]
         with signals_blocked(HANDLED_SIGNALS):
-            self._process = subprocess.Popen(
-                ssh_argv(host, command),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C does not reach it
-            )
+            self._process = start_ssh(host, command, subprocess.PIPE, subprocess.PIPE, subprocess.STDOUT)
         self._heard = time.monotonic()
         self._requested = False
         self.last_output = _NO_REASON  # the last lines that ssh printed: usually why
@@ -253,7 +247,7 @@ class _Connection:
                 before = text
 
     def close(self) -> None:
-        """End ssh, with the processes that it has started, such as a ProxyCommand: they have its output open."""
+        """End ssh."""
         if not self.closed:
             self.closed = True
             kill_group(self._process.pid)

@@ -1,10 +1,12 @@
-"""The command line of ssh to other hosts.
+"""Commands on other hosts over ssh.
 
 User, port, key and jump hosts come from the user's ssh configuration, as for pdsh.
 """
 
 import shlex
+import subprocess
 from collections.abc import Sequence
+from typing import IO
 
 CONNECT_SECONDS = 10
 SSH_FAILED = 255
@@ -22,6 +24,15 @@ def ssh_argv(host: str, command: Sequence[str]) -> list[str]:
     `SSH_FAILED`."""
     options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *CONNECTION_OPTIONS.split())
     return ["ssh", *options, host, shlex.join(command)]
+
+
+def start_ssh(
+    host: str, command: Sequence[str], stdin: int, stdout: int, stderr: int | IO[bytes]
+) -> "subprocess.Popen[bytes]":
+    """Start a command on a host. ssh has a group of its own with what it starts, such as a ProxyCommand, which has its
+    output open: to end it, kill the group. Ctrl-C does not reach it."""
+    argv = ssh_argv(host, command)
+    return subprocess.Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True)
 
 
 def quoted_for_host(path: str) -> str:

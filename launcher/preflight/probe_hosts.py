@@ -19,7 +19,7 @@ from experiment.process import cpu_cores
 from experiment.process.signals import handle_stop_signals, kill_group
 from experiment.progress import progress
 from launcher.hosts import probe
-from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, copy_command, last_reason, quoted_for_host, ssh_argv
+from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, copy_command, last_reason, quoted_for_host, start_ssh
 
 _ANSWER_SECONDS = 60.0  # from the start of ssh
 _POLL_SECONDS = 0.2
@@ -155,13 +155,7 @@ class _Questions:
         if self.signals:
             return _interrupted(host)
         try:
-            ssh = subprocess.Popen(
-                ssh_argv(host, [sys.executable, "-"]),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+            ssh = start_ssh(host, [sys.executable, "-"], subprocess.PIPE, subprocess.PIPE, subprocess.PIPE)
         except FileNotFoundError:
             return Unreachable("ssh is not installed on this machine", "sudo apt-get install openssh-client")
         with ssh as process:
@@ -180,7 +174,6 @@ class _Questions:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill ssh, with the processes that it has started, such as a ProxyCommand: they have its output open."""
     if process.returncode is None:
         kill_group(process.pid)
 

@@ -13,7 +13,7 @@ from experiment.process.signals import kill_group
 from experiment.run_files.checkpoints import completed_saves
 from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import start_seconds
-from launcher.hosts.ssh import SSH_FAILED, last_reason, ssh_argv
+from launcher.hosts.ssh import SSH_FAILED, last_reason, start_ssh
 
 _POLL_SECONDS = 10.0
 _MAX_POLL_SECONDS = 120.0
@@ -38,13 +38,7 @@ def unusable_hosts(hosts: Collection[str], folder: RunFolder) -> dict[str, str]:
         # Files, not pipes: a ProxyCommand may have the output open for longer than ssh.
         outputs = {host: files.enter_context(tempfile.TemporaryFile()) for host in hosts}
         processes = {
-            host: subprocess.Popen(
-                ssh_argv(host, command),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=output,
-                start_new_session=True,
-            )
+            host: start_ssh(host, command, subprocess.DEVNULL, subprocess.DEVNULL, output)
             for host, output in outputs.items()
         }
         deadline = time.monotonic() + limit
@@ -52,7 +46,7 @@ def unusable_hosts(hosts: Collection[str], folder: RunFolder) -> dict[str, str]:
             try:
                 exit_code = process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                kill_group(process.pid)  # with what ssh has started
+                kill_group(process.pid)
                 process.wait()
                 reasons[host] = f"no answer within {limit:.0f} s"
                 continue
