@@ -1,7 +1,7 @@
 """The environment variables of a launch: of DeepSpeed's launcher and of the ranks, here and on other hosts. Pure."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from experiment.errors import QUIET_VARIABLE, UserError
@@ -39,14 +39,18 @@ def launch_environment(environ: Mapping[str, str], device: DeviceKind | None) ->
     return _missing(environ, wanted) | {"PYTHONPATH": python_path(environ), "PYTHONSAFEPATH": "1"}
 
 
-def host_environment(environ: Mapping[str, str], cores: int, ranks: int, device: DeviceKind) -> dict[str, str]:
+def host_environment(
+    environ: Mapping[str, str], cores: int, ranks: int, device: DeviceKind, interface: str | None = None
+) -> dict[str, str]:
     """Return the variables that a rank adds on its host. Variables that are set are not changed. ranks: on the host,
-    which share its cores."""
+    which share its cores. interface: for connections to other hosts; None: not known, or there are none."""
     wanted = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     if device == "cpu":
         wanted["GLIBC_TUNABLES"] = GLIBC_TUNABLES
     else:
         wanted["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # of nvidia-smi, which preflight and plans ask
+    if interface is not None:  # NCCL takes a name without '=' for a prefix: eth1 would also mean eth10
+        wanted |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
     return _missing(environ, wanted)
 
 
@@ -112,14 +116,3 @@ def remote_deepspeed_environment(
     removed = {name for name in forwarded if name.startswith(_FORWARDED + _EXPORTED_BY_DEEPSPEED)} - added.keys()
     kept = {name: value for name, value in environment.items() if name not in removed}
     return kept | {"PDSH_SSH_ARGS_APPEND": f"{environ.get('PDSH_SSH_ARGS_APPEND', '')} {CONNECTION_OPTIONS}".strip()}
-
-
-def interface_variables(environ: Mapping[str, str], addresses: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:
-    """Return the settings that make gloo and NCCL use the interface through which a host reaches the first one.
-    Variables that are set are not changed. addresses: interface -> its addresses. own: the one for connections to the
-    first host."""
-    interface = next((name for name, found in addresses.items() if own in found), None)
-    if interface is None:
-        return {}
-    # NCCL takes a name without '=' for a prefix: eth1 would also mean eth10.
-    return _missing(environ, {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"})

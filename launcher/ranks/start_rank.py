@@ -22,7 +22,7 @@ from experiment.process.own_process import LAUNCH_VARIABLE
 from launcher.hosts.host_guard import read_environment
 from launcher.hosts.machine import guess_device
 from launcher.hosts.probe import route_to
-from launcher.ranks.environment import host_environment, interface_variables
+from launcher.ranks.environment import host_environment
 
 MEASURE = "--measure"
 
@@ -42,9 +42,8 @@ def main(argv: Sequence[str]) -> None:
     environ = {**os.environ, **_of_launch(os.environ)}
     environ |= rank_variables(environ)
     ranks = int(environ.get("LOCAL_SIZE", "1"))
-    environ |= host_environment(environ, _cores_of_ranks(ranks), ranks, guess_device(environ))
-    if int(environ.get("WORLD_SIZE", "1")) > ranks:
-        environ |= _interface_variables(environ)
+    interface = find_interface(environ) if int(environ.get("WORLD_SIZE", "1")) > ranks else None
+    environ |= host_environment(environ, _cores_of_ranks(ranks), ranks, guess_device(environ), interface)
     os.execve(sys.executable, [sys.executable, "-u", "-m", module, *argv], environ)
 
 
@@ -68,16 +67,16 @@ def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:
         sys.exit("deepcloze: the launch that started this rank has ended")
 
 
-def _interface_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the interface through which this host reaches the first one; nothing if that is unknown."""
+def find_interface(environ: Mapping[str, str]) -> str | None:
+    """Return the interface through which this host reaches the first one; None if that is unknown."""
     import psutil  # slow, and only several hosts need it
 
     try:
         _, own = route_to(environ["MASTER_ADDR"])
     except (OSError, KeyError):
-        return {}
-    addresses = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
-    return interface_variables(environ, addresses, own)
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, entries in interfaces if any(entry.address == own for entry in entries)), None)
 
 
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:

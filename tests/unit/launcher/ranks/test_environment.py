@@ -16,7 +16,6 @@ from launcher.ranks.environment import (
     exported_variables,
     forwarded_environment,
     host_environment,
-    interface_variables,
     launch_environment,
     remote_deepspeed_environment,
 )
@@ -178,9 +177,15 @@ def test_named_variables_are_kept_unless_deepspeed_exports_them() -> None:
     assert found.keys() == kept.keys() | {"PDSH_SSH_ARGS_APPEND"}
 
 
-def test_the_interface_is_that_of_the_route_to_the_first_host():
-    """Catches gloo on the interface of a container bridge, and a choice of the user that is ignored."""
-    addresses = {"lo": ["127.0.0.1", "::1"], "docker0": ["172.17.0.1"], "ib0": ["10.1.0.7"]}
-    assert interface_variables({"NCCL_SOCKET_IFNAME": "eth0"}, addresses, "10.1.0.7") == {"GLOO_SOCKET_IFNAME": "ib0"}
-    assert interface_variables({"GLOO_SOCKET_IFNAME": "ib0"}, addresses, "10.1.0.7") == {"NCCL_SOCKET_IFNAME": "=ib0"}
-    assert interface_variables({}, addresses, "10.2.0.7") == {}
+@pytest.mark.parametrize(
+    ("own", "added"),
+    [
+        ({"NCCL_SOCKET_IFNAME": "eth0"}, {"GLOO_SOCKET_IFNAME": "ib0"}),
+        ({"GLOO_SOCKET_IFNAME": "ib0"}, {"NCCL_SOCKET_IFNAME": "=ib0"}),
+    ],
+)
+def test_gloo_and_nccl_use_the_interface_unless_the_user_has_chosen_one(own: dict[str, str], added: dict[str, str]):
+    """Catches a choice of the user that is ignored."""
+    assert host_environment(own, 2, 2, "cuda", "ib0").items() >= added.items()
+    assert not host_environment(own, 2, 2, "cuda", "ib0").keys() & own.keys()
+    assert not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} & host_environment({}, 2, 2, "cuda").keys()

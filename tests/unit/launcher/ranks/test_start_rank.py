@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,6 +76,18 @@ def test_a_process_that_is_bound_to_a_core_finds_those_of_its_parent() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     assert done.stdout.split() == ["1", str(within_quota(2))]
+
+
+def test_the_interface_is_that_of_the_route_to_the_first_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gloo on the interface of a container bridge."""
+    addresses = {"lo": ["127.0.0.1", "::1"], "docker0": ["172.17.0.1"], "ib0": ["10.1.0.7"]}
+    entries = {name: [SimpleNamespace(address=each) for each in found] for name, found in addresses.items()}
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: entries)
+    ways = {"node-1": ("10.1.0.1", "10.1.0.7"), "node-9": ("10.2.0.1", "10.2.0.7")}
+    monkeypatch.setattr(start_rank, "route_to", ways.__getitem__)
+    assert start_rank.find_interface({"MASTER_ADDR": "node-1"}) == "ib0"
+    assert start_rank.find_interface({"MASTER_ADDR": "node-9"}) is None
+    assert start_rank.find_interface({}) is None
 
 
 def test_starting_a_rank_imports_little() -> None:
