@@ -54,11 +54,6 @@ def is_this_machine(host: str) -> bool:
     return any(entry.address == str(address) for own in psutil.net_if_addrs().values() for entry in own)
 
 
-def hostfile_text(slots: Slots) -> str:
-    """Return a hostfile with room for the slots of each host."""
-    return "".join(f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items())
-
-
 def parse_hostfile(text: str, origin: str = "hostfile") -> Hosts:
     """Parse the text of a hostfile: one `NAME slots=N` per line; blank lines and `# comments` are skipped.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiment.files import REPOSITORY
 from launcher.hosts.guarded_hosts import Rendezvous
-from launcher.hosts.hostfile import Slots, hostfile_text
+from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.ranks.environment import (
     Launcher,
@@ -83,5 +83,6 @@ def command_on_hosts(
     added = launch_environment(machine.environ, device=None)
     exported = exported_variables(added, rendezvous, launcher)
     environment = remote_deepspeed_environment(machine.environ, added, forwarded) | {"DS_ENV_FILE": str(exports)}
-    files = {hostfile: hostfile_text(slots), exports: exported_text(exported, machine.deepspeed_env_text)}
+    hosts = "".join(f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items())
+    files = {hostfile: hosts, exports: exported_text(exported, machine.deepspeed_env_text)}
     return DeepSpeedCommand(argv, environment, files)
