@@ -26,6 +26,7 @@ from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, check_run_f
 from experiment.storage import is_url
 from finetune.config import FinetuneConfig, check_validation
 from finetune.data.columns import CONTEXT, LABEL
+from finetune.task_kind import find_kind
 from launcher.configs import command_of
 from launcher.options import LaunchOptions, SweepOptions
 from launcher.run_sets.recorded_runs import (
@@ -220,8 +221,6 @@ def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) 
     """Return the metric to compare runs by, and whether lower is better. Raises UserError for one that runs do not
     report."""
     if finetuning:
-        from finetune.task_kind import find_kind
-
         kind = find_kind(str(config["task.kind"]))
         known = {name: name in kind.lower_is_better for name in kind.metrics()}
         default = str(config["task.metric"])

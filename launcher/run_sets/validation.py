@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiment.config import FlatConfig, flatten, load_config
 from experiment.errors import UserError, notify, user_errors_in, warn_once
@@ -12,6 +12,7 @@ from experiment.models.model_names import local_model
 from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
 from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder, check_not_moved
+from finetune.config import FinetuneConfig
 from finetune.data.task_config import TaskConfig, data_checksums
 from launcher.hosts.machine import launch_machine
 from launcher.launch import warnings_left_to_rank0
@@ -19,9 +20,6 @@ from launcher.launch_plan import plan_launch
 from launcher.options import PretrainOptions
 from pretrain.config import PretrainConfig
 from pretrain.run_identity import PRECISION
-
-if TYPE_CHECKING:
-    from finetune.config import FinetuneConfig
 
 
 def check_pretraining(config: str, overrides: dict[str, str]) -> None:
@@ -72,7 +70,7 @@ def validate_pretraining(
     return flatten(loaded) | content
 
 
-def validate_finetuning(config: str, overrides: Mapping[str, str], models: set[str] | None) -> "FinetuneConfig":
+def validate_finetuning(config: str, overrides: Mapping[str, str], models: set[str] | None) -> FinetuneConfig:
     """Return the config of a fine-tuning run, with the precision that `auto` stands for on this machine. models: see
     `check_model`. Raises UserError, as above, except for the content of the data."""
     with fast_imports():
