@@ -15,7 +15,6 @@ from launcher.ranks.environment import (
     Launcher,
     deepspeed_environment,
     exported_text,
-    exported_variables,
     launch_environment,
     remote_deepspeed_environment,
 )
@@ -81,8 +80,8 @@ def command_on_hosts(
         *arguments,
     )
     added = launch_environment(machine.environ, device=None)
-    exported = exported_variables(added, rendezvous, launcher)
     environment = remote_deepspeed_environment(machine.environ, added, forwarded) | {"DS_ENV_FILE": str(exports)}
     hosts = "".join(f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items())
-    files = {hostfile: hosts, exports: exported_text(exported, machine.deepspeed_env_text)}
+    exported = exported_text(added, rendezvous, launcher, machine.deepspeed_env_text)
+    files = {hostfile: hosts, exports: exported}
     return DeepSpeedCommand(argv, environment, files)

@@ -79,24 +79,18 @@ def forwarded_environment(environ: Mapping[str, str], names: Iterable[str], user
     return {name: environ[name] for name in sorted((chosen | set(names)) - {"PYTHONPATH"})}
 
 
-def exported_variables(added: Mapping[str, str], rendezvous: Rendezvous | None, launcher: Launcher) -> dict[str, str]:
-    """Return the variables that DeepSpeed's launcher exports on other hosts: the added ones, and the name of the
-    launch."""
-    if rendezvous is None:
-        return dict(added)
-    exported = {**added, LAUNCH_VARIABLE: rendezvous.launch}
-    if launcher != "pdsh" and rendezvous.address:  # with pdsh, DeepSpeed's launcher sets them
-        exported |= {"MASTER_ADDR": rendezvous.address, "MASTER_PORT": str(rendezvous.port)}
-    return exported
-
-
-def exported_text(exported: Mapping[str, str], user_text: str) -> str:
+def exported_text(added: Mapping[str, str], rendezvous: Rendezvous | None, launcher: Launcher, user_text: str) -> str:
     """Return the text of the file (DS_ENV_FILE) whose variables DeepSpeed exports on other hosts, in logged command
-    lines.
+    lines: the added ones, and the name of the launch.
 
     The file replaces the user's own `.deepspeed_env`, so the lines of that one, `user_text`, are included and take
     precedence. Comments and a leading `export` are removed: DeepSpeed would write them into shell commands.
     """
+    exported = dict(added)
+    if rendezvous is not None:
+        exported[LAUNCH_VARIABLE] = rendezvous.launch
+        if launcher != "pdsh" and rendezvous.address:  # with pdsh, DeepSpeed's launcher sets them
+            exported |= {"MASTER_ADDR": rendezvous.address, "MASTER_PORT": str(rendezvous.port)}
     lines = {name: f"{name}={value}" for name, value in exported.items()}
     return "".join(f"{line}\n" for line in (lines | _user_lines(user_text)).values())
 

@@ -13,7 +13,6 @@ from launcher.hosts.machine import DeviceKind
 from launcher.ranks.environment import (
     deepspeed_environment,
     exported_text,
-    exported_variables,
     forwarded_environment,
     host_environment,
     launch_environment,
@@ -143,15 +142,16 @@ def test_the_users_deepspeed_env_overrides_the_shell() -> None:
 
 def test_ranks_of_mpi_and_srun_get_the_address_where_they_meet():
     """Catches ranks that cannot find each other."""
-    rendezvous, launch = Rendezvous("run-1", "10.0.0.1", 29500), {"A": "1", "DEEPCLOZE_LAUNCH": "run-1"}
-    assert exported_variables({"A": "1"}, rendezvous, "pdsh") == launch
-    met = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert exported_variables({"A": "1"}, rendezvous, "slurm") == launch | met
+    rendezvous, launch = Rendezvous("run-1", "10.0.0.1", 29500), ["A=1", "DEEPCLOZE_LAUNCH=run-1"]
+    assert exported_text({"A": "1"}, rendezvous, "pdsh", "").splitlines() == launch
+    met = ["MASTER_ADDR=10.0.0.1", "MASTER_PORT=29500"]
+    assert exported_text({"A": "1"}, rendezvous, "slurm", "").splitlines() == launch + met
 
 
 def test_variables_that_deepspeed_exports_appear_in_no_command_line_unless_the_user_wants_it():
     """Catches secrets in command lines, and comments that break them."""
-    text = exported_text({"OMP_NUM_THREADS": "4"}, "# A=1\nexport NCCL_DEBUG=INFO\n OMP_NUM_THREADS = 2\n\n")
+    user_text = "# A=1\nexport NCCL_DEBUG=INFO\n OMP_NUM_THREADS = 2\n\n"
+    text = exported_text({"OMP_NUM_THREADS": "4"}, None, "pdsh", user_text)
     assert text.splitlines() == ["OMP_NUM_THREADS = 2", "NCCL_DEBUG=INFO"]
     secret = {"MLFLOW_TRACKING_PASSWORD": "secret", "UCX_TOKEN": "secret", "PYTHON_TOKEN": '"$(id)"'}
     environ = {**secret, "HOME": "/home", "PYTHONPATH": "/mine"}
