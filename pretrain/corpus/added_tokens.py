@@ -3,10 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import regex
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 
 from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import read_items
@@ -37,16 +37,16 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
         old, words = load_tokenizer(local_tokenizer(str(extend))), _read_words(added)
         if vocabulary_size(old) != len(old.get_vocab()):
             raise UserError(f"--extend: {extend} has unused ids, which the new tokens would get")
-        state = json.loads(old.backend_tokenizer.to_str())
-        entries, added_tokens = _new_tokens(words, state, old, added)
+        entries, added_tokens = _new_tokens(words, old, added)
         if not (entries or added_tokens):
             raise UserError(f"--added: all {len(words)} words of {added} are one token in {extend} already")
         # `tokenizers` gives added tokens ids after the vocabulary, so entries come first.
         new_ids = {token: vocabulary_size(old) + index for index, token in enumerate([*entries, *added_tokens])}
-        if _can_grow(state):  # it has the added tokens too, so that it can grow again
+        state = json.loads(old.backend_tokenizer.to_str())
+        if _can_grow(old):  # it has the added tokens too, so that it can grow again
             state["model"]["vocab"] |= new_ids
         extended = Tokenizer.from_str(json.dumps(state))
-        extended.add_tokens([_added_token(token, state) for token in added_tokens])
+        extended.add_tokens([_added_token(token, old) for token in added_tokens])
         save_tokenizer(old, partial)
         extended.save(str(partial / "tokenizer.json"))
         new = load_tokenizer(partial)
@@ -78,14 +78,15 @@ def check_extends(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast"
 def old_pieces(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast") -> dict[int, list[int]]:
     """Map the id of each token that only `new` has to the ids of its text in `old`, without unknown tokens. A mark of a
     space alone, which SentencePiece puts before an unknown emoji, counts as none."""
-    vocabulary, prefix = old.get_vocab(), _continuation_prefix(json.loads(old.backend_tokenizer.to_str()))
+    vocabulary, prefix = old.get_vocab(), _continuation_prefix(old)
     added = new.added_tokens_decoder  # whose texts a byte-level decoder would take for bytes
     pieces: dict[int, list[int]] = {}
     for token, identifier in new.get_vocab().items():
         if token in vocabulary:
             continue
         if prefix and token.startswith(prefix):
-            pieces[identifier] = _split_continuation(token, prefix, vocabulary)
+            split = old.backend_tokenizer.model.tokenize(token)  # looks up the prefix as text
+            pieces[identifier] = [piece.id for piece in split] if split[0].value.startswith(prefix) else []
         else:
             word = added[identifier].content if identifier in added else new.backend_tokenizer.decode([identifier])
             found = old(_in_text(word.strip()), add_special_tokens=False)["input_ids"]
@@ -106,14 +107,14 @@ def _read_words(path: Path) -> list[tuple[int, str]]:
 
 
 def _new_tokens(
-    words: list[tuple[int, str]], state: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", path: Path
+    words: list[tuple[int, str]], tokenizer: "PreTrainedTokenizerFast", path: Path
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the new entries of the vocabulary and the new added tokens, each as {token: line}."""
     entries: dict[str, int] = {}
     added_tokens: dict[str, int] = {}
     normalize, seen = _normalizer(tokenizer), set[str]()
     for line, word in words:
-        token, is_entry = _parse_word(word, state, tokenizer, f"{path}, line {line}")
+        token, is_entry = _parse_word(word, tokenizer, f"{path}, line {line}")
         if (normal := normalize(token)) not in seen and not _is_one_token(token, tokenizer):
             seen.add(normal)
             (entries if is_entry else added_tokens)[token] = line
@@ -125,9 +126,9 @@ def _normalizer(tokenizer: "PreTrainedTokenizerFast") -> Callable[[str], str]:
     return normalizer.normalize_str if normalizer else str
 
 
-def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", where: str) -> tuple[str, bool]:
+def _parse_word(word: str, tokenizer: "PreTrainedTokenizerFast", where: str) -> tuple[str, bool]:
     """Return the token for a word, and whether it can be an entry of the vocabulary. Raises UserError."""
-    prefix, backend = _continuation_prefix(state), tokenizer.backend_tokenizer
+    prefix = _continuation_prefix(tokenizer)
     if word.startswith("##") and prefix is None:
         raise UserError(f"{where}: '{word}': only WordPiece tokenizers have continuations")
     rest = word.removeprefix(prefix or "")
@@ -138,11 +139,11 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
     if prefix is None:
         return normal, False
     normal = normal.strip()  # BERT puts spaces around Chinese characters
-    split = backend.pre_tokenizer.pre_tokenize_str
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
     whole = [piece for piece, _ in split(normal)] == [normal]
     if rest != word and not whole:
         raise UserError(f"{where}: '{word}' can never match: the tokenizer splits text inside it")
-    if rest != word and not _can_grow(state):
+    if rest != word and not _can_grow(tokenizer):
         raise UserError(
             f"{where}: '{word}': the tokenizer has added tokens after its vocabulary, so the vocabulary cannot grow"
         )
@@ -151,13 +152,13 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
     # BERT does not split text at emoji: 🤣🤣 and ok🤣 are looked up as whole words.
     is_word = not _is_symbol(normal) or [piece for piece, _ in split(f"{normal}a")] == [normal, "a"]
     # The content of an added token is normalized again.
-    return (normal if whole or normalize(normal) == normal else rest), whole and is_word and _can_grow(state)
+    return (normal if whole or normalize(normal) == normal else rest), whole and is_word and _can_grow(tokenizer)
 
 
-def _can_grow(state: dict[str, Any]) -> bool:
+def _can_grow(tokenizer: "PreTrainedTokenizerFast") -> bool:
     """Return whether the tokenizer is a WordPiece whose vocabulary has all added tokens: others would be renumbered."""
-    size = len(state["model"]["vocab"])
-    return _continuation_prefix(state) is not None and all(token["id"] < size for token in state["added_tokens"])
+    size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+    return _continuation_prefix(tokenizer) is not None and max(tokenizer.added_tokens_decoder, default=0) < size
 
 
 def _is_one_token(token: str, tokenizer: "PreTrainedTokenizerFast") -> bool:
@@ -182,10 +183,10 @@ def _matches_anywhere(token: str) -> bool:
     return _is_symbol(token) or _UNSPACED.search(token[0] + token[-1]) is not None
 
 
-def _added_token(token: str, state: dict[str, Any]) -> AddedToken:
+def _added_token(token: str, tokenizer: "PreTrainedTokenizerFast") -> AddedToken:
     """With `lstrip` it includes the space before it, as other tokens do."""
     single_word = not _matches_anywhere(token)
-    return AddedToken(token, single_word=single_word, lstrip=_continuation_prefix(state) is None, normalized=True)
+    return AddedToken(token, single_word=single_word, lstrip=_continuation_prefix(tokenizer) is None, normalized=True)
 
 
 def _check_new_tokens(
@@ -193,7 +194,7 @@ def _check_new_tokens(
 ) -> None:
     """Raise UserError, naming the line, for a word that did not become one token. Warns if text without spaces changes
     around the words."""
-    prefix = _continuation_prefix(json.loads(tokenizer.backend_tokenizer.to_str()))
+    prefix = _continuation_prefix(tokenizer)
     for token, identifier in new_ids.items():
         found = tokenizer(token, add_special_tokens=False)["input_ids"]
         if found != [identifier] and not (prefix and token.startswith(prefix)):
@@ -209,19 +210,7 @@ def _check_new_tokens(
         )
 
 
-def _continuation_prefix(state: dict[str, Any]) -> str | None:
+def _continuation_prefix(tokenizer: "PreTrainedTokenizerFast") -> str | None:
     """Return the prefix of WordPiece's continuations, None for other tokenizers."""
-    model = state["model"]
-    return str(model["continuing_subword_prefix"]) if model["type"] == "WordPiece" else None
-
-
-def _split_continuation(token: str, prefix: str, vocabulary: dict[str, int]) -> list[int]:
-    """Split a continuation as WordPiece does, longest match first; empty if it cannot be split."""
-    rest, pieces = token.removeprefix(prefix), []
-    while rest:
-        end = next((end for end in range(len(rest), 0, -1) if prefix + rest[:end] in vocabulary), None)
-        if end is None:
-            return []
-        pieces.append(vocabulary[prefix + rest[:end]])
-        rest = rest[end:]
-    return pieces
+    model = tokenizer.backend_tokenizer.model
+    return model.continuing_subword_prefix if isinstance(model, models.WordPiece) else None
