@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +59,6 @@ class CorpusCache:
     limit: float | None = None  # bytes of all copies together
     on_progress: Callable[[], None] = lambda: None  # called while something is copied, or another process copies it
     show_progress: bool = True
-    _locks: list[int] = field(default_factory=list)  # file descriptors: the copies are in use until the process ends
 
     def folder_of(self, source: str, description: Description) -> Path:
         """Return the folder of a corpus's copy. Another tokenizer, for example, has another folder, although the
@@ -88,13 +87,8 @@ class CorpusCache:
             return Path(source)
         return folder
 
-    def release(self) -> None:
-        """Release the copies, which are no longer used."""
-        while self._locks:
-            os.close(self._locks.pop())
-
     def _make(self, source: str, description: Description, folder: Path) -> None:
-        """Copy the corpus unless that is done, and lock the copy, so that no process deletes it."""
+        """Copy the corpus unless that is done, and lock the copy until this process ends: no other one deletes it."""
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = open_for_lock(folder.parent / _LOCK)
@@ -107,7 +101,6 @@ class CorpusCache:
         except BaseException:
             os.close(lock)
             raise
-        self._locks.append(lock)
 
     def _copy_locked(self, lock: int, source: str, description: Description, folder: Path) -> None:
         """Wait until the copy is complete and `lock` is shared."""

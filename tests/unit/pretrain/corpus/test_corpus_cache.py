@@ -40,6 +40,13 @@ def in_bucket(bucket: str, wordpiece_corpus: Path) -> str:
     return f"{bucket}/corpora/text"
 
 
+def release(copy: Path) -> None:
+    """Close the locks of a copy, as the end of the process that uses it does."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        if descriptor.exists() and descriptor.samefile(copy.parent / ".lock"):
+            os.close(int(descriptor.name))
+
+
 def files_below(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
@@ -69,7 +76,7 @@ def test_what_is_complete_is_not_copied_again(in_bucket: str, tmp_path: Path, mo
     """Catches a host that copies at every start, or all files if one is missing."""
     cache = CorpusCache(tmp_path)
     folder = cache.locate(in_bucket)
-    cache.release()
+    release(folder)
     shards = sorted(folder.glob("*.arrow"))
     before = {path: path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
     content = shards[0].read_bytes()
@@ -139,9 +146,8 @@ def test_files_beside_the_shards_are_current(wordpiece_corpus: Path, tmp_path: P
         if kind == "metadata":
             copy = open_metadata(source).path
         else:
-            cache = CorpusCache(tmp_path / "cache")
-            copy = cache.locate(source)
-            cache.release()
+            copy = CorpusCache(tmp_path / "cache").locate(source)
+            release(copy)
         assert (copy / "tokenizer" / "tokenizer.json").read_text().endswith("}" + change)
 
 
@@ -159,7 +165,7 @@ def test_a_damaged_copy_is_copied_again(stored: str, tmp_path: Path) -> None:
     """Catches a copy that stays damaged, so that no run can use the host."""
     cache = CorpusCache(tmp_path)
     folder = cache.locate(stored)
-    cache.release()
+    release(folder)
     shard = next(folder.glob("*.arrow"))
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
@@ -257,12 +263,10 @@ def test_the_copy_that_was_not_used_for_longest_is_deleted(
             "disk_usage",
             lambda folder: shutil._ntuple_diskusage(0, 0, room - sum(files_below(folder).values())),
         )
-    old, used = CorpusCache(tmp_path / "cache", limit), CorpusCache(tmp_path / "cache", limit)
-    first = old.locate(text)
-    second = used.locate(heldout)
+    first, second = (CorpusCache(tmp_path / "cache", limit).locate(source) for source in (text, heldout))
     os.utime(first.parent / ".lock", (time.time() - 10, time.time() - 10))
     os.utime(second.parent / ".lock", (time.time() - 20, time.time() - 20))
-    old.release()
+    release(first)
     third = CorpusCache(tmp_path / "cache", limit).locate(other)
     assert (first.exists(), second.exists(), third.exists()) == (False, True, True)
     assert third.is_relative_to(tmp_path / "cache")
@@ -301,7 +305,8 @@ def test_the_copy_of_another_user(
     recently used one."""
     cache = CorpusCache(tmp_path / "cache")
     theirs, ours = cache.locate(stored), cache.locate(str(heldout_corpus))
-    cache.release()
+    release(theirs)
+    release(ours)
     os.utime(theirs.parent / ".lock", (0, 0))
     give_away(theirs.parent, monkeypatch)
     with monkeypatch.context() as patch:
@@ -320,7 +325,8 @@ def test_an_incomplete_copy_of_another_user(
     """Catches copies that are deleted to make space for one that cannot be written."""
     cache = CorpusCache(tmp_path / "cache")
     theirs, ours = cache.locate(stored), cache.locate(str(heldout_corpus))
-    cache.release()
+    release(theirs)
+    release(ours)
     limit = sum(files_below(theirs).values())
     (theirs / "manifest.json").unlink()  # their run was killed
     give_away(theirs.parent, monkeypatch)
@@ -335,9 +341,8 @@ def test_no_copy_is_deleted_if_that_is_not_enough(
 ) -> None:
     """Catches copies that other runs must make again, although the new one fits in neither case."""
     cache = CorpusCache(tmp_path / "cache", 10 if full == "cache" else 1e12)
-    copy = CorpusCache(tmp_path / "cache")
-    folder = copy.locate(str(heldout_corpus))
-    copy.release()
+    folder = CorpusCache(tmp_path / "cache").locate(str(heldout_corpus))
+    release(folder)
     if full == "disk":
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, -(10**9)))
     assert cache.locate(str(wordpiece_corpus)) == wordpiece_corpus
