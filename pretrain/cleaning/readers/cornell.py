@@ -3,13 +3,13 @@
 
 import ast
 import io
-import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from posixpath import basename, dirname
 
 from experiment.errors import UserError
-from experiment.storage import MissingError, join, open_file
-from pretrain.cleaning.readers import zip_members
+from experiment.storage import MissingError, join
+from pretrain.cleaning.readers import open_members, zip_members
 from pretrain.corpus.formats import SourceDocument
 
 _CONVERSATIONS, _LINES = "movie_conversations.txt", "movie_lines.txt"
@@ -44,18 +44,11 @@ def _rows(path: str, name: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _content(path: str, name: str) -> bytes:
-    missing = UserError(
+    file = path if path.lower().endswith(".zip") else join(dirname(path) or ".", name)
+    with suppress(FileNotFoundError, MissingError):
+        for _, _, content in open_members(file, lambda member: basename(member) == name):
+            return content.read()
+    raise UserError(
         f"{path}: the Cornell Movie-Dialogs Corpus is read with {name}, which is not in the same folder or zip; if "
         "this is another file, rename it"
     )
-    if path.lower().endswith(".zip"):
-        found = next((member for member in zip_members(path) if basename(member) == name), None)
-        if found is None:
-            raise missing
-        with open_file(path) as file, zipfile.ZipFile(file) as archive:
-            return archive.read(found)
-    try:
-        with open_file(join(dirname(path) or ".", name)) as file:
-            return file.read()
-    except (FileNotFoundError, MissingError):
-        raise missing from None
