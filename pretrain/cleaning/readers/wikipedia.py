@@ -3,7 +3,6 @@
 import bz2
 from collections.abc import Iterator
 from posixpath import basename
-from typing import IO
 from xml.etree import ElementTree
 
 from experiment.errors import UserError
@@ -29,7 +28,8 @@ def read(name: str) -> Iterator[SourceDocument]:
     number, markup = 0, ""
     try:
         with open_file(name) as file:
-            events = ElementTree.iterparse(_decompress(file, name), events=("start", "end"))
+            content = bz2.BZ2File(file) if name.lower().endswith(".bz2") else decompress(file, detect_format(name)[1])
+            events = ElementTree.iterparse(content, events=("start", "end"))
             _, root = next(events)
             for event, page in events:
                 if event == "start" or (not page.tag.endswith("}page") and page.tag != "page"):
@@ -52,9 +52,3 @@ def _markup(root: ElementTree.Element) -> str:
     namespaces = root.iterfind("{*}siteinfo/{*}namespaces/{*}namespace")
     names = (found.text for found in namespaces if found.text and found.get("key") in (_FILES, _CATEGORIES))
     return ":".join(("wikitext", root.get(_LANGUAGE, ""), *names))
-
-
-def _decompress(file: IO[bytes], name: str) -> IO[bytes]:
-    if name.lower().endswith(".bz2"):
-        return bz2.open(file)
-    return decompress(file, detect_format(name)[1])
