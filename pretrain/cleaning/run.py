@@ -27,7 +27,7 @@ from pretrain.cleaning.report import describe_kept, print_steps, summarize, writ
 from pretrain.cleaning.step import ReadTask, Step, check_installed
 from pretrain.cleaning.tally import StepTally
 from pretrain.corpus.origins import read_cleanings
-from pretrain.corpus.sources import Source
+from pretrain.corpus.sources import Source, partial_folder
 from pretrain.corpus.task_runners import TaskRunner, open_task_runner
 
 _FILE_BYTES = 1 << 28  # of a file of the result, compressed
@@ -71,7 +71,7 @@ def clean(
                     "ETag nor Last-Modified, so the file may have changed; name a new folder or delete it"
                 )
             print(f"{folder} already exists, of the same sources and steps")
-            if _is_cleaning(partial := _unfinished(folder)):  # killed after the rename
+            if _is_cleaning(partial := partial_folder(folder)):  # killed after the rename
                 shutil.rmtree(partial, ignore_errors=True)
         else:
             passes = plan_passes(steps)
@@ -117,7 +117,7 @@ def _clean(
     folder: Path,
     run_tasks: TaskRunner,
 ) -> CleanSummary:
-    unfinished = _unfinished(folder)
+    unfinished = partial_folder(folder)
     _check_unfinished(unfinished, {"recipe": recipe, "sources": identity_of(sources)})
     try:
         last, tallies = run_passes(passes, read_inputs(sources, config), unfinished, run_tasks)
@@ -172,10 +172,6 @@ def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
         )
     partial.mkdir(exist_ok=True)
     write_json(path, identity)
-
-
-def _unfinished(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.partial")
 
 
 def _is_cleaning(partial: Path) -> bool:

@@ -20,7 +20,7 @@ from pretrain.corpus.documents import hub_data
 from pretrain.corpus.manifest import Recipe
 from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.segmenter import SegmenterSpec, read_segmenter, segmenter_identity
-from pretrain.corpus.sources import Source, find_sources
+from pretrain.corpus.sources import Source, find_sources, partial_folder
 from pretrain.corpus.splits import Split, plan_splits
 from pretrain.corpus.tokenization import TokenizerSpec, tokenizer_spec
 from pretrain.corpus.word_boundaries import word_boundaries
@@ -143,7 +143,7 @@ class BuildPlan:
     @property
     def partial(self) -> Path:
         """The folder of an unfinished build."""
-        return _partial_of(self.folder)
+        return partial_folder(self.folder)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -183,14 +183,10 @@ class BuildPlan:
         )
 
 
-def _partial_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.partial")
-
-
 def _recorded_data(folder: Path) -> list[HubData]:
     """Return the data sets of the unfinished build of a corpus, with their commits."""
     try:
-        return [HubData.parse(data) for data in read_json(_partial_of(folder) / ARGUMENTS)["hub"]]
+        return [HubData.parse(data) for data in read_json(partial_folder(folder) / ARGUMENTS)["hub"]]
     except (OSError, ValueError, LookupError):
         return []
 
@@ -205,7 +201,7 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
     sources = find_sources(options.source, output=options.output, pinned=pinned)
     for source in sources:
         if source.kind == "hub" and (data := hub_data(source)) in pinned and str(data) not in str(options.source):
-            inform(f"{_partial_of(options.output)} was begun with {data}; delete it to read a newer commit")
+            inform(f"{partial_folder(options.output)} was begun with {data}; delete it to read a newer commit")
     segmenter = None if options.segmenter is None else read_segmenter(options.user_dictionary)
     tokenizer = load_build_tokenizer(options.tokenizer, segmenter)
     if segmenter is not None and word_boundaries(tokenizer.spec.tokenizer_json) is None:

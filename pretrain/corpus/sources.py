@@ -239,6 +239,11 @@ def find_sources(
     return tuple(sources)
 
 
+def partial_folder(output: Path) -> Path:
+    """Return the folder of an unfinished build or cleaning."""
+    return output.with_name(f"{output.name}.partial")
+
+
 def _split_names(named: SourceName, key: str) -> list[str]:
     if isinstance(named, str | Path):
         text = str(named)
