@@ -51,7 +51,7 @@ class CacheFullError(UserError):
     """A corpus does not fit the cache, or its disk."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class CorpusCache:
     """A folder with copies of corpora."""
 
