@@ -146,7 +146,7 @@ def _zip_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) 
 
 def _tar_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
     source, bounds = span
-    compression = tar_compression(source.name)
+    _, compression = detect_format(source.name)
     # "r|" streams: each member is read when it is reached, without seeking.
     mode: Literal["r|", "r:"] = "r|" if compression else "r:"
     content = decompress(file, compression)
@@ -190,11 +190,6 @@ class _Member(tarfile.TarInfo):
                 raise tarfile.ReadError(str(error)) from None
             archive.has_trailer = True
             raise tarfile.EmptyHeaderError from None  # type: ignore[attr-defined]  # ends the reading
-
-
-def tar_compression(name: str) -> str:
-    """Tell how a tar is compressed (gz, zst or "")."""
-    return {"gz": "gz", "tgz": "gz", "zst": "zst"}.get(name.lower().rsplit(".", 1)[-1], "")
 
 
 def hub_data(source: Source) -> HubData:

@@ -152,6 +152,8 @@ def detect_format(name: str) -> tuple[str | None, str]:
 def _suffixes(name: str) -> tuple[str, str]:
     """Return the suffixes of the format and of the compression; empty if there is none."""
     *suffixes, last = ["", *name.lower().split(".")[1:]]
+    if last == "tgz":
+        return "tar", "gz"
     return (suffixes[-1], last) if suffixes and last in ("gz", "zst") else (last, "")
 
 

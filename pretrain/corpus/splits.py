@@ -15,7 +15,7 @@ import xxhash
 from experiment.hub_data import load_rows
 from experiment.storage import StorageError, open_file
 from pretrain.corpus.compression import estimate_content_bytes, has_several_members
-from pretrain.corpus.documents import hub_data, tar_compression
+from pretrain.corpus.documents import hub_data
 from pretrain.corpus.formats import WHOLE, Range, Unit, UnreadableError, detect_format, explain_read_errors
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import Source, Span
@@ -112,7 +112,7 @@ def _divide_opened(source: Source, options: TextOptions, size: int) -> list[Rang
             with zipfile.ZipFile(file) as archive:
                 return _cut("members", [info.compress_size for info in archive.infolist()], size)
         if source.kind == "archive":
-            content = estimate_content_bytes(file, tar_compression(source.name), source.bytes)
+            content = estimate_content_bytes(file, compression, source.bytes)
             return _reread_ranges(content, source.bytes, size)
         if file_format == "parquet":
             return [WHOLE] if compression else _cut("row groups", _row_group_bytes(file), size)
