@@ -20,9 +20,9 @@ _TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than paddi
 
 
 def adapt_to_model(
-    model: PreTrainedModel, task: PreparedTask, probe: Example, device: Device, max_length: int
+    model: PreTrainedModel, task: PreparedTask, probe: Example, max_length: int
 ) -> tuple[PreparedTask, list[str]]:
-    """Return the task as the model needs it on a device, and a line for each change.
+    """Return the task as the model needs it on its device, and a line for each change.
 
     Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they compute in fp32. The outputs of some
     depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`. Raises
@@ -30,7 +30,7 @@ def adapt_to_model(
 
     probe: as from `TaskKind.probe`.
     """
-    lines, name, task = [], model.config.model_type, replace(task, device=device)
+    lines, name, device = [], model.config.model_type, task.device
     if not ignores_padding(model, task.kind, task.padding, probe, max_length):
         lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
         task = replace(task, padding=replace(task.padding, length=max_length))

@@ -1,7 +1,7 @@
 """A task whose splits are encoded for one model."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,16 +30,9 @@ class PreparedTask:
     kind: TaskKind[Any]
     splits: Mapping[str, Split]  # "train", perhaps "validation", then the test splits
     padding: Padding
-    label_weights: tuple[float, ...] | None = None  # of the loss
-    label_smoothing: float = 0.0
+    loss_options: LossOptions = field(default_factory=LossOptions)
     positions: int | None = None  # of the model, in tokens; None: no limit
     device: Device = CPU
-
-    @property
-    def loss_options(self) -> LossOptions:
-        device = self.device.torch_device
-        weights = None if self.label_weights is None else torch.tensor(self.label_weights, device=device)
-        return LossOptions(weights, self.label_smoothing)
 
     def is_better(self, scores: Mapping[str, float], others: Mapping[str, float]) -> bool:
         """Return whether scores are better than others, by the task's metric."""
@@ -65,7 +58,12 @@ def make_kind(config: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
 
 
 def make_task(
-    kind: TaskKind[Any], tables: Mapping[str, Table], spec: ModelSpec, length: int, training: TrainingConfig
+    kind: TaskKind[Any],
+    tables: Mapping[str, Table],
+    spec: ModelSpec,
+    length: int,
+    training: TrainingConfig,
+    device: Device = CPU,
 ) -> tuple[PreparedTask, Encoder]:
     """Encode the splits. Returns the encoder too. length: tokens of a sequence, at most.
 
@@ -83,15 +81,11 @@ def make_task(
         )
         for split, table in tables.items()
     }
-    task = PreparedTask(
-        kind=kind,
-        splits=splits,
-        padding=Padding.of(tokenizer),
-        label_weights=kind.label_weights(splits["train"].examples) if training.class_weights == "balanced" else None,
-        label_smoothing=training.label_smoothing,
-        positions=inputs.max_length,
-    )
-    return task, encoder
+    weights = None
+    if training.class_weights == "balanced":
+        weights = torch.tensor(kind.label_weights(splits["train"].examples), device=device.torch_device)
+    options = LossOptions(weights, training.label_smoothing)
+    return PreparedTask(kind, splits, Padding.of(tokenizer), options, inputs.max_length, device), encoder
 
 
 def load_inputs(config: TaskConfig, spec: ModelSpec, length: int) -> tuple[PreTrainedTokenizerBase, ModelInputs]:

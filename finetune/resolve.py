@@ -113,10 +113,10 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
         *(contamination_warnings(config.task, model.folder) if model.pretrained else ()),
     ):
         print_warning(f"{name}: {warning}")
-    task, encoder = make_task(kind, tables, model, length, training)
+    task, encoder = make_task(kind, tables, model, length, training, device)
     steps, tokenizer = total_steps(task, training), encoder.tokenizer
     built = _build(model, kind)
-    task, changes = adapt_to_model(built.model, task, kind.probe(encoder), device, length)
+    task, changes = adapt_to_model(built.model, task, kind.probe(encoder), length)
     for line in (*describe_task(kind, tables), *describe_model(built, model, uses_head), *changes):
         terminal().print(f"{name}: {line}")
     if model.pretrained and length > (limit := tokenizer.model_max_length):

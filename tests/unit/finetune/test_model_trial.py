@@ -54,7 +54,7 @@ class Model(nn.Module):
 def test_models_that_see_padding_get_fixed_padding(side: str) -> None:
     """Catches predictions that change with the batch size, and padding to a length that varies."""
     made = make_task(side)
-    task, lines = adapt_to_model(Model(uses_mask=False), made, PROBE, FP32, max_length=16)
+    task, lines = adapt_to_model(Model(uses_mask=False), made, PROBE, max_length=16)
     assert lines == ["mean: its outputs depend on padding, so all sequences are padded to 16 tokens"]
     assert task.device == FP32
     for examples in (made.splits["train"].examples[:1], made.splits["train"].examples):
@@ -73,9 +73,9 @@ def test_padding_shows_in_outputs_whatever_the_loss_is() -> None:
         examples = tuple(replace(example, target=targets) for example in train.examples)
         splits = {"train": replace(train, examples=examples, table=replace(train.table, labelled=targets is not None))}
         task = replace(made, kind=Regression(RegressionConfig(train="f.csv"), ()), splits=splits)
-        _, lines = adapt_to_model(Model(uses_mask=False), task, PROBE, FP32, max_length=16)
+        _, lines = adapt_to_model(Model(uses_mask=False), task, PROBE, max_length=16)
         assert lines == ["mean: its outputs depend on padding, so all sequences are padded to 16 tokens"]
-        assert adapt_to_model(Model(uses_mask=True), task, PROBE, FP32, max_length=16)[1] == []
+        assert adapt_to_model(Model(uses_mask=True), task, PROBE, max_length=16)[1] == []
 
 
 @pytest.mark.parametrize("length", [5, 16])
@@ -85,14 +85,14 @@ def test_padding_shows_in_texts_of_the_same_length(length: int) -> None:
     train = made.splits["train"]
     examples = tuple(Example((Tokens(torch.randint(3, 20, (length,)), None),), number % 2) for number in range(8))
     task = replace(made, splits={"train": replace(train, examples=examples)})
-    assert adapt_to_model(Model(uses_mask=False), task, PROBE, FP32, max_length=16)[0].padding.length == 16
-    assert adapt_to_model(Model(uses_mask=True), task, PROBE, FP32, max_length=16)[0].padding.length is None
+    assert adapt_to_model(Model(uses_mask=False), task, PROBE, max_length=16)[0].padding.length == 16
+    assert adapt_to_model(Model(uses_mask=True), task, PROBE, max_length=16)[0].padding.length is None
 
 
 def test_models_that_ignore_padding_keep_dynamic_padding() -> None:
     """Catches fixed padding, which is slow, for models that do not need it."""
-    made = make_task()
-    assert adapt_to_model(Model(uses_mask=True), made, PROBE, BF16, max_length=16) == (replace(made, device=BF16), [])
+    made = replace(make_task(), device=BF16)
+    assert adapt_to_model(Model(uses_mask=True), made, PROBE, max_length=16) == (made, [])
 
 
 def test_a_device_that_fails_is_not_taken_for_a_missing_operation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,10 +101,10 @@ def test_a_device_that_fails_is_not_taken_for_a_missing_operation(monkeypatch: p
     def fail(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")
 
-    made = make_task()
+    made = replace(make_task(), device=BF16)
     monkeypatch.setattr(Kind, "loss", fail)
     with pytest.raises(torch.AcceleratorError, match="no kernel image"):
-        adapt_to_model(Model(uses_mask=True), made, PROBE, BF16, max_length=16)
+        adapt_to_model(Model(uses_mask=True), made, PROBE, max_length=16)
 
 
 def test_a_model_without_autocast_is_trained_in_fp32() -> None:
@@ -112,7 +112,7 @@ def test_a_model_without_autocast_is_trained_in_fp32() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = DebertaConfig(vocab_size=20, relative_attention=True, pos_att_type=["p2c", "c2p"], **sizes)
     model = DebertaForSequenceClassification(config)
-    task, lines = adapt_to_model(model, make_task(), PROBE, BF16, max_length=16)
+    task, lines = adapt_to_model(model, replace(make_task(), device=BF16), PROBE, max_length=16)
     assert task.device == FP32
     assert lines == ["deberta cannot compute in bf16 on cpu; fp32 is used"]
-    assert adapt_to_model(model, make_task(), PROBE, FP32, max_length=16)[1] == []
+    assert adapt_to_model(model, make_task(), PROBE, max_length=16)[1] == []

@@ -65,7 +65,8 @@ def test_the_batch_size_does_not_change_predictions(model_type: str, precision: 
     """Catches a type whose outputs depend on padding, or that cannot compute in bf16, and that is not noticed; also one
     that needlessly gets fixed padding or fp32."""
     model = head(model_type, "AutoModelForSequenceClassification")
-    task, lines = adapt_to_model(model, make_task(), PROBE, Device(torch.device("cpu"), precision), max_length=40)
+    made = replace(make_task(), device=Device(torch.device("cpu"), precision))
+    task, lines = adapt_to_model(model, made, PROBE, max_length=40)
     assert (task.padding.length is not None) == (model_type in PADDED), lines
     assert (task.device.dtype != precision) == (model_type in MASKS and precision is not None), lines
     alone, together = (logit_differences(model, task, size) for size in (1, 40))
@@ -88,7 +89,7 @@ def test_the_batch_size_does_not_change_outputs_of_other_heads(model_type: str, 
     sequences = 2 if name == "multiple_choice" else 1
     examples = [Example(example.sequences * sequences) for example in train.examples]
     task = replace(made, splits={"test": replace(train, examples=tuple(examples))})
-    task, _ = adapt_to_model(model, task, PROBE, Device(torch.device("cpu"), None), max_length=40)
+    task, _ = adapt_to_model(model, task, PROBE, max_length=40)
     alone, together = (
         Inference(model, kind, task.padding, task.device, MicrobatchSize(size)).compute(examples)[0] for size in (1, 40)
     )

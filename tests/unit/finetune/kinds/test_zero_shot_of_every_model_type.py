@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from finetune.data.records import Record, Table
-from finetune.device import Device, MicrobatchSize
+from finetune.device import MicrobatchSize
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Inference, collate
@@ -65,7 +65,7 @@ def test_the_batch_size_does_not_change_the_scores(model_type: str) -> None:
     records = tuple(Record("f.json", {}) for _ in blanks)
     split = Split(Table(Path("f.json"), records, labelled=False), blanks, tuple(range(len(blanks))))
     task = PreparedTask(kind, {"test": split}, Padding(1, "right", 0))
-    task, lines = adapt_to_model(model, task, blanks[4], Device(torch.device("cpu"), None), max_length=40)
+    task, lines = adapt_to_model(model, task, blanks[4], max_length=40)
     assert (task.padding.length is not None) == (model_type in PADDED), lines
     alone, together = (
         Inference(model, kind, task.padding, task.device, MicrobatchSize(size)).compute(blanks)[0] for size in (1, 6)

@@ -21,6 +21,7 @@ from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Evaluation, evaluate
 from finetune.kinds.classification import Config, Kind
 from finetune.prepared_task import PreparedTask
+from finetune.task_kind import LossOptions
 from finetune.training import fit as fit_module
 from finetune.training.fit import DivergedError, Fitted, StateFile, evaluate_untrained, fit
 from finetune.training.updater import Updater, lr_factor, parameter_groups
@@ -59,7 +60,8 @@ def split(count: int, seed: int, labelled: bool = True) -> Split:
 def task(weights: tuple[float, ...] | None = None, **splits: Split) -> PreparedTask:
     given = {"train": split(64, 0), "validation": split(37, 1), **splits}
     kind = Kind(Config(train="f.csv", validation="f.csv"), LABELS)
-    return PreparedTask(kind, given, Padding(0, "right", 0), weights)
+    options = LossOptions(None if weights is None else torch.tensor(weights))
+    return PreparedTask(kind, given, Padding(0, "right", 0), options)
 
 
 def probabilities(evaluation: Evaluation) -> Any:
@@ -330,15 +332,17 @@ class Bias(nn.Module):
         return SimpleNamespace(logits=self.bias.expand(len(input_ids), -1))
 
 
-def of_targets(targets: list[int], labels: tuple[str, ...], balanced: bool = False) -> PreparedTask:
+def of_targets(
+    targets: list[int], labels: tuple[str, ...], balanced: bool = False, smoothing: float = 0.0
+) -> PreparedTask:
     """Texts of one to four tokens with these labels."""
     kind = Kind(Config(train="f.csv", validation="f.csv"), labels)
     records = tuple(Record("f.csv", {"label": labels[target]}) for target in targets)
     ids = torch.ones(4, dtype=torch.int64)
     examples = tuple(Example((Tokens(ids[: n % 4 + 1], None),), target) for n, target in enumerate(targets))
     made = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(targets))))
-    weights = kind.label_weights(examples) if balanced else None
-    return PreparedTask(kind, {"train": made, "validation": made}, Padding(0, "right", 0), weights)
+    options = LossOptions(torch.tensor(kind.label_weights(examples)) if balanced else None, smoothing)
+    return PreparedTask(kind, {"train": made, "validation": made}, Padding(0, "right", 0), options)
 
 
 @pytest.fixture
@@ -378,21 +382,21 @@ def test_a_short_batch_counts_by_its_examples(gradients: list[torch.Tensor]) -> 
 
 def test_losses_of_training_and_validation_are_comparable() -> None:
     """Catches label weights or smoothing in only one of them. The splits are the same, and nothing is learned."""
-    ready = replace(of_targets([0, 0, 0, 1, 1, 0, 0, 0, 1], ("a", "b"), balanced=True), label_smoothing=0.2)
+    ready = of_targets([0, 0, 0, 1, 1, 0, 0, 0, 1], ("a", "b"), balanced=True, smoothing=0.2)
     epoch = fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=4), 1, ignore).epochs[0]
     assert epoch.train_loss == pytest.approx(epoch.validation_loss)
 
 
 def test_label_smoothing_spreads_the_target(gradients: list[torch.Tensor]) -> None:
     """Catches smoothing that never reaches the loss. The gradient is the probabilities minus the target."""
-    ready = replace(of_targets([0] * 4, ("a", "b")), label_smoothing=0.2)
+    ready = of_targets([0] * 4, ("a", "b"), smoothing=0.2)
     fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=4, grad_clip=0), 1, ignore)
     torch.testing.assert_close(gradients[0], torch.tensor([0.5 - 0.9, 0.5 - 0.1]))
 
 
 def test_smoothing_with_weights_keeps_the_labels_balanced(gradients: list[torch.Tensor]) -> None:
     """Catches rare labels that are the target of frequent ones. At equal probabilities, balanced labels cancel."""
-    ready = replace(of_targets([0] * 9 + [1], ("a", "b"), balanced=True), label_smoothing=0.2)
+    ready = of_targets([0] * 9 + [1], ("a", "b"), balanced=True, smoothing=0.2)
     fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=10, grad_clip=0), 1, ignore)
     assert gradients[0].abs().max() < 1e-6
 
