@@ -25,6 +25,7 @@ from finetune.results.predictions import prediction_rows, write_rows, write_wors
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_epochs
 from finetune.scores.calibration import measure_calibration
+from finetune.scores.metrics import confusion_matrix
 from finetune.training.fit import Epoch, Fitted, Log, StateFile, evaluate_untrained, fit
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
@@ -199,7 +200,9 @@ def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
         scores={split: fitted.evaluations[split].scores for split in labelled},
         intervals={split: dict(kind.intervals(*rows)) for split, rows in labelled.items()},
         confusion={
-            split: matrix.tolist() for split, rows in counted.items() if (matrix := kind.confusion(*rows)) is not None
+            split: confusion_matrix(*pairs, len(kind.labels)).tolist()
+            for split, rows in counted.items()
+            if (pairs := kind.label_pairs(*rows)) is not None
         },
         label_scores={split: scores for split, rows in labelled.items() if (scores := kind.label_scores(*rows))},
         collapsed=[split for split, rows in labelled.items() if kind.is_collapsed(*rows)],

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from experiment.config import did_you_mean
 from experiment.errors import UserError
 from experiment.formatting import shorten
@@ -21,12 +24,10 @@ from finetune import kinds
 from finetune.data.columns import TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.scores.calibration import Classified, calibrate
-from finetune.scores.metrics import LabelScores, confusion_matrix, is_constant, label_scores
+from finetune.scores.calibration import Classified, list_probabilities, scale
+from finetune.scores.metrics import LabelScores, is_constant, label_scores
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -42,7 +43,7 @@ _LONGEST_LIST = 250  # characters, of labels in a message
 Prediction = Mapping[str, Any]
 """A prediction for a record: the answer and perhaps probabilities, as in JSON."""
 
-Scorer = Callable[["NDArray[np.int64]"], dict[str, float]]
+Scorer = Callable[[NDArray[np.int64]], dict[str, float]]
 """Numbers of records, in which one may occur several times -> all metrics of their predictions."""
 
 ConfigT = TypeVar("ConfigT", bound=TaskConfig)
@@ -245,7 +246,7 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def decode(
-        self, record: Record, examples: Sequence["Example"], outputs: Sequence["NDArray[np.float32]"]
+        self, record: Record, examples: Sequence["Example"], outputs: Sequence[NDArray[np.float32]]
     ) -> Prediction:
         """Return the prediction for a record. outputs: one for each sequence of its examples, in order."""
 
@@ -263,8 +264,6 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """Return all metrics of predictions for records with targets."""
-        import numpy as np
-
         return self.scorer(records, predictions)(np.arange(len(records)))
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
@@ -295,23 +294,21 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     def calibrate(self, prediction: Prediction, temperature: float) -> Prediction:
         """Return a prediction with calibrated probabilities, for kinds that have `classified`."""
-        return calibrate(prediction, temperature)
+        probabilities = prediction["probabilities"]
+        scaled = scale(np.array(list_probabilities(prediction)), temperature).tolist()
+        named = dict(zip(probabilities, scaled, strict=True)) if isinstance(probabilities, Mapping) else scaled
+        return {**prediction, "probabilities": named}
 
-    def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.float64] | None":
+    def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64] | None:
         """Return the loss of the prediction for each row of records with targets; None if the kind does not say."""
         classified = self.classified(records, predictions)
         return None if classified is None else classified.losses
 
     def label_pairs(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
-    ) -> "tuple[NDArray[np.int64], NDArray[np.int64]] | None":
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """Return the ids of N labels, and of the predicted ones; None if nothing has one label of several."""
         return None
-
-    def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.int64] | None":
-        """Return counts CC, rows by label and columns by predicted label; None without `label_pairs`."""
-        pairs = self.label_pairs(records, predictions)
-        return None if pairs is None else confusion_matrix(*pairs, len(self.labels))
 
     def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
         """Return the scores of each label; empty if the kind has no labels."""

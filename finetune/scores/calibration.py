@@ -83,14 +83,6 @@ def scale(probabilities: NDArray[np.float64], temperature: float) -> NDArray[np.
     return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
-def calibrate(prediction: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """Calibrate the `probabilities` of a prediction, which are a list or a mapping."""
-    probabilities = prediction["probabilities"]
-    scaled = scale(np.array(list_probabilities(prediction)), temperature).tolist()
-    named = dict(zip(probabilities, scaled, strict=True)) if isinstance(probabilities, Mapping) else scaled
-    return {**prediction, "probabilities": named}
-
-
 def list_probabilities(prediction: Mapping[str, Any]) -> list[float]:
     """Return the `probabilities` of a prediction, in their order."""
     probabilities = prediction["probabilities"]

@@ -19,6 +19,7 @@ from finetune.encoding.encoder import Encoder, most_context, windows
 from finetune.encoding.examples import Batch, padding_last
 from finetune.kinds import token_classification
 from finetune.kinds.token_classification import Config, Kind, _tagged_words, _whole_words
+from finetune.scores.metrics import confusion_matrix
 from finetune.task_kind import LossOptions
 
 CONFIG = Config(train="f", validation="f")
@@ -207,7 +208,7 @@ def test_scores_of_each_type_of_entity() -> None:
     assert found["X"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
     assert found["NOUN"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
     assert found["Z"]["support"] == 0
-    matrix = kind.confusion(records, predictions)
+    matrix = confusion_matrix(*kind.label_pairs(records, predictions), 5)
     assert (matrix[1, 3], matrix[2, 3], matrix.sum(), np.trace(matrix)) == (1, 1, 6, 4)
 
 

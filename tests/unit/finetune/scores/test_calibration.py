@@ -5,15 +5,17 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
+from finetune.kinds.classification import Config, Kind
 from finetune.scores.calibration import (
     Classified,
-    calibrate,
     calibration_error,
     fit_temperature,
     measure_calibration,
     pad_probabilities,
     scale,
 )
+
+KIND = Kind(Config(), ("a", "b"))
 
 
 def classify(targets: Sequence[int], probabilities: Any) -> Classified:
@@ -73,7 +75,7 @@ def test_a_perfect_model_has_a_temperature_within_the_range() -> None:
 def test_a_calibrated_prediction_keeps_its_other_parts() -> None:
     """Catches labels in another order, or a lost answer."""
     prediction = {"label": "b", "probabilities": {"a": 0.2, "b": 0.8}}
-    found = calibrate(prediction, 2.0)
+    found = KIND.calibrate(prediction, 2.0)
     assert found["label"] == "b"
     assert found["probabilities"] == pytest.approx({"a": 1 / 3, "b": 2 / 3})
 
@@ -83,6 +85,6 @@ def test_rows_with_fewer_choices() -> None:
     predictions = [{"probabilities": [0.2, 0.3, 0.5]}, {"probabilities": [0.8, 0.2]}]
     padded = pad_probabilities(predictions)
     assert padded.tolist() == [[0.2, 0.3, 0.5], [0.8, 0.2, 0.0]]
-    assert scale(padded, 20.0)[1].tolist() == [*calibrate(predictions[1], 20.0)["probabilities"], 0.0]
+    assert scale(padded, 20.0)[1].tolist() == [*KIND.calibrate(predictions[1], 20.0)["probabilities"], 0.0]
     classified = classify([2, 0], padded)
     assert classified.losses == pytest.approx([-np.log(0.5), -np.log(0.8)])
