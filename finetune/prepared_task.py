@@ -127,25 +127,17 @@ def encode_split(
 
 
 def chunks(records: Iterable[Record], most: int, characters: int) -> Iterator[list[Record]]:
-    """Yield consecutive records, at most `most`: fewer if they have this many characters."""
+    """Yield consecutive records, at most `most`: fewer if they have about this many characters."""
     chunk: list[Record] = []
     count = 0
     for record in records:
         chunk.append(record)
-        count += _count_characters(record.values)
+        count += len(str(record.values))
         if len(chunk) == most or count >= characters:
             yield chunk
             chunk, count = [], 0
     if chunk:
         yield chunk
-
-
-def _count_characters(value: object) -> int:
-    """Count those of all texts in the values of a record."""
-    if isinstance(value, str):
-        return len(value)
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return sum(map(_count_characters, parts))
 
 
 def describe_task(kind: TaskKind[Any], tables: Mapping[str, Table]) -> list[str]:

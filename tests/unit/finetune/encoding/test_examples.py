@@ -55,7 +55,7 @@ def test_few_long_texts_are_encoded_together(encoder: Path, monkeypatch: pytest.
     """Catches gigabytes for 256 documents of a book's length, and a text at the end of a batch that is left out."""
     sizes, encode_all = [], Encoder.encode_all
     monkeypatch.setattr(Encoder, "encode_all", lambda made, rows: sizes.append(len(rows)) or encode_all(made, rows))
-    monkeypatch.setattr("finetune.prepared_task._CHARACTERS", 30)
+    monkeypatch.setattr("finetune.prepared_task._CHARACTERS", 80)
     made = encode(encoder, *[("word0 word1 word2",)] * 5, ("word3",), ("word0", "word1 word2 word3"), ("word4",))
     assert sizes == [2, 2, 3, 1]
     assert [len(example.sequences[0]) for example in made.examples] == [5] * 5 + [3, 7, 3]
