@@ -50,16 +50,13 @@ class StateFile:
                 hidden = error.__context__
                 raise (hidden if isinstance(hidden, OSError | KeyboardInterrupt) else error) from None
 
-    def load(self) -> State | None:
-        """Return the last state; None if there is none for these settings. Raises UserError if the file is damaged."""
-        return self._state(verified=True)
-
-    def _state(self, verified: bool) -> State | None:
+    def load(self, verified: bool = True) -> State | None:
+        """Return the last state; None if there is none for these settings. Raises UserError if the file is damaged.
+        verified: read all tensors, which may be gigabytes, to compare their checksums."""
         saved = self._read(verified)
         return None if saved is None or changed_settings(self.settings, saved["settings"]) else saved["state"]
 
     def _read(self, verified: bool) -> dict[str, Any] | None:
-        """verified: read all tensors, which may be gigabytes, to compare their checksums."""
         if not self.path.exists():
             return None
         try:
@@ -83,13 +80,13 @@ class StateFile:
     @property
     def steps(self) -> int:
         """Updates until the last state, 0 if there is none."""
-        state = self._state(verified=False)
+        state = self.load(verified=False)
         return 0 if state is None else int(state["updater"]["steps"])
 
     @property
     def lacks_evaluation(self) -> bool:
         """Whether the last state has updates that are not evaluated, because the training was stopped."""
-        state = self._state(verified=False)
+        state = self.load(verified=False)
         return state is not None and state["updater"]["steps"] > max([0, *(each["steps"] for each in state["epochs"])])
 
 
