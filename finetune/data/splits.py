@@ -84,7 +84,7 @@ def related_records(records: Sequence[Record], columns: Columns) -> list[list[in
     shared = columns.roles(CONTEXT)
     units: dict[Hashable, list[int]] = {}
     for index, record in enumerate(records):
-        context = _values(record, shared)
+        context = tuple(record.values[role] for role in shared)
         has_context = any(text.strip() for text in context)
         units.setdefault(record.group or (context if has_context else index), []).append(index)
     return list(units.values())
@@ -103,7 +103,3 @@ def _too_small(table: Table, columns: Columns, units: int, once: int) -> UserErr
         few = f"only {counted(units, noun)} (task.{key}) for {counted(len(table), 'row')}, too few"
     advice = ", or raise task.validation_share" if units > 1 else ""
     return UserError(f"{table.path}: {few} to take a validation split from; set task.validation to a file{advice}")
-
-
-def _values(record: Record, roles: Sequence[str]) -> tuple[str, ...]:
-    return tuple(record.values[role] for role in roles)
