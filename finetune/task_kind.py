@@ -189,9 +189,7 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     def encoded_texts(self, record: Record) -> Sequence["TextOrPair"]:
         """Return texts and pairs that `expand` encodes: those of many records are encoded together, which is faster."""
-        values = record.values
-        is_text = isinstance(self.config.columns, TextColumns)
-        return [(values["text"], values.get("text_pair"))] if is_text else []
+        return [TextColumns.texts(record.values)] if isinstance(self.config.columns, TextColumns) else []
 
     def evaluated_texts(self, record: Record) -> Iterator[str]:
         """Yield the texts of a record that pretraining text must not have, if it is evaluated on: all that the model

@@ -339,9 +339,9 @@ class TextColumns(Columns):
     """Column with the second text, for tasks on pairs."""
 
     @staticmethod
-    def texts(values: Mapping[str, Any]) -> list[str]:
-        """Return the text, or the pair of texts, of a record."""
-        return [values[role] for role in ("text", "text_pair") if role in values]
+    def texts(values: Mapping[str, Any]) -> tuple[str, str | None]:
+        """Return the text of a record, and the second one of a pair."""
+        return values["text"], values.get("text_pair")
 
 
 def _cell_types(parts: Any) -> list[CellType]:
