@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +16,7 @@ from finetune.encoding.examples import Example, pad_sequences
 from finetune.inference import compute_together
 from finetune.kinds import cloze
 from finetune.masked_tokens import full_width_advice, masked_logits
-from finetune.prediction.loaded_model import LoadedModel, load_model
+from finetune.prediction.loaded_model import LoadedModel
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import SavedTask
 
@@ -54,14 +53,10 @@ def ranking_task() -> SavedTask:
 
 @dataclass(frozen=True)
 class MaskFiller:
-    """A masked language model, ready to fill masks. Threads may share it, but only one may compute."""
+    """A masked language model, loaded for `ranking_task`, that fills masks. Threads may share it, but only one may
+    compute."""
 
     loaded: LoadedModel
-
-    @classmethod
-    def load(cls, folder: Path, precision: str) -> Self:
-        """Load a folder with a masked-LM head. Raises UserError if it has none."""
-        return cls(load_model(folder, ranking_task(), precision))
 
     @cached_property
     def ranking(self) -> Predictor:

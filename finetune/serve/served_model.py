@@ -19,8 +19,8 @@ from finetune.data.records import Record
 from finetune.device import Device
 from finetune.kinds import embedding
 from finetune.pooling import Pooling
-from finetune.prediction.loaded_model import LoadedModel
-from finetune.prediction.mask_filler import MaskFiller
+from finetune.prediction.loaded_model import LoadedModel, load_model
+from finetune.prediction.mask_filler import MaskFiller, ranking_task
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import SavedTask, find_model, is_masked_lm, read_saved_task
 from finetune.serve.schemas import ModelInfo
@@ -46,7 +46,7 @@ def load_served_model(path: Path, precision: str) -> ServedModel:
     folder, _ = find_model(path)
     with deleted_meanwhile(folder):
         if is_masked_lm(folder):
-            filler = MaskFiller.load(folder, precision)
+            filler = MaskFiller(load_model(folder, ranking_task(), precision))
             info = _describe(filler.loaded, kind="masked_lm", mask=filler.mask)
             pooling, normalize = filler.ranking.kind.embedding
             served = ServedModel(info, filler.loaded, pooling, filler=filler)

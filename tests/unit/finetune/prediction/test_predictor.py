@@ -20,8 +20,8 @@ from transformers.models.bert.modeling_bert import BertPooler
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from finetune.device import Device
-from finetune.prediction.loaded_model import NotFiniteError
-from finetune.prediction.mask_filler import MaskFiller
+from finetune.prediction.loaded_model import NotFiniteError, load_model
+from finetune.prediction.mask_filler import MaskFiller, ranking_task
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import TASK_FILE, override_task, read_saved_task
 from hub_server import HubServer
@@ -251,7 +251,7 @@ def test_the_other_texts_do_not_change_the_answer_of_a_foreign_model(
 ) -> None:
     """Catches a model whose outputs depend on padding, trained elsewhere, that is padded."""
     texts = ["word1 [MASK]", "word2 [MASK] word3 word4 word5 word6 word7"]
-    filler = MaskFiller.load(convolutions, "fp32")
+    filler = MaskFiller(load_model(convolutions, ranking_task(), "fp32"))
     candidates = [filler.fill([text])[0][0][0] for text in texts]
     assert [found[0][0] for found in filler.fill(texts)] == [
         found | {"probability": pytest.approx(found["probability"], abs=1e-6)} for found in candidates
@@ -273,7 +273,7 @@ def test_candidates_that_differ_by_a_space(kind: str, request: pytest.FixtureReq
     vocabulary = tokenizer.get_vocab()
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertForMaskedLM(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder)
-    filler = MaskFiller.load(folder, "fp32")
+    filler = MaskFiller(load_model(folder, ranking_task(), "fp32"))
     ((found,),) = filler.fill([filler.mask], top_k=1000)
     assert {each["piece"] for each in found} == vocabulary.keys()
     assert {each["token"] for each in found if each["piece"] in ("e", "Ġe")} == {"e"}

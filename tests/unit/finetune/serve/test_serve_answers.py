@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from finetune.prediction import mask_filler
-from finetune.prediction.mask_filler import MaskFiller
+from finetune.prediction.loaded_model import load_model
+from finetune.prediction.mask_filler import MaskFiller, ranking_task
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import TASK_FILE, find_model, override_task, read_saved_task, write_saved_task
 from runs import soak
@@ -117,7 +118,11 @@ def test_filled_masks(folders: dict[str, Path], clients: Callable[[str], TestCli
 
 def test_many_masks(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches probabilities of all masks of a batch in memory at once, and candidates of another mask."""
-    filler, softmax, counts = MaskFiller.load(folders["masked"], "fp32"), torch.Tensor.softmax, []
+    filler, softmax, counts = (
+        MaskFiller(load_model(folders["masked"], ranking_task(), "fp32")),
+        torch.Tensor.softmax,
+        [],
+    )
     given = ["[MASK]", "word1 [MASK] word2 [MASK]", "[MASK] word3 [MASK]"]
     expected = filler.fill(given)
     monkeypatch.setattr(mask_filler, "_MASKS", 2)
