@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -114,11 +115,8 @@ def encode_split(
         encoded = encoder.with_cache([row for record in chunk for row in kind.encoded_texts(record)])
         expanded += [kind.expand(record, encoded, training) for record in chunk]
     if training and not all(expanded):
-        kept: list[Record] = []
-        for index, (record, examples) in enumerate(zip(table.records, expanded, strict=True)):
-            if examples:
-                kept.append(replace(record, skipped=record.skipped + index - len(kept)))
-        table, expanded = replace(table, records=tuple(kept)), [examples for examples in expanded if examples]
+        table = replace(table, records=tuple(compress(table.records, expanded)))
+        expanded = [examples for examples in expanded if examples]
     return Split(
         table,
         examples=tuple(example for examples in expanded for example in examples),

@@ -46,7 +46,7 @@ class Row(NamedTuple):
     cells: Sequence[object]
     named_at: str  # where the names are, such as the header
     csv: CsvFormat | None = None  # of a CSV file, whose columns may also be called by their numbers from 0
-    skipped: int = 0  # rows before it
+    skipped: int = 0  # rows before it, see `task.on_bad_lines`
 
 
 @contextmanager

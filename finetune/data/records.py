@@ -34,7 +34,7 @@ class Record:
     place: str  # file and line, for messages
     values: Mapping[str, Any]  # role -> value; the target is absent if the split has none
     group: str | None = None  # the dialogue that it belongs to
-    skipped: int = 0  # rows before it in the file, see `task.on_bad_lines`
+    row: int = 0  # its number in the file or in a drawn split, from 1; rows that are left out count
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _labelled_or_all(
         if any(record.values.get(role) in none for role in roles):
             without.append(record.place)
         else:
-            labelled.append(replace(record, skipped=record.skipped + len(without)))
+            labelled.append(record)
     if not without:
         return records
     if not labelled:
@@ -197,11 +197,11 @@ def _records(rows: Iterable[Row], columns: Columns, targets_required: bool, key:
     types = columns.cell_types()
     names: Sequence[str] | None = None
     indices: dict[str, int | list[int]] = {}
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         if row.names != names:
             names, indices = row.names, dict(_find_columns(row, columns, types, targets_required, key))
         values = {role: _read_cell(row, types[role], found) for role, found in indices.items()}
-        yield Record(row.place, values, skipped=row.skipped)
+        yield Record(row.place, values, row=number + row.skipped)
 
 
 def _find_columns(

@@ -50,7 +50,7 @@ def _joined(train: Table, validation: Table, columns: Columns) -> Table:
                 f"training.fit_on: train+validation: {having.path} has the column of task.columns.{role}, "
                 f"{lacking.path} has not; add it, or set training.fit_on: train"
             )
-    return replace(train, records=(*train.records, *validation.records))
+    return _numbered_anew(train, [*train.records, *validation.records])
 
 
 def split_off(table: Table, config: TaskConfig) -> tuple[Table, Table]:
@@ -72,9 +72,12 @@ def split_off(table: Table, config: TaskConfig) -> tuple[Table, Table]:
     if not taken:
         raise _too_small(table, config.columns, len(shuffled), len(shuffled) - len(by_label))
     indices = {index for place in taken for index in shuffled[place]}
-    records = [replace(record, skipped=0) for record in table.records]  # rows of a drawn split are numbered anew
-    rest = tuple(record for index, record in enumerate(records) if index not in indices)
-    return replace(table, records=rest), replace(table, records=tuple(records[index] for index in sorted(indices)))
+    rest = [record for index, record in enumerate(table.records) if index not in indices]
+    return _numbered_anew(table, rest), _numbered_anew(table, [table.records[index] for index in sorted(indices)])
+
+
+def _numbered_anew(table: Table, records: Sequence[Record]) -> Table:
+    return replace(table, records=tuple(replace(record, row=number) for number, record in enumerate(records, 1)))
 
 
 def related_records(records: Sequence[Record], columns: Columns) -> list[list[int]]:

@@ -313,8 +313,7 @@ class Kind(TaskKind[Config]):
         positions = [[found[place] for found in is_correct if len(found) > place] for place in range(most)]
         return {
             "accuracy_by_article": [
-                _accuracy_row("row", number + record.skipped, found)
-                for number, (record, found) in enumerate(zip(records, is_correct, strict=True), 1)
+                _accuracy_row("row", record.row, found) for record, found in zip(records, is_correct, strict=True)
             ],
             "accuracy_by_blank": [_accuracy_row("blank", number, found) for number, found in enumerate(positions, 1)],
         }

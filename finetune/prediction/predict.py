@@ -186,14 +186,13 @@ def _write(
     records: list[Record] = []
     predictions: list[Prediction] = []
     optional = optional_inputs(predictor.kind, rows if options.score else ())
-    done = cut = 0
+    cut = 0
     with open_row_file(output) as write, progress("predicting", count, "rows") as advance:
         for chunk in chunks(rows, options.batch_size * _CHUNK, _CHARACTERS):
             split = predictor.encode(chunk)
             cut += split.count_cut()
             found = predictor.predict_split(split, options.calibrated)
-            write(prediction_rows(predictor.kind, chunk, found, done + 1, optional))
-            done += len(chunk)
+            write(prediction_rows(predictor.kind, chunk, found, optional))
             advance(len(chunk))
             if options.score:
                 records += chunk

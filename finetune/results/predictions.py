@@ -158,22 +158,17 @@ def optional_inputs(kind: TaskKind[Any], records: Iterable[Record]) -> Set[str]:
 
 
 def prediction_rows(
-    kind: TaskKind[Any],
-    records: Sequence[Record],
-    predictions: Sequence[Prediction],
-    first: int = 1,
-    optional: Set[str] | None = None,
+    kind: TaskKind[Any], records: Sequence[Record], predictions: Sequence[Prediction], optional: Set[str] | None = None
 ) -> list[dict[str, Any]]:
     """Return a row for each record, or several as its kind says: its number in the file or drawn split, the columns of
     the task, `predicted`, and further parts of the prediction, such as `probability_LABEL`.
 
-    first: the number of the first record if none was skipped. optional: of all records of the file, see
-    `optional_inputs`; None: these are all.
+    optional: of all records of the file, see `optional_inputs`; None: these are all.
     """
     optional = optional_inputs(kind, records) if optional is None else optional
     return [
-        {"row": number + record.skipped, **dict(_inputs(values, kind, optional)), **dict(_flatten(part, kind))}
-        for number, (record, prediction) in enumerate(zip(records, predictions, strict=True), start=first)
+        {"row": record.row, **dict(_inputs(values, kind, optional)), **dict(_flatten(part, kind))}
+        for record, prediction in zip(records, predictions, strict=True)
         for values, part in kind.rows(record, prediction)
     ]
 

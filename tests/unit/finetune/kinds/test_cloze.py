@@ -289,7 +289,7 @@ def test_zero_shot_needs_no_training(exam: dict[str, Any], tmp_path: Path) -> No
 def test_articles_have_the_numbers_of_their_predictions() -> None:
     """Catches tables that cannot be joined after a row that is skipped."""
     values = {"article": "a _", "options": [["x", "y"]], "answers": ["B"]}
-    records = [Record("", values), Record("", values, skipped=2)]
+    records = [Record("", values, row=number) for number in (1, 4)]
     predictions = [{"answers": [answer], "probabilities": [[0.4, 0.6]]} for answer in "AB"]
     articles = kind().breakdowns(records, predictions)["accuracy_by_article"]
     assert [(row["row"], row["accuracy"]) for row in articles] == [(1, 0.0), (4, 1.0)]
