@@ -116,16 +116,10 @@ def compute_together(
 
 def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Prediction, ...]:
     """Return the predictions of all records from the outputs of all examples."""
-    examples_of: list[list[int]] = [[] for _ in split.table.records]
-    for index, record in enumerate(split.record_of):
-        examples_of[record].append(index)
+    rest = iter(outputs)
     return tuple(
-        kind.decode(
-            record,
-            [split.examples[index] for index in indices],
-            [output for index in indices for output in outputs[index]],
-        )
-        for record, indices in zip(split.table.records, examples_of, strict=True)
+        kind.decode(record, examples, [output for _ in examples for output in next(rest)])
+        for record, examples in zip(split.table.records, split.examples_of, strict=True)
     )
 
 

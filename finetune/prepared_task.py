@@ -110,18 +110,14 @@ def encode_split(
 ) -> Split:
     """Encode all records; in training, those without examples are left out. records: the table's own, with a progress
     bar. Raises UserError for an invalid target."""
-    expanded: list[list[Example]] = []
+    expanded: list[tuple[Example, ...]] = []
     for chunk in chunks(records or table.records, _RECORDS, _CHARACTERS):
         encoded = encoder.with_cache([row for record in chunk for row in kind.encoded_texts(record)])
-        expanded += [kind.expand(record, encoded, training) for record in chunk]
-    if training and not all(expanded):
+        expanded += [tuple(kind.expand(record, encoded, training)) for record in chunk]
+    if training:
         table = replace(table, records=tuple(compress(table.records, expanded)))
         expanded = [examples for examples in expanded if examples]
-    return Split(
-        table,
-        examples=tuple(example for examples in expanded for example in examples),
-        record_of=tuple(index for index, examples in enumerate(expanded) for _ in examples),
-    )
+    return Split(table, tuple(expanded))
 
 
 def chunks(records: Iterable[Record], most: int, characters: int) -> Iterator[list[Record]]:

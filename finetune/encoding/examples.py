@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,8 +89,11 @@ class Split:
     """The records of a split and their examples, in order."""
 
     table: Table
-    examples: tuple[Example, ...]
-    record_of: tuple[int, ...]  # of each example, the index of its record
+    examples_of: tuple[tuple[Example, ...], ...]  # of each record
+
+    @cached_property
+    def examples(self) -> tuple[Example, ...]:
+        return tuple(chain.from_iterable(self.examples_of))
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -98,5 +102,4 @@ class Split:
 
     def count_cut(self) -> int:
         """Count the records of which tokens were left out."""
-        pairs = zip(self.record_of, self.examples, strict=True)
-        return len({record for record, example in pairs if any(tokens.cut for tokens in example.sequences)})
+        return sum(any(tokens.cut for each in examples for tokens in each.sequences) for examples in self.examples_of)

@@ -99,7 +99,7 @@ def test_an_example_shows_what_the_model_gets() -> None:
 
     def shown(count: int, target: object, *labels: str) -> str:
         example = Example((Tokens(torch.arange(count), None),), target)
-        split = Split(table("train", ("a", "b", "c")), (example,), (0,))
+        split = Split(table("train", ("a", "b", "c")), ((example,),))
         return describe_example(split, tokenizer, labels)  # type: ignore[arg-type]
 
     assert shown(3, 1) == "first example: t0 t1 t2; target: 1"
@@ -117,7 +117,7 @@ def test_many_unknown_tokens_are_remarked_upon() -> None:
 
     def split(*ids: list[int]) -> Split:
         examples = tuple(Example((Tokens(torch.tensor(sequence), None),), None) for sequence in ids)
-        return Split(table("train", *GOOD), examples, tuple(range(len(ids))))
+        return Split(table("train", *GOOD), tuple((each,) for each in examples))
 
     splits = {"train": split([7, 1, 1], [1, 7]), "test": split([1, *[7] * 20]), "none": split()}
     (line,) = unknown_warnings(splits, 1)
@@ -156,7 +156,7 @@ def split(full_lengths: range, max_length: int) -> Split:
         Tokens(torch.zeros(min(length, max_length)), None, cut=max(length - max_length, 0)) for length in full_lengths
     ]
     examples = tuple(Example((tokens,)) for tokens in sequences)
-    return Split(Table(Path("f.csv"), (), labelled=True), examples, tuple(range(len(examples))))
+    return Split(Table(Path("f.csv"), (), labelled=True), tuple((each,) for each in examples))
 
 
 def printed(positions: int | None = None, terminal: bool = False, **splits: Split) -> list[str]:

@@ -29,7 +29,7 @@ def make_task(side: str = "right") -> PreparedTask:
     torch.manual_seed(0)
     examples = tuple(Example((Tokens(torch.randint(3, 20, (length,)), None),), length % 2) for length in range(2, 10))
     records = tuple(Record("f.csv", {"label": "ab"[example.target]}) for example in examples)
-    train = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(examples))))
+    train = Split(Table(Path("f.csv"), records, True), tuple((each,) for each in examples))
     kind = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
     return PreparedTask(kind, {"train": train, "validation": train}, Padding(0, side, 0))
 
@@ -71,7 +71,10 @@ def test_padding_shows_in_outputs_whatever_the_loss_is() -> None:
     train = made.splits["train"]
     for targets in (1e6, None):
         examples = tuple(replace(example, target=targets) for example in train.examples)
-        splits = {"train": replace(train, examples=examples, table=replace(train.table, labelled=targets is not None))}
+        of_records = tuple((each,) for each in examples)
+        splits = {
+            "train": replace(train, examples_of=of_records, table=replace(train.table, labelled=targets is not None))
+        }
         task = replace(made, kind=Regression(RegressionConfig(train="f.csv"), ()), splits=splits)
         _, lines = adapt_to_model(Model(uses_mask=False), task, PROBE, max_length=16)
         assert lines == ["mean: its outputs depend on padding, so all sequences are padded to 16 tokens"]
@@ -84,7 +87,7 @@ def test_padding_shows_in_texts_of_the_same_length(length: int) -> None:
     made = make_task()
     train = made.splits["train"]
     examples = tuple(Example((Tokens(torch.randint(3, 20, (length,)), None),), number % 2) for number in range(8))
-    task = replace(made, splits={"train": replace(train, examples=examples)})
+    task = replace(made, splits={"train": replace(train, examples_of=tuple((each,) for each in examples))})
     assert adapt_to_model(Model(uses_mask=False), task, PROBE, max_length=16)[0].padding.length == 16
     assert adapt_to_model(Model(uses_mask=True), task, PROBE, max_length=16)[0].padding.length is None
 

@@ -40,7 +40,7 @@ def make_task() -> PreparedTask:
     ids = [torch.cat([torch.tensor([BEGIN]), text, torch.tensor([END])]) for text in texts]
     examples = tuple(Example((Tokens(row, None),), number % 2) for number, row in enumerate(ids))
     records = tuple(Record("f.csv", {"label": "ab"[example.target]}) for example in examples)
-    made = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(examples))))
+    made = Split(Table(Path("f.csv"), records, True), tuple((each,) for each in examples))
     kind = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
     return PreparedTask(kind, {"train": made, "validation": made}, Padding(PAD, "right", 0))
 
@@ -88,7 +88,7 @@ def test_the_batch_size_does_not_change_outputs_of_other_heads(model_type: str, 
     train = replace(made.splits["train"], table=replace(made.splits["train"].table, labelled=False))
     sequences = 2 if name == "multiple_choice" else 1
     examples = [Example(example.sequences * sequences) for example in train.examples]
-    task = replace(made, splits={"test": replace(train, examples=tuple(examples))})
+    task = replace(made, splits={"test": replace(train, examples_of=tuple((each,) for each in examples))})
     task, _ = adapt_to_model(model, task, PROBE, max_length=40)
     alone, together = (
         Inference(model, kind, task.padding, task.device, MicrobatchSize(size)).compute(examples)[0] for size in (1, 40)

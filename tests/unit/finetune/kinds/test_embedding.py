@@ -153,7 +153,7 @@ def make_updater(encoder: Path, microbatch_size: int) -> tuple[Updater, list[Exa
     kind = make_kind(columns={"negative": "negative"})
     encode = Encoder(tokenizer, 16, token_types=True)
     examples = [example for record in records for example in kind.expand(record, encode, training=True)]
-    split = Split(Table(Path("f"), records, labelled=True), tuple(examples), tuple(range(20)))
+    split = Split(Table(Path("f"), records, labelled=True), tuple((each,) for each in examples))
     torch.manual_seed(0)
     model = build_model(ModelSpec(encoder, True, kind.auto_model, kind.head)).model
     config = TrainingConfig(
@@ -343,7 +343,7 @@ def test_seeds_of_a_run_have_the_same_validation_loss(encoder: Path, tmp_path: P
     discarded because its microbatches are smaller."""
     _, examples, model = make_updater(encoder, 20)
     records = tuple(Record("f", {"text": str(n), "text_pair": str(n)}) for n in range(20))
-    split = Split(Table(Path("f"), records, labelled=True), tuple(examples), tuple(range(20)))
+    split = Split(Table(Path("f"), records, labelled=True), tuple((each,) for each in examples))
     ready = PreparedTask(make_kind(), {}, Padding.of(load_tokenizer(encoder)))
     losses = [evaluate(model, ready, split, MicrobatchSize(size)).loss for size in (20, 3)]
     examples.sort(key=lambda each: -each.longest)

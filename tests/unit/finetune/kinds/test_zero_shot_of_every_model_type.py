@@ -63,7 +63,7 @@ def test_the_batch_size_does_not_change_the_scores(model_type: str) -> None:
     model, kind = masked_lm(model_type), Kind(Config(train="f", validation="f", scoring="zero_shot"), ())
     blanks = tuple(blank(length) for length in (5, 32, 9, 17, 3, 8))
     records = tuple(Record("f.json", {}) for _ in blanks)
-    split = Split(Table(Path("f.json"), records, labelled=False), blanks, tuple(range(len(blanks))))
+    split = Split(Table(Path("f.json"), records, labelled=False), tuple((each,) for each in blanks))
     task = PreparedTask(kind, {"test": split}, Padding(1, "right", 0))
     task, lines = adapt_to_model(model, task, blanks[4], max_length=40)
     assert (task.padding.length is not None) == (model_type in PADDED), lines

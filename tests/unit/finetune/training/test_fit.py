@@ -54,7 +54,7 @@ def split(count: int, seed: int, labelled: bool = True) -> Split:
     examples = (
         Example((Tokens(row, None),), target if labelled else None) for row, target in zip(ids, targets, strict=True)
     )
-    return Split(Table(Path("f.csv"), records, labelled), tuple(examples), tuple(range(count)))
+    return Split(Table(Path("f.csv"), records, labelled), tuple((each,) for each in examples))
 
 
 def task(weights: tuple[float, ...] | None = None, **splits: Split) -> PreparedTask:
@@ -152,7 +152,7 @@ def test_outputs_that_are_not_finite_are_reported(labelled: bool) -> None:
     """Catches the first label and NaN as predictions for a test split, although training and validation were fine."""
     test = split(5, 3, labelled)
     unlike = replace(test.examples[0], sequences=(Tokens(torch.tensor([9]), None),))  # of a word in no other text
-    ready = task(test=replace(test, examples=(unlike, *test.examples[1:])))
+    ready = task(test=replace(test, examples_of=((unlike,), *test.examples_of[1:])))
     model, config = Bag(), TrainingConfig(epochs=1, batch_size=8)
     with torch.no_grad():
         model.embedding.weight[9] = torch.nan
@@ -340,7 +340,7 @@ def of_targets(
     records = tuple(Record("f.csv", {"label": labels[target]}) for target in targets)
     ids = torch.ones(4, dtype=torch.int64)
     examples = tuple(Example((Tokens(ids[: n % 4 + 1], None),), target) for n, target in enumerate(targets))
-    made = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(targets))))
+    made = Split(Table(Path("f.csv"), records, True), tuple((each,) for each in examples))
     options = LossOptions(torch.tensor(kind.label_weights(examples)) if balanced else None, smoothing)
     return PreparedTask(kind, {"train": made, "validation": made}, Padding(0, "right", 0), options)
 
@@ -551,7 +551,10 @@ def test_time_that_is_not_for_training_counts_in_no_figure(
     before the resume. The calls of the model: five updates, an evaluation, and so on."""
     config = TrainingConfig(lr=0.03, steps=80, batch_size=8, evaluate_every=5)  # more than one update between events
     examples = tuple(replace(each, sequences=(Tokens(torch.ones(4).long(), None),)) for each in split(64, 0).examples)
-    ready, state = task(train=replace(split(64, 0), examples=examples)), StateFile(tmp_path / "state.pt", {"lr": 1})
+    ready, state = (
+        task(train=replace(split(64, 0), examples_of=tuple((each,) for each in examples))),
+        StateFile(tmp_path / "state.pt", {"lr": 1}),
+    )
     seconds = [0.0]
     monkeypatch.setattr(fit_module, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
 
