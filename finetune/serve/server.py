@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from experiment.errors import UserError, reason
+from experiment.errors import UserError
+from experiment.files import read_items
 from experiment.local_server import allowed_hosts, bind, unusable
 from experiment.models.model_names import local_model
 from experiment.process.daemon_thread import in_daemon_thread
@@ -102,10 +102,7 @@ def read_token(path: str | None, environment: Mapping[str, str]) -> str | None:
         if token is None:
             return None
     else:
-        try:
-            token, origin = Path(path).read_text(encoding="utf-8").strip(), path
-        except (OSError, ValueError) as error:
-            raise UserError(f"--token_file: cannot read {path}: {reason(error)}") from None
+        token, origin = "\n".join(line for _, line in read_items(path, "--token_file")), path
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(f"{origin}: expected a token of printable ASCII characters without spaces")
     return token
