@@ -1,10 +1,8 @@
 """`deepcloze predict`: predict for the rows of a file, which may be larger than the memory."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from errno import EISDIR
 from glob import escape
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -127,7 +125,7 @@ def _check_writable(path: Path) -> None:
     """Raise UserError if the file could not be written after hours of predicting."""
     try:
         if path.is_dir():
-            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+            raise UserError(f"--output: cannot write {path}: Is a directory")
         with created_parents(path), NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
