@@ -40,7 +40,6 @@ class Updater:
         groups = parameter_groups(model, config.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=config.lr, eps=config.adam_eps, fused=True)
         self._scaler = torch.amp.GradScaler(self._device.torch_device.type, enabled=self._device.dtype == torch.float16)
-        self.loss_options = task.loss_options
 
     @property
     def lr(self) -> float:
@@ -143,7 +142,7 @@ class Updater:
             return self._task.kind.forward(self._model, batch)
 
     def _backward_loss(self, outputs: torch.Tensor, batch: Batch) -> Loss:
-        loss = self._task.kind.loss(outputs, batch, self.loss_options)
+        loss = self._task.kind.loss(outputs, batch, self._task.loss_options)
         self._scaler.scale(loss.sum / self._config.batch_size).backward()  # type: ignore[no-untyped-call]
         return Loss(loss.sum.detach(), loss.weight)
 
