@@ -1,8 +1,7 @@
 """The routes: each takes a typed request, and answers with JSON.
 
-From outside to inside, a request passes `observe` (logs, metrics), `limit_time`, `limit_size`, `require_host`,
-`require_token`, `read_as_json`, and the FastAPI application. Every error of a client is answered with
-{"error": MESSAGE}.
+From outside to inside, a request passes `observe` (logs, metrics), `limit_time`, `limit_size`, `require_permission`,
+`read_as_json`, and the FastAPI application. Every error of a client is answered with {"error": MESSAGE}.
 """
 
 import asyncio
@@ -34,8 +33,7 @@ from finetune.serve.middleware import (
     limit_time,
     observe,
     read_as_json,
-    require_host,
-    require_token,
+    require_permission,
 )
 from finetune.serve.monitoring import log
 from finetune.serve.served_model import ServedModel
@@ -91,7 +89,7 @@ def make_app(state: ServingState, token: str | None, hosts: frozenset[str] | Non
     app.include_router(api)
     app.include_router(site)
     handle_errors(app)
-    permitted = require_host(require_token(read_as_json(app, _JSON_PATHS), token), hosts, only_own_pages=token is None)
+    permitted = require_permission(read_as_json(app, _JSON_PATHS), hosts, token)
     limited = limit_time(limit_size(permitted, state.limits), state.limits)
     paths = {getattr(route, "path", "unknown") for route in (*app.routes, *api.routes, *site.routes)}
     observed = observe(limited, state.metrics, paths)

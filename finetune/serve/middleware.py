@@ -60,30 +60,32 @@ def observe(app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> ASGIApp:
     return observed
 
 
-def require_host(app: ASGIApp, hosts: frozenset[str] | None, only_own_pages: bool) -> ASGIApp:
+def require_permission(app: ASGIApp, hosts: frozenset[str] | None, token: str | None) -> ASGIApp:
     """Answer 421 to requests for another host, whose name may have been pointed at this machine (DNS rebinding), and
-    403 to requests from pages of other sites, except for pages without data and probes.
+    401 to those without the token or, if there is none, 403 to those from pages of other sites, which lack it.
+    Pages without data and probes are for all.
 
-    Args:
-        hosts: names in lower case; None: any.
-        only_own_pages: False if clients need a token, which pages of other sites lack.
+    hosts: names in lower case; None: any.
     """
     proxied = (hosts or frozenset()) - LOCAL_HOSTS  # a proxy may change `Host`, but not `Origin`
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in _OPEN:
-            await app(scope, receive, send)
-            return
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
         origin = headers.get("origin", f"http://{host}").lower().partition("://")[2]
-        if hosts is not None and host_name(host) not in hosts:
+        given = headers.get("authorization", "").encode("latin-1")
+        answer = app
+        if scope["path"] in _OPEN:
+            pass
+        elif hosts is not None and host_name(host) not in hosts:
             message = f"this server does not answer to the host '{host}'; `deepcloze serve --allowed_hosts` adds names"
-            await error_response(421, message)(scope, receive, send)
-        elif only_own_pages and origin != host and host_name(origin) not in proxied:
-            await error_response(403, "requests from pages of other sites are not answered")(scope, receive, send)
-        else:
-            await app(scope, receive, send)
+            answer = error_response(421, message)
+        elif token is None and origin != host and host_name(origin) not in proxied:
+            answer = error_response(403, "requests from pages of other sites are not answered")
+        elif token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            message = "expected the header `Authorization: Bearer TOKEN` with the token of this server"
+            answer = error_response(401, message, {"WWW-Authenticate": "Bearer"})
+        await answer(scope, receive, send)
 
     return checked
 
@@ -99,23 +101,6 @@ def read_as_json(app: ASGIApp, paths: Collection[str]) -> ASGIApp:
         await app(scope, receive, send)
 
     return changed
-
-
-def require_token(app: ASGIApp, token: str | None) -> ASGIApp:
-    """Answer 401 to requests without the token, except for pages without data and probes."""
-    if token is None:
-        return app
-    expected = f"Bearer {token}".encode()
-
-    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-        given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-        if scope["path"] in _OPEN or hmac.compare_digest(given, expected):
-            await app(scope, receive, send)
-        else:
-            message = "expected the header `Authorization: Bearer TOKEN` with the token of this server"
-            await error_response(401, message, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-
-    return checked
 
 
 def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
