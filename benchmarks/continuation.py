@@ -20,11 +20,9 @@ from typing import Any
 import fire
 import fire.decorators
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.measuring import cpu_precision, deepcloze, describe_machine
-from experiment.formatting import format_perplexity
+from experiment.formatting import format_perplexity, print_table
 from experiment.models.tokenizer import load_tokenizer
 from experiment.run_files.metrics_file import read_events
 
@@ -126,19 +124,14 @@ def _write_config(path: Path, work: Path, model: dict[str, Any], size: RunSize) 
 
 def _print(runs: dict[str, tuple[str, Path]], title: str) -> None:
     columns = ("", "best learning rate", "before the first step", "held-out loss", "perplexity", "accuracy")
-    table = Table(*columns, title=title)
+    rows = []
     for name, (rate, folder) in runs.items():
         scores = [event for event in read_events(folder / "metrics.jsonl") if METRIC in event]
         first, last = scores[0], scores[-1]
-        table.add_row(
-            name,
-            rate,
-            f"{first[METRIC]:.3f}",
-            f"{last[METRIC]:.3f}",
-            format_perplexity(last["eval/held_out/perplexity"]),
-            f"{last['eval/held_out/accuracy']:.1%}",
-        )
-    Console(width=110).print(table)
+        perplexity, accuracy = (last[f"eval/held_out/{metric}"] for metric in ("perplexity", "accuracy"))
+        losses = (f"{event[METRIC]:.3f}" for event in (first, last))
+        rows.append([name, rate, *losses, format_perplexity(perplexity), f"{accuracy:.1%}"])
+    print_table(columns, rows, title=title)
     print(describe_machine())
 
 

@@ -14,12 +14,11 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.measuring import PeakMemory, deepcloze, describe_machine, run_module, run_or_measure, spread
+from experiment.formatting import print_table
 
 _DEEPCLOZE, _RAW, _FAST, _MAP = "deepcloze corpus", "encode_batch", "encode_batch_fast", "datasets.map"
 _BATCH = 1000  # documents, as in `datasets.map`
@@ -45,7 +44,8 @@ def corpus(source: str, tokenizer: str, threads: int = 0, rounds: int = 3) -> No
             for name, found in runs.items():
                 found.append(_run(name, source, tokenizer, threads, Path(folder) / f"{number}"))
         read = _run("read", source, tokenizer, threads, Path(folder) / "read")
-    Console().print(_table(runs))
+    columns = ("process, s: median (min – max)", "tokenization, s", "peak memory, GB", "deepcloze is faster by")
+    print_table(["", *columns], _rows(runs))
     megabytes = Path(source).stat().st_size / 1e6
     encoding = megabytes / statistics.median(run["encoding"] for run in runs[_FAST]) / threads
     reading = megabytes / read["encoding"]
@@ -71,9 +71,7 @@ def _run(name: str, source: str, tokenizer: str, threads: int, output: Path) -> 
     return {"total": seconds, "encoding": seconds if encoding is None else encoding, "memory": memory.bytes}
 
 
-def _table(runs: Runs) -> Table:
-    columns = ("process, s: median (min – max)", "tokenization, s", "peak memory, GB", "deepcloze is faster by")
-    table = Table("", *columns)
+def _rows(runs: Runs) -> Iterator[list[str]]:
     ours = [run["total"] for run in runs[_DEEPCLOZE]]
     for name, found in runs.items():
         # Of `datasets.map` the whole process, as users start it; of the others tokenization alone.
@@ -82,8 +80,7 @@ def _table(runs: Runs) -> Table:
             "" if name == _DEEPCLOZE else spread([run[key] / own for run, own in zip(found, ours, strict=True)], ".2f")
         )
         seconds = (spread([run[of] for run in found], ".2f") for of in ("total", "encoding"))
-        table.add_row(name, *seconds, f"{max(run['memory'] for run in found) / 1e9:.2f}", ratio)
-    return table
+        yield [name, *seconds, f"{max(run['memory'] for run in found) / 1e9:.2f}", ratio]
 
 
 def measure(name: str, source: str, tokenizer: str, threads: int) -> float:

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from benchmarks.measuring import stop_after
 from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_package_documents, write_jsonl
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import read_json
-from experiment.formatting import describe_duration, format_perplexity
+from experiment.formatting import describe_duration, format_perplexity, print_table
 from experiment.output_folder import lock_output
 from experiment.process.cpu_cores import cpu_cores
 from experiment.process.hardware import has_native_bf16
@@ -123,7 +122,7 @@ def demo(output: Path, minutes: float = MINUTES) -> None:
     stopwatch.begin("Report")
     table = comparison(run, scores[held_out.name], results)
     page = write_combined_page(output, run, table, results, description)
-    show(table)
+    print_table(table.columns, table.rows)
     print(f"\nreport, with the curves: {page}\n")
     print("\n".join(stopwatch.lines()))
 
@@ -262,16 +261,6 @@ def environment() -> dict[str, str]:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def show(table: Table) -> None:
-    """Print the table."""
-    shown = RichTable(*table.columns)
-    for column in shown.columns[table.labels :]:
-        column.justify = "right"
-    for row in table.rows:
-        shown.add_row(*row)
-    Console().print(shown)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,10 +16,9 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.measuring import describe_machine, run_module, run_or_measure
+from experiment.formatting import print_table
 from experiment.process.hardware import keep_freed_memory
 from finetune.device import MicrobatchSize
 from finetune.encoding.examples import Split
@@ -39,15 +38,15 @@ def finetuning(config: str, *, precision: str = "fp32", steps: int = 60, rounds:
         for name, found in results.items():
             settings = {"name": name, "config": config, "precision": precision, "steps": steps, "seed": seed}
             found.append(run_module("benchmarks.finetuning", settings))
-    table = Table(title=f"{precision}, {steps} updates, {rounds} rounds", caption=describe_machine())
-    for column in ("", "examples per CPU-second", "deepcloze is faster by", "accuracy"):
-        table.add_column(column, justify="right" if column else "left")
     ours = [found["rate"] for found in results[DEEPCLOZE]]
-    for name, rows in results.items():
-        rates, scores = ([row[key] for row in rows] for key in ("rate", "accuracy"))
+    rows = []
+    for name, found in results.items():
+        rates, scores = ([run[key] for run in found] for key in ("rate", "accuracy"))
         ratio = statistics.median(our / other for our, other in zip(ours, rates, strict=True))
-        table.add_row(name, f"{statistics.median(rates):.1f}", f"{ratio:.2f} x", f"{statistics.fmean(scores):.4f}")
-    Console().print(table)
+        rows.append([name, f"{statistics.median(rates):.1f}", f"{ratio:.2f} x", f"{statistics.fmean(scores):.4f}"])
+    columns = ("", "examples per CPU-second", "deepcloze is faster by", "accuracy")
+    print_table(columns, rows, title=f"{precision}, {steps} updates, {rounds} rounds")
+    print(describe_machine())
 
 
 def measure(name: str, config: str, precision: str, steps: int, seed: int) -> dict[str, float]:

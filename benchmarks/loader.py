@@ -25,10 +25,9 @@ import fire
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.measuring import describe_machine
+from experiment.formatting import print_table
 from experiment.process.hardware import keep_freed_memory
 from pretrain.batching.batch import flatten_batch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
@@ -79,16 +78,16 @@ def loader(
     keep_freed_memory()  # as in a run
     with tempfile.TemporaryDirectory() as scratch:
         corpora = {name: _make_corpus(Path(scratch) / name, _document_lengths(name, tokens)) for name in _DOCUMENTS}
-        phases = Table("batch", *_PHASES, title=f"milliseconds per batch, {documents}, sequences of up to {length}")
-        rates = Table("batch", "tokens/s of one worker", f"wait at {consumption:,} tokens/s")
+        phases, rates = list[list[str]](), list[list[str]]()
         for name, maker in _cases(corpora, documents, length, microbatch_tokens):
             for step in (0, 10**9):
                 figures = _median_phases(maker, step)
-                phases.add_row(f"{name}, step {step:.0e}", *(f"{figures[phase]:.2f}" for phase in _PHASES))
-            rates.add_row(name, f"{_rate(maker, seconds):,.0f}", f"{_wait(maker, consumption, seconds):.2%}")
-    console = Console(width=140)
-    console.print(phases, rates)
-    console.print(
+                phases.append([f"{name}, step {step:.0e}", *(f"{figures[phase]:.2f}" for phase in _PHASES)])
+            rates.append([name, f"{_rate(maker, seconds):,.0f}", f"{_wait(maker, consumption, seconds):.2%}"])
+    title = f"milliseconds per batch, {documents}, sequences of up to {length}"
+    print_table(["batch", *_PHASES], phases, title=title)
+    print_table(["batch", "tokens/s of one worker", f"wait at {consumption:,} tokens/s"], rates)
+    print(
         f"peak memory of the rank and of a worker: {_peak(resource.RUSAGE_SELF)}, "
         f"{_peak(resource.RUSAGE_CHILDREN)} MiB, memory-mapped files included"
     )

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fire
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.measuring import PeakMemory, describe_machine, spread
 from benchmarks.pretraining_runs import MODELS, Config, RunSettings, build_corpus, pretrain, tokens_per_second
+from experiment.formatting import print_table
 from pretrain.training.profiler import PROFILED, SKIPPED
 
 _UNTIMED = SKIPPED + PROFILED + 1
@@ -91,26 +90,21 @@ def _run(config: Config, folder: Path, ranks: int, threads: int) -> Measured:
 
 
 def _print(measured: dict[int, Rounds], ranks: int, threads: int, title: str) -> None:
-    table = Table(
-        "tokens per update",
-        f"tokens/s: 1 rank x {threads} threads",
-        f"{ranks} ranks x {max(1, threads // ranks)}",
-        "ratio",
-        "communication",
-        "peak memory, GB",
-        title=f"{title}; median (min – max)",
-    )
+    rates = f"tokens/s: 1 rank x {threads} threads", f"{ranks} ranks x {max(1, threads // ranks)}"
+    rows = []
     for size, rounds in measured.items():
         one, several = zip(*rounds, strict=True)
-        table.add_row(
-            f"{size:,}",
-            spread([run.tokens_per_second for run in one], ",.0f"),
-            spread([run.tokens_per_second for run in several], ",.0f"),
-            spread([several.tokens_per_second / one.tokens_per_second for one, several in rounds], ".2f"),
-            spread([run.communication for run in several], ".1%"),
-            " / ".join(f"{max(run.memory for run in runs) / 1e9:.2f}" for runs in (one, several)),
+        rows.append(
+            [
+                f"{size:,}",
+                *(spread([run.tokens_per_second for run in runs], ",.0f") for runs in (one, several)),
+                spread([several.tokens_per_second / one.tokens_per_second for one, several in rounds], ".2f"),
+                spread([run.communication for run in several], ".1%"),
+                " / ".join(f"{max(run.memory for run in runs) / 1e9:.2f}" for runs in (one, several)),
+            ]
         )
-    Console(width=120).print(table)
+    columns = ("tokens per update", *rates, "ratio", "communication", "peak memory, GB")
+    print_table(columns, rows, labels=0, title=f"{title}; median (min – max)")
     print(describe_machine())
 
 

@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 
 from benchmarks.measuring import describe_machine
+from experiment.formatting import print_table
 from finetune.config import FinetuneConfig
 from finetune.data.records import Table as Rows
 from finetune.data.splits import read_splits
@@ -42,10 +41,12 @@ def main(arguments: Sequence[str]) -> None:
         "sentence-transformers": [summarize([scores[split] for scores in found]) for split in SPLITS],
         "deepcloze finetune": [ours[split]["spearman"] for split in SPLITS],
     }
-    table = Table("Spearman, mean ± std", *SPLITS, title=config.task.name, caption=describe_machine())
-    for name, by_split in scores.items():
-        table.add_row(name, *(f"{each['mean']:.4f} ± {each['std']:.4f}: {_list(each['values'])}" for each in by_split))
-    Console().print(table)
+    rows = (
+        [name, *(f"{each['mean']:.4f} ± {each['std']:.4f}: {_list(each['values'])}" for each in by_split)]
+        for name, by_split in scores.items()
+    )
+    print_table(["Spearman, mean ± std", *SPLITS], rows, title=config.task.name)
+    print(describe_machine())
 
 
 def _list(values: Sequence[float]) -> str:

@@ -27,10 +27,9 @@ from pathlib import Path
 import fire
 import numpy as np
 import psutil
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.measuring import deepcloze, describe_machine
+from experiment.formatting import print_table
 
 PLAIN = "FastAPI + pipeline"
 PRECISIONS = {"fp32": "deepcloze serve, fp32", "bf16": "deepcloze serve, bf16", "int8": "deepcloze serve, ONNX int8"}
@@ -80,6 +79,7 @@ def serving(
                     latencies[name] += found
         _print_table("requests/s", rates, latencies, clients)
         _print_table("requests per CPU-second", per_cpu_second, latencies, clients)
+        print(describe_machine())
         if soak_requests:
             with _server(folders[names[-1]], clients, chosen.get(names[-1])) as (load, process):
                 _soak(names[-1], load, process, soak_requests)
@@ -92,14 +92,13 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def _print_table(unit: str, rates: dict[str, list[float]], latencies: dict[str, list[float]], clients: int) -> None:
-    table = Table(title=f"{clients} clients, one text per request", caption=describe_machine())
-    for column in ("", unit, "ratio", "p50 ms", "p95 ms", "p99 ms"):
-        table.add_column(column, justify="right" if column else "left")
+    rows = []
     for name, found in rates.items():
         ratio = statistics.median(rate / plain for rate, plain in zip(found, rates[PLAIN], strict=True))
         percentiles = (f"{1000 * np.percentile(latencies[name], percent):,.0f}" for percent in (50, 95, 99))
-        table.add_row(name, f"{statistics.median(found):.1f}", f"{ratio:.2f} x", *percentiles)
-    Console().print(table)
+        rows.append([name, f"{statistics.median(found):.1f}", f"{ratio:.2f} x", *percentiles])
+    columns = ("", unit, "ratio", "p50 ms", "p95 ms", "p99 ms")
+    print_table(columns, rows, title=f"{clients} clients, one text per request")
 
 
 def _soak(name: str, load: Load, process: psutil.Process, requests: int) -> None:

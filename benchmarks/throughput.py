@@ -25,8 +25,6 @@ from typing import NamedTuple
 
 import fire
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.matrix_products import ProductSettings
 from benchmarks.measuring import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, PeakMemory, describe_machine, run_module, spread
@@ -41,6 +39,7 @@ from benchmarks.pretraining_runs import (
     tokens_per_second,
 )
 from benchmarks.run_mlm_peer import BATCH, PeerSettings
+from experiment.formatting import print_table
 from experiment.models.tokenizer import load_tokenizer
 
 _MATRIX_PRODUCTS = "matrix products alone"
@@ -155,15 +154,15 @@ def _run_products(peer: PeerSettings) -> float:
 
 
 def _print(measured: Rounds, title: str) -> None:
-    columns = ("tokens/s: median (min – max)", "deepcloze is faster by", "peak memory, GB")
-    table = Table("contestant", *columns, title=title)
+    rows = []
     ours = [run.tokens_per_second for run in measured["deepcloze"]]
     for name, runs in measured.items():
         theirs = [run.tokens_per_second for run in runs]
         ratio = statistics.median(own / other for own, other in zip(ours, theirs, strict=True))
         memory = f"{max(run.memory for run in runs) / 1e9:.2f}"
-        table.add_row(name, spread(theirs, ",.0f"), "" if name == "deepcloze" else f"{ratio:.2f} x", memory)
-    Console(width=110).print(table)
+        rows.append([name, spread(theirs, ",.0f"), "" if name == "deepcloze" else f"{ratio:.2f} x", memory])
+    columns = ("contestant", "tokens/s: median (min – max)", "deepcloze is faster by", "peak memory, GB")
+    print_table(columns, rows, title=title)
     print(describe_machine())
 
 

@@ -31,13 +31,12 @@ from typing import NamedTuple
 
 import fire
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.measuring import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, PeakMemory, describe_machine, run_module, spread
 from benchmarks.pretraining_runs import MODELS, Config, RunSettings, build_corpus, mean_length, pretrain
 from benchmarks.run_mlm_peer import BATCH, LimitedPeerSettings
 from experiment.config.recipes import find_recipe
+from experiment.formatting import print_table
 from experiment.run_files.checkpoints import complete_checkpoints
 from pretrain.optimizer_config import OptimizerConfig
 
@@ -238,21 +237,18 @@ def _score(model: Path, corpus: Path) -> float:
 
 def _print(peers: dict[str, Peer], runs: dict[str, list[Run]], seeds: int, minutes: float, title: str) -> None:
     """Print what there is: a contestant has a row if it has run, and says so if it did not run with all seeds."""
-    table = Table("contestant", title=title)
+    rows, compared = list[list[str]](), list[str]()
     for name, peer in peers.items():
-        table.add_column(f"minutes to {peer.loss:.3f}: run_mlm, {name}")
-        table.add_column("faster by")
-    table.add_column("peak memory, GB")
-    for name, peer in peers.items():
+        compared += [f"minutes to {peer.loss:.3f}: run_mlm, {name}", "faster by"]
         own = [cell for other in peers for cell in (f"{minutes:g}" if other == name else "", "")]
-        table.add_row(f"run_mlm, {name}", *own, f"{peer.bytes / 1e9:.2f}")
+        rows.append([f"run_mlm, {name}", *own, f"{peer.bytes / 1e9:.2f}"])
     for name, done in runs.items():
         if not done:
             continue
         cells = [cell for peer in peers for cell in _compare([run.minutes[peer] for run in done], minutes)]
         missing = "" if len(done) == seeds else f" ({len(done)} of {seeds} seeds)"
-        table.add_row(name + missing, *cells, f"{max(run.bytes for run in done) / 1e9:.2f}")
-    Console(width=150).print(table)
+        rows.append([name + missing, *cells, f"{max(run.bytes for run in done) / 1e9:.2f}"])
+    print_table(["contestant", *compared, "peak memory, GB"], rows, title=title)
     print(describe_machine())
 
 

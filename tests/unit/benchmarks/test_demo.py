@@ -24,6 +24,7 @@ from benchmarks.demo import (
 from documented import commands
 from experiment.config import load_config
 from experiment.output_folder import lock_output
+from experiment.results.page import Table
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from pretrain.config import PretrainConfig
@@ -147,8 +148,9 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[set[str]]:
     start_process = subprocess.Popen
     monkeypatch.setattr(benchmarks.demo, "deepcloze", deepcloze)
     monkeypatch.setattr(benchmarks.demo.subprocess, "Popen", start)
-    for name in ("write_task", "pretrain_for", "comparison", "write_combined_page", "show"):
+    for name in ("write_task", "pretrain_for", "write_combined_page"):
         monkeypatch.setattr(benchmarks.demo, name, lambda *_: None)
+    monkeypatch.setattr(benchmarks.demo, "comparison", lambda *_: Table([], []))
     monkeypatch.chdir(tmp_path)
     return run
 
