@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
-import annotated_types
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Strict
 from pydantic.fields import FieldInfo
@@ -185,21 +184,16 @@ def _describe_with_limits(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     return " ".join(filter(None, [describe_type(annotation), _limits(metadata)]))
 
 
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}  # by attribute of pydantic's metadata
+
+
 def _limits(metadata: Iterable[Any]) -> str:
     """Return the numeric limits in the metadata of a field, such as '>= 0 and < 1'."""
     limits: list[str] = []
     for entry in metadata:
-        match entry:
-            case FieldInfo():
-                limits.append(_limits(entry.metadata))
-            case annotated_types.Gt(gt=limit):
-                limits.append(f"> {limit:.10g}")
-            case annotated_types.Ge(ge=limit):
-                limits.append(f">= {limit:.10g}")
-            case annotated_types.Lt(lt=limit):
-                limits.append(f"< {limit:.10g}")
-            case annotated_types.Le(le=limit):
-                limits.append(f"<= {limit:.10g}")
+        if isinstance(entry, FieldInfo):
+            limits.append(_limits(entry.metadata))
+        limits += [f"{sign} {getattr(entry, name):.10g}" for name, sign in _SIGNS.items() if hasattr(entry, name)]
     return " and ".join(filter(None, limits))
 
 
