@@ -49,12 +49,12 @@ def local_folder(url: str, left_out: Collection[str]) -> Path:
 
 
 class Download(NamedTuple):
-    """A file to copy. `checksum`: expected, in hexadecimal."""
+    """A file to copy."""
 
     url: str
-    path: Path
-    size: int
-    checksum: str | None = None
+    path: Path  # of the copy
+    size: int  # expected, in bytes
+    checksum: str | None = None  # expected, in hexadecimal
 
 
 def download_files(
@@ -77,7 +77,7 @@ def download_files(
 
     bar = progress(label, sum(file.size for file in files) / 1e6, "MB", show_progress)
     with bar as advance, ThreadPoolExecutor(_FILES_AT_ONCE, "download") as pool:
-        running = {pool.submit(download, *file, algorithm, count) for file in files}
+        running = {pool.submit(download, file, algorithm, count) for file in files}
         try:
             while running:
                 done, running = wait(running, _POLL_SECONDS)
@@ -92,25 +92,16 @@ def download_files(
 
 
 def download(
-    url: str,
-    path: Path,
-    size: int,
-    checksum: str | None = None,
-    algorithm: Callable[[], Any] = hashlib.sha256,
-    advance: Callable[[int], None] = lambda _: None,
+    file: Download, algorithm: Callable[[], Any] = hashlib.sha256, advance: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Copy a file to a local path, which is complete or does not exist. No other process may do so.
+    """Copy a file to its path, where it is complete or does not exist. No other process may do so.
 
-    Continues the partial copy of an interrupted call. Copies again if the size or checksum is wrong.
-
-    Args:
-        size: the expected bytes.
-        checksum: the expected one, in hexadecimal.
-        algorithm: of the checksum.
-        advance: called with the bytes that were copied, or found; negative if they are given up.
+    Continues the partial copy of an interrupted call. Copies again if the size or checksum is wrong. `advance` is
+    called with the bytes that were copied, or found; negative if they are given up.
 
     Raises StorageError, which is a DamagedError for a wrong checksum or size, and OSError if the local disk fails.
     """
+    url, path, size, checksum = file
     partial = path.with_name(f".{path.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():

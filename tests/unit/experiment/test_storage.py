@@ -14,7 +14,7 @@ from threading import Thread, get_ident
 import pytest
 
 from experiment import downloads, storage
-from experiment.downloads import download, local_folder
+from experiment.downloads import Download, download, local_folder
 from experiment.errors import UserError
 from experiment.storage import (
     DeniedError,
@@ -124,7 +124,7 @@ def test_reads_from_any_position(url: str, request: pytest.FixtureRequest, tmp_p
         assert file.tell() == 8
         assert file.seek(-4, os.SEEK_END) == len(CONTENT) - 4
         assert file.read() == CONTENT[-4:]
-    download(found, tmp_path / "copy", len(CONTENT), DIGEST)
+    download(Download(found, tmp_path / "copy", len(CONTENT), DIGEST))
     assert (tmp_path / "copy").read_bytes() == CONTENT
 
 
@@ -194,7 +194,7 @@ def test_a_download_continues(bucket: str, tmp_path: Path) -> None:
     put(bucket, x=CONTENT)
     (tmp_path / ".x.partial").write_bytes(CONTENT[: 2 << 20])
     found: list[int] = []
-    download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST, advance=found.append)
+    download(Download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST), advance=found.append)
     assert (tmp_path / "x").read_bytes() == CONTENT
     assert sum(found) == len(CONTENT)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
@@ -205,7 +205,7 @@ def test_a_damaged_part_is_copied_again(bucket: str, tmp_path: Path, caplog: pyt
     put(bucket, x=CONTENT)
     (tmp_path / ".x.partial").write_bytes(b"other" * 1000)
     found: list[int] = []
-    download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST, advance=found.append)
+    download(Download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST), advance=found.append)
     assert (tmp_path / "x").read_bytes() == CONTENT
     assert sum(found) == len(CONTENT)
     assert "copying it again" in caplog.text
@@ -215,9 +215,9 @@ def test_a_wrong_checksum_leaves_no_file(bucket: str, tmp_path: Path) -> None:
     """Catches a damaged object that is taken for the file."""
     put(bucket, x=CONTENT)
     with pytest.raises(StorageError, match=f"{bucket}/x is damaged: found checksum {DIGEST}, expected 000"):
-        download(f"{bucket}/x", tmp_path / "x", len(CONTENT), "0" * 64)
+        download(Download(f"{bucket}/x", tmp_path / "x", len(CONTENT), "0" * 64))
     with pytest.raises(StorageError, match="found 3,145,728 bytes, expected 9"):
-        download(f"{bucket}/x", tmp_path / "x", 9, DIGEST)
+        download(Download(f"{bucket}/x", tmp_path / "x", 9, DIGEST))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,7 +231,7 @@ def test_faults_that_pass(bucket: str, faulty: Proxy, tmp_path: Path, fault: Fau
 
     s3fs.S3FileSystem.clear_instance_cache()  # so that it connects again
     faulty.faults = [fault, fault]
-    download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST)
+    download(Download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST))
     assert faulty.met == 2
     assert (tmp_path / "x").read_bytes() == CONTENT
     faulty.faults = [fault]
@@ -338,5 +338,5 @@ def test_nothing_is_logged_when_all_is_well(bucket: str, tmp_path: Path, caplog:
     """Catches warnings about attempts that have succeeded."""
     caplog.set_level(logging.WARNING)
     put(bucket, x=b"1")
-    download(f"{bucket}/x", tmp_path / "x", 1)
+    download(Download(f"{bucket}/x", tmp_path / "x", 1))
     assert caplog.messages == []
