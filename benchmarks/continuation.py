@@ -13,7 +13,6 @@ initialized one, as the model trained from scratch does.
 import csv
 import json
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,8 @@ from experiment.run_files.metrics_file import read_events
 
 METRIC = "eval/held_out/loss"
 
-
-@dataclass(frozen=True)
-class RunSize:
-    """Length and batch size of every run."""
-
-    steps: int
-    sequences: int  # per batch
-    length: int  # longest sequence, in tokens
+Sections = dict[str, dict[str, Any]]
+"""Of a config."""
 
 
 def continuation(
@@ -63,10 +56,15 @@ def continuation(
         length: longest sequence, in tokens
         documents: held-out documents, drawn by a seed
     """
-    work, size = Path(output), RunSize(steps, sequences, length)
+    work = Path(output)
+    size: Sections = {
+        "batch": {"sequences": sequences, "max_seq_length": length, "microbatch_tokens": sequences * length},
+        "schedule": {"warmup_steps": steps // 10, "steps": steps},
+        "evaluation": {"every_steps": steps},
+    }
     _build_corpus(work / "train", train, model)
     _build_corpus(work / "held_out", held_out, model, f"--limit={documents}")
-    models: dict[str, dict[str, Any]] = {
+    models: Sections = {
         "continued": {"init_from": model},
         "from scratch": {"config": _architecture(Path(model))},
     }
@@ -80,7 +78,7 @@ def _build_corpus(folder: Path, source: str, tokenizer: str, *flags: str) -> Non
         deepcloze("corpus", f"--source={source}", f"--tokenizer={tokenizer}", f"--output={folder}", *flags)
 
 
-def _best_run(name: str, work: Path, model: dict[str, Any], size: RunSize, rates: str) -> tuple[str, Path]:
+def _best_run(name: str, work: Path, model: dict[str, Any], size: Sections, rates: str) -> tuple[str, Path]:
     """Return the learning rate with the lowest held-out loss, and the folder of its run."""
     folder = work / name.replace(" ", "-")
     config = _write_config(folder.with_suffix(".yaml"), work, model, size)
@@ -102,18 +100,12 @@ def _architecture(folder: Path) -> dict[str, Any]:
     return {key: config[key] for key in (*shape, *details)} | {"vocab_size": len(load_tokenizer(folder))}
 
 
-def _write_config(path: Path, work: Path, model: dict[str, Any], size: RunSize) -> Path:
+def _write_config(path: Path, work: Path, model: dict[str, Any], size: Sections) -> Path:
     config = {
         "run": {"dir": str(path.with_suffix(""))},
         "model": model,
         "corpus": {"train": str(work / "train"), "eval": {"held_out": str(work / "held_out")}},
-        "batch": {
-            "sequences": size.sequences,
-            "max_seq_length": size.length,
-            "microbatch_tokens": size.sequences * size.length,
-        },
-        "schedule": {"warmup_steps": size.steps // 10, "steps": size.steps},
-        "evaluation": {"every_steps": size.steps},
+        **size,
         "checkpoint": {"every_steps": None, "keep_last": 1},
         "engine": {"ds_config": f"ds_configs/{cpu_precision()}_zero1.json"},
     }

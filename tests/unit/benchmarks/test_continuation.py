@@ -5,7 +5,6 @@ import pytest
 import yaml
 
 from benchmarks import continuation, measuring
-from benchmarks.continuation import RunSize
 
 
 def best_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> tuple[str, Path]:
@@ -17,7 +16,7 @@ def best_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> tupl
         raise subprocess.CalledProcessError(code, "sweep")
 
     monkeypatch.setattr(continuation, "deepcloze", sweep)
-    return continuation._best_run("continued", tmp_path, {}, RunSize(20, 2, 8), "2e-4")
+    return continuation._best_run("continued", tmp_path, {}, {}, "2e-4")
 
 
 def test_a_run_that_failed_does_not_end_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,5 +37,5 @@ def test_a_rejected_or_stopped_sweep_ends_the_benchmark(
 def test_bf16_is_not_emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool, precision: str) -> None:
     """Catches figures of a CPU that emulates bf16, which is several times slower than fp32 there."""
     monkeypatch.setattr(measuring, "has_native_bf16", lambda _: native)
-    config = continuation._write_config(tmp_path / "large.yaml", tmp_path, {}, RunSize(20, 2, 8))
+    config = continuation._write_config(tmp_path / "large.yaml", tmp_path, {}, {})
     assert yaml.safe_load(config.read_text())["engine"]["ds_config"] == f"ds_configs/{precision}_zero1.json"
