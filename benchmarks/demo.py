@@ -27,7 +27,7 @@ from rich.console import Console
 from benchmarks.measuring import stop_after
 from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_package_documents, write_jsonl
 from experiment.errors import UserError, readable_disk_errors
-from experiment.files import read_json
+from experiment.files import REPOSITORY, read_json
 from experiment.formatting import describe_duration, format_perplexity, print_table
 from experiment.output_folder import lock_output
 from experiment.process.cpu_cores import cpu_cores
@@ -41,7 +41,6 @@ from experiment.run_files.metrics_file import read_events
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PRETRAINING, TASK = "pretrain/recipes/demo.yaml", "finetune/recipes/demo.yaml"
 DEEPCLOZE = Path(sys.executable).with_name("deepcloze")
 EVALUATION = "documentation"  # name of the held-out corpus in the recipe

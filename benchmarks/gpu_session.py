@@ -33,11 +33,10 @@ from typing import IO
 from benchmarks.gpu_results import JobOutcome, read_figures, write_results
 from benchmarks.gpu_wheels import prepare
 from experiment.errors import UserError, first_line, readable_disk_errors
-from experiment.files import write_json
+from experiment.files import REPOSITORY, write_json
 from experiment.process.signals import handle_stop_signals, interrupt, kill_group, uninterrupted
 from launcher.supervision.rank_processes import watchdog
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CASES = (  # of `benchmarks.gpu_training`, by importance
     "bert-base-512-bf16-zero1-compiled",
     "modernbert-base-1024-bf16-zero1-compiled",

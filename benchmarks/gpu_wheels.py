@@ -12,8 +12,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from experiment.errors import UserError
+from experiment.files import REPOSITORY
 
-_PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 _SOURCE_ONLY = ("deepspeed", "seqeval")  # have no wheels on PyPI
 _TEST_TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")
 _UNUSED = ("wandb",)  # twice as large as all the others that a machine with torch lacks
@@ -49,7 +49,7 @@ def prepare(folder: Path, python: str, torch: str, installed: Path | None) -> No
 
 def _requirements() -> list[Requirement]:
     """Of deepcloze and its GPU tests, without torch."""
-    project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     tools = [text for text in project["optional-dependencies"]["test"] if Requirement(text).name in _TEST_TOOLS]
     requirements = map(Requirement, [*project["dependencies"], *tools])
     return [requirement for requirement in requirements if requirement.name not in ("torch", *_UNUSED)]

@@ -1,6 +1,5 @@
 """Runs of `deepcloze pretrain` that benchmarks start and measure."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -75,14 +74,12 @@ def build_corpus(source: str, tokenizer: str, corpus: Path) -> Path:
     return corpus
 
 
-def pretrain(
-    config: Config, folder: Path, *, ranks: int, threads: int, environment: Mapping[str, str] | None = None
-) -> None:
+def pretrain(config: Config, folder: Path, *, ranks: int, threads: int) -> None:
     """Train in the run folder `folder`. `threads`: of all ranks together."""
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = ("pretrain", "--config", str(path), f"--run.dir={folder}", "--num_gpus", str(ranks))
-    deepcloze(*command, threads=max(1, threads // ranks), environment=environment)
+    deepcloze(*command, threads=max(1, threads // ranks))
 
 
 def read_steps(folder: Path) -> list[Step]:
