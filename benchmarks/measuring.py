@@ -27,10 +27,10 @@ DEFAULT_ALLOCATOR: dict[str, str] = {}
 OUR_ALLOCATOR = {"GLIBC_TUNABLES": GLIBC_TUNABLES}  # set by `deepcloze pretrain` for its ranks
 
 
-def deepcloze(*arguments: str, threads: int | None = None, environment: Mapping[str, str] | None = None) -> None:
+def deepcloze(*arguments: str, threads: int | None = None) -> None:
     """Run a command of deepcloze; raises CalledProcessError if it fails. `threads`: per process."""
-    variables = _variables(threads, environment)
-    subprocess.run([sys.executable, "-m", "launcher", *arguments], env=variables, stdout=sys.stderr, check=True)
+    command = [sys.executable, "-m", "launcher", *arguments]
+    subprocess.run(command, env=_variables(threads), stdout=sys.stderr, check=True)
 
 
 def run_module(
@@ -52,7 +52,7 @@ def run_or_measure(command: Callable[..., None], measure: Callable[..., Any]) ->
         fire.Fire(command)
 
 
-def _variables(threads: int | None, environment: Mapping[str, str] | None) -> dict[str, str]:
+def _variables(threads: int | None, environment: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(environment or {})}
 
 

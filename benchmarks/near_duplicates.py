@@ -7,12 +7,12 @@ Jaccard similarity of their 5-grams is between 0.5 and 1. Brute force counts the
 found if one of the two is removed. A removal is wrong if no document that is kept has the threshold.
 """
 
-import argparse
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import fire
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
@@ -77,27 +77,23 @@ def _brute_force(sets: NgramSets) -> tuple[NDArray[np.int32], NDArray[np.int32],
     return shared.row[near], shared.col[near], similarities[near]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", type=int, default=20_000)
-    parser.add_argument("--threshold", type=float, default=0.8)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+def near_duplicates(*, documents: int = 20_000, threshold: float = 0.8, seed: int = 0) -> None:
+    """Measure and print a table."""
     print(describe_machine())
-    texts, started = plant(arguments.documents, arguments.seed), time.process_time()
-    result = measure(texts, arguments.threshold)
-    bands = choose_bands(arguments.threshold)
-    print(f"{len(texts):,} documents, threshold {arguments.threshold}, {bands.count} bands of {bands.rows} rows")
+    texts, started = plant(documents, seed), time.process_time()
+    result = measure(texts, threshold)
+    bands = choose_bands(threshold)
+    print(f"{len(texts):,} documents, threshold {threshold}, {bands.count} bands of {bands.rows} rows")
     print(f"{time.process_time() - started:.1f} s of CPU, brute force included")
     print("| similarity | pairs | found |\n|---|---:|---:|")
     for low in np.arange(0.5, 1.0, 0.05):
         inside = (result.similarities >= low) & (result.similarities < low + 0.05 + (low > 0.94))
         share = f"{result.found[inside].mean():.4f}" if inside.any() else "–"
         print(f"| {low:.2f} to {low + 0.05:.2f} | {inside.sum():,} | {share} |")
-    above = result.similarities >= arguments.threshold
+    above = result.similarities >= threshold
     print(f"recall at or above the threshold: {result.found[above].mean():.4f}")
     print(f"removed: {len(result.of_removed):,}; the least similar to a kept document: {result.of_removed.min():.4f}")
 
 
 if __name__ == "__main__":
-    main()
+    fire.Fire(near_duplicates)

@@ -69,6 +69,5 @@ def test_figures_have_their_machine(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     """Catches figures that cannot be published, because nobody knows what they were measured on."""
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *_: start(["true"]))  # in place of `deepcloze clean`
-    monkeypatch.setattr(sys, "argv", ["near_duplicates", "--documents=100"])
-    near_duplicates.main()
+    near_duplicates.near_duplicates(documents=100)
     assert capsys.readouterr().out.startswith(describe_machine())
