@@ -15,6 +15,7 @@ from typing import Any
 
 from experiment.files import names_in, parse_record, write_json
 from experiment.formatting import counted
+from experiment.run_files.checkpoints import checkpoint_step
 from experiment.run_files.metrics_file import Metrics, read_events
 from experiment.run_files.run_folder import RunFolder
 
@@ -59,7 +60,7 @@ def drop_results(folder: RunFolder, last_step: int) -> None:
     abandoned. Raises OSError."""
     for task in _task_folders(folder):
         for path, _ in _files(task):
-            if _step(path) > last_step:
+            if checkpoint_step(path.stem) > last_step:
                 path.unlink(missing_ok=True)
 
 
@@ -101,7 +102,7 @@ class DownstreamLog:
             if self._done.get(folder) == changed:
                 continue
             unread = {path: written for path, written in _files(folder) if self._taken.get(path) != written}
-            reached = {path: written for path, written in unread.items() if _step(path) <= last_step}
+            reached = {path: written for path, written in unread.items() if checkpoint_step(path.stem) <= last_step}
             self._taken |= reached
             due |= reached
             if len(reached) == len(unread) and time.time_ns() - changed > _SETTLED:
@@ -138,10 +139,6 @@ def _files(folder: Path) -> Iterator[tuple[Path, int]]:
     for name in names_in(folder):
         if _NAME.fullmatch(name):
             yield folder / name, (folder / name).stat().st_mtime_ns
-
-
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
 
 
 @lru_cache(maxsize=10_000)
