@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.measuring import stop_after
+from benchmarks.measuring import STOPPED, stop_after
 from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_package_documents, write_jsonl
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import REPOSITORY, read_json
@@ -38,7 +38,6 @@ from experiment.results.page import PAGE, Block, Code, Heading, Page, Table, Tex
 from experiment.results.report.tasks import result_blocks
 from experiment.results.report.training import training_blocks
 from experiment.run_files.metrics_file import read_events
-from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 
 PRETRAINING, TASK = "pretrain/recipes/demo.yaml", "finetune/recipes/demo.yaml"
@@ -48,7 +47,6 @@ TASK_SEED = 42
 HELD_OUT_DOCUMENTS = 400
 VOCABULARY = 8192
 MARKER = ".demo"  # marks a folder made by the demo, which the next one may delete
-STOPPED = Outcome.STOPPED.exit_code
 FILES = 300  # read of each package: a few times what the run has time to train on
 MINUTES = 2.0  # of pretraining
 OTHER_MINUTES = (2, 3)  # of everything else, on two idle cores with AVX-512 and without; more than measured
@@ -109,7 +107,8 @@ def demo(output: Path, minutes: float = MINUTES) -> None:
     }
     if not has_native_bf16("cpu"):
         arguments["engine.ds_config"] = "ds_configs/fp32_zero1.json"
-    pretrain_for(30 * minutes, run, arguments)
+    stop_after(30 * minutes, command("pretrain", **arguments), run, environment())
+    say(f"stopped with exit code {STOPPED}. The same command resumes it:")
     deepcloze("pretrain", **arguments)
 
     stopwatch.begin("Evaluation on held-out text")
@@ -151,18 +150,6 @@ def write_task(output: Path) -> str:
     )
     print(description)
     return description
-
-
-def pretrain_for(seconds: float, run: RunFolder, arguments: dict[str, Any]) -> None:
-    """Pretrain for this time from the first logged step on, then send SIGTERM, as a job queue or a user would."""
-    code = stop_after(seconds, command("pretrain", **arguments), lambda: has_stepped(run), environment())
-    if code != STOPPED:
-        raise SystemExit(f"demo: expected exit code {STOPPED} after SIGTERM, got {code}")
-    say(f"stopped with exit code {STOPPED}. The same command resumes it:")
-
-
-def has_stepped(run: RunFolder) -> bool:
-    return any(event["step"] > 0 for event in read_events(run.metrics))
 
 
 def finetune(output: Path, run: RunFolder) -> dict[str, dict[str, Any]]:

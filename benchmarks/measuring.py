@@ -21,8 +21,12 @@ import psutil
 
 from experiment.formatting import describe_duration
 from experiment.process.hardware import has_native_bf16
+from experiment.run_files.metrics_file import read_events
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import RunFolder
 from launcher.ranks.environment import GLIBC_TUNABLES
 
+STOPPED = Outcome.STOPPED.exit_code
 DEFAULT_ALLOCATOR: dict[str, str] = {}
 OUR_ALLOCATOR = {"GLIBC_TUNABLES": GLIBC_TUNABLES}  # set by `deepcloze pretrain` for its ranks
 
@@ -126,19 +130,21 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def stop_after(
-    seconds: float, command: Sequence[str], has_begun: Callable[[], bool], environ: Mapping[str, str] | None = None
-) -> int:
-    """Start a run, and send it SIGTERM this long after it has begun to train. Returns its exit code."""
-    with subprocess.Popen(command, env=environ) as run:
+    seconds: float, command: Sequence[str], run: RunFolder, environ: Mapping[str, str] | None = None
+) -> None:
+    """Start a run, and send it SIGTERM this long after it has logged its first step, as a job queue or a user would.
+    Raises SystemExit if it ends in another way than one that was stopped."""
+    with subprocess.Popen(command, env=environ) as process:
         try:
-            while run.poll() is None and not has_begun():
+            while process.poll() is None and not any("loss" in event for event in read_events(run.metrics)):
                 time.sleep(0.2)
             try:
-                run.wait(seconds)
+                process.wait(seconds)
             except subprocess.TimeoutExpired:
                 message = f"{describe_duration(seconds)} of training are over: sending SIGTERM"
                 print(message, file=sys.stderr, flush=True)
-                run.send_signal(signal.SIGTERM)
-            return run.wait()
+                process.send_signal(signal.SIGTERM)
+            if (code := process.wait()) != STOPPED:
+                raise SystemExit(f"expected exit code {STOPPED} of the run after SIGTERM, got {code}")
         finally:
-            run.kill()
+            process.kill()

