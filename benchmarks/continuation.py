@@ -21,6 +21,7 @@ import fire.decorators
 import yaml
 
 from benchmarks.measuring import cpu_precision, deepcloze, describe_machine
+from benchmarks.pretraining_runs import build_corpus
 from experiment.formatting import format_perplexity, print_table
 from experiment.models.tokenizer import load_tokenizer
 from experiment.run_files.metrics_file import read_events
@@ -62,8 +63,8 @@ def continuation(
         "schedule": {"warmup_steps": steps // 10, "steps": steps},
         "evaluation": {"every_steps": steps},
     }
-    _build_corpus(work / "train", train, model)
-    _build_corpus(work / "held_out", held_out, model, f"--limit={documents}")
+    build_corpus(train, model, work / "train")
+    build_corpus(held_out, model, work / "held_out", f"--limit={documents}")
     models: Sections = {
         "continued": {"init_from": model},
         "from scratch": {"config": _architecture(Path(model))},
@@ -71,11 +72,6 @@ def continuation(
     runs = {name: _best_run(name, work, section, size, rates) for name, section in models.items()}
     about = f"{steps} steps of {sequences} sequences of up to {length} tokens, {cpu_precision()}"
     _print(runs, f"{Path(model).parent.name}, {about}")
-
-
-def _build_corpus(folder: Path, source: str, tokenizer: str, *flags: str) -> None:
-    if not (folder / "manifest.json").exists():
-        deepcloze("corpus", f"--source={source}", f"--tokenizer={tokenizer}", f"--output={folder}", *flags)
 
 
 def _best_run(name: str, work: Path, model: dict[str, Any], size: Sections, rates: str) -> tuple[str, Path]:

@@ -9,6 +9,7 @@ import numpy as np
 import yaml
 
 from benchmarks.measuring import deepcloze
+from benchmarks.run_mlm_peer import BATCH
 from experiment.run_files.metrics_file import Event, read_events
 from experiment.run_files.run_folder import RunFolder
 from pretrain.batching.sequences import split_documents
@@ -54,6 +55,14 @@ class RunSettings:
         keys."""
         return self.config(run={"log_every": 1, **run}, schedule={"steps": steps}, evaluation={"every_steps": steps})
 
+    def peer(self, source: str, tokenizer: str, lines: bool, threads: int) -> dict[str, Any]:
+        """Return the `run_mlm_peer.Recipe` of a run with the same model, precision and update. lines: one line per
+        example; otherwise blocks."""
+        example = mean_length(self.corpus, self.length) if lines else self.length
+        accumulated = max(1, round(self.update_tokens / (BATCH * example)))
+        shared = {"model": self.model, "precision": self.precision, "length": self.length, "threads": threads}
+        return {"source": source, "tokenizer": tokenizer, "lines": lines, "accumulated": accumulated, **shared}
+
 
 class Step(NamedTuple):
     """A step of a run."""
@@ -69,8 +78,10 @@ def mean_length(corpus: Path, length: int) -> float:
     return float(np.concatenate([split_documents(shard, length - 2) for shard in documents]).mean()) + 2
 
 
-def build_corpus(source: str, tokenizer: str, corpus: Path) -> Path:
-    deepcloze("corpus", "--source", source, "--tokenizer", tokenizer, "--output", str(corpus))
+def build_corpus(source: str, tokenizer: str, corpus: Path, *flags: str) -> Path:
+    """Build a corpus unless it exists."""
+    if not (corpus / "manifest.json").exists():
+        deepcloze("corpus", "--source", source, "--tokenizer", tokenizer, "--output", str(corpus), *flags)
     return corpus
 
 

@@ -28,17 +28,8 @@ import torch
 
 from benchmarks.matrix_products import ProductSettings
 from benchmarks.measuring import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, PeakMemory, describe_machine, run_module, spread
-from benchmarks.pretraining_runs import (
-    MODELS,
-    ROWS,
-    Config,
-    RunSettings,
-    build_corpus,
-    mean_length,
-    pretrain,
-    tokens_per_second,
-)
-from benchmarks.run_mlm_peer import BATCH, PeerSettings
+from benchmarks.pretraining_runs import MODELS, ROWS, Config, RunSettings, build_corpus, pretrain, tokens_per_second
+from benchmarks.run_mlm_peer import PeerSettings
 from experiment.formatting import print_table
 from experiment.models.tokenizer import load_tokenizer
 
@@ -91,20 +82,10 @@ def throughput(
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         corpus = build_corpus(source, tokenizer, work / "corpus")
-        peer = PeerSettings(
-            source=source,
-            tokenizer=tokenizer,
-            model=MODELS[model],
-            lines=lines,
-            precision=precision,
-            length=length,
-            threads=threads,
-            accumulated=max(1, round(update_tokens / (BATCH * (mean_length(corpus, length) if lines else length)))),
-            updates=steps,
-            warmup_updates=warm,
-        )
-        config = RunSettings(corpus, peer.model, precision, length, update_tokens).timed_config(steps)
-        measured = _measure(peer, config, work, rounds, ranks)
+        settings = RunSettings(corpus, MODELS[model], precision, length, update_tokens)
+        recipe = settings.peer(source, tokenizer, lines, threads)
+        peer = PeerSettings(**recipe, updates=steps, warmup_updates=warm)
+        measured = _measure(peer, settings.timed_config(steps), work, rounds, ranks)
     shape = "one line per example" if lines else f"blocks of {length}"
     about = f"{model} model, {precision}, {threads} threads, {update_tokens:,} tokens per update, {shape}"
     about += f"; deepcloze: {ranks} ranks" if ranks > 1 else ""

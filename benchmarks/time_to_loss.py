@@ -33,8 +33,8 @@ import fire
 import yaml
 
 from benchmarks.measuring import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, PeakMemory, describe_machine, run_module, spread
-from benchmarks.pretraining_runs import MODELS, Config, RunSettings, build_corpus, mean_length, pretrain
-from benchmarks.run_mlm_peer import BATCH, LimitedPeerSettings
+from benchmarks.pretraining_runs import MODELS, Config, RunSettings, build_corpus, pretrain
+from benchmarks.run_mlm_peer import LimitedPeerSettings
 from experiment.config.recipes import find_recipe
 from experiment.formatting import print_table
 from experiment.run_files.checkpoints import complete_checkpoints
@@ -148,16 +148,8 @@ def _peer_settings(
 ) -> LimitedPeerSettings:
     """run_mlm with deepcloze's update rule; the folder is still missing."""
     rule = OptimizerConfig()
-    example = mean_length(settings.corpus, _LENGTH) if lines else _LENGTH
     return LimitedPeerSettings(
-        source=source,
-        tokenizer=tokenizer,
-        model=settings.model,
-        lines=lines,
-        precision=settings.precision,
-        length=_LENGTH,
-        threads=budget.threads,
-        accumulated=max(1, round(settings.update_tokens / (BATCH * example))),
+        **settings.peer(source, tokenizer, lines, budget.threads),
         seconds=60 * budget.minutes,
         folder="",
         arguments={
