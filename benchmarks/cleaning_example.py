@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import fire
@@ -135,18 +134,12 @@ def _deepcloze(folder: Path, *arguments: str) -> None:
 
 
 def _print_found(clean: Path, planted: Counter[str]) -> None:
-    kept = list(_kept(clean))
+    kept = [document for path in sorted(clean.glob("*.jsonl.zst")) for document in read_documents(path)]
     for kind, count in planted.items():
-        left = sum(found == kind for found, _ in kept)
+        left = sum(document.metadata["kind"] == kind for document in kept)
         print(f"{kind}: {count - left:,} of {count:,} dropped")
-    repaired = sum(kind == "mojibake" and text.endswith(_REPAIRED) for kind, text in kept)
+    repaired = sum(found.metadata["kind"] == "mojibake" and found.text.endswith(_REPAIRED) for found in kept)
     print(f"mojibake: {repaired:,} repaired", flush=True)
-
-
-def _kept(clean: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(clean.glob("*.jsonl.zst")):
-        for document in read_documents(path):
-            yield document.metadata["kind"], document.text
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ threads OpenBLAS is left out: it has its own, which compete with torch's.
 import json
 import statistics
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -44,13 +44,12 @@ def run(settings: ProductSettings) -> float:
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
     products = list(_products(settings))
-    times = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
+
+    def compute() -> None:
         for multiply in products:
             multiply()
-        times.append(time.perf_counter() - start)
-    return settings.tokens / statistics.median(times)
+
+    return settings.tokens / statistics.median(timeit.repeat(compute, number=1, repeat=_ROUNDS))
 
 
 def _products(settings: ProductSettings) -> Iterator[Callable[[], object]]:
@@ -66,7 +65,8 @@ def _products(settings: ProductSettings) -> Iterator[Callable[[], object]]:
 def _linear_layer(rows: int, inputs: int, outputs: int, precision: str) -> Iterator[Callable[[], object]]:
     """Yield the outputs, and the gradients of inputs and weight."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    values, weight, gradient = (torch.randn(*size, dtype=dtype) for size in _sizes(rows, inputs, outputs))
+    sizes = (rows, inputs), (outputs, inputs), (rows, outputs)
+    values, weight, gradient = (torch.randn(*size, dtype=dtype) for size in sizes)
     for left, right in ((values, weight), (gradient, weight.t()), (gradient.t(), values.t())):
         ways: list[Callable[[], object]] = [
             partial(torch.ops.mkldnn._linear_pointwise, left, right, None, "none", [], ""),
@@ -74,22 +74,7 @@ def _linear_layer(rows: int, inputs: int, outputs: int, precision: str) -> Itera
         ]
         if dtype == torch.float32 and torch.get_num_threads() == 1:
             ways.append(partial(np.dot, left.numpy(), right.t().numpy()))
-        yield min(ways, key=_seconds)
-
-
-def _seconds(multiply: Callable[[], object]) -> float:
-    """Return the shortest time of a few."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        multiply()
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(_TRIES))
-
-
-def _sizes(rows: int, inputs: int, outputs: int) -> tuple[tuple[int, int], ...]:
-    return (rows, inputs), (outputs, inputs), (rows, outputs)
+        yield min(ways, key=lambda multiply: min(timeit.repeat(multiply, number=1, repeat=_TRIES)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -114,7 +113,8 @@ def run(settings: PeerSettings) -> float:
         trainer.data_collator = collator
         trainer.add_callback(timer)
         trainer.train()
-    return timed_tokens(collator.tokens, settings) / (timer.ended - timer.started)
+    first, last = (number * settings.accumulated for number in (settings.warmup_updates, settings.updates))
+    return sum(collator.tokens[first:last]) / (timer.ended - timer.started)  # accelerate collates one more ahead
 
 
 def run_for_minutes(settings: LimitedPeerSettings) -> int:
@@ -129,13 +129,6 @@ def run_for_minutes(settings: LimitedPeerSettings) -> int:
     trainer.save_model(settings.folder)
     tokenizer.save_pretrained(settings.folder)
     return int(trainer.state.global_step)
-
-
-def timed_tokens(tokens: Sequence[int], settings: PeerSettings) -> int:
-    """Return the tokens of the timed updates. `tokens`: per microbatch, with one more that accelerate collates
-    ahead."""
-    first, last = settings.warmup_updates * settings.accumulated, settings.updates * settings.accumulated
-    return sum(tokens[first:last])
 
 
 def build_trainer(recipe: Recipe, tokenizer: Any, examples: list[dict[str, list[int]]], **arguments: Any) -> Trainer:
