@@ -36,11 +36,7 @@ def mix(values: U64) -> U64:
 
 def make_key(parts: Iterable[int | str]) -> int:
     """Return a 64-bit key from numbers and names; the same on every machine and in every version."""
-    return xxhash.xxh3_64_intdigest(_text(parts).encode())
-
-
-def _text(parts: Iterable[int | str]) -> str:
-    return "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return xxhash.xxh3_64_intdigest("\x1f".join(f"{type(part).__name__}:{part}" for part in parts).encode())
 
 
 def fold_in(keys: U64 | int, values: NDArray[np.integer]) -> U64:
@@ -101,9 +97,7 @@ def permutations(seed: int, epochs: Sequence[int], n: int) -> _I64:
 
 
 def _round_keys(seed: int, epoch: int) -> list[int]:
-    """Return `make_key(("permutation", seed, epoch, number))` of each round, several times as fast."""
-    text = _text(("permutation", seed, epoch))
-    return [xxhash.xxh3_64_intdigest(f"{text}\x1fint:{number}".encode()) for number in range(_ROUNDS)]
+    return [make_key(("permutation", seed, epoch, number)) for number in range(_ROUNDS)]
 
 
 def _half_bits(n: int) -> tuple[int, int]:
