@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module, set_z3_leaf_modules
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from experiment.errors import AgreedFailureError
 from pretrain.batching.batch import Microbatch
@@ -193,10 +194,11 @@ class Engine:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors of the weights, masters, optimizer states, gradients and averages, and views of them."""
-        optimizer, averages = self._deepspeed.optimizer, {} if self.ema is None else vars(self.ema)
-        states = self._deepspeed.basic_optimizer.state
-        found = [*self._deepspeed.module.parameters(), *_tensors_in([vars(optimizer), *states.values(), averages])]
-        return found + [flat.grad for flat in self.partitions.flat_tensors() if flat.grad is not None]
+        states = list(self._deepspeed.basic_optimizer.state.values())
+        held = [vars(self._deepspeed.optimizer), states, {} if self.ema is None else vars(self.ema)]
+        gradients = [flat.grad for flat in self.partitions.flat_tensors()]
+        leaves = [*self._deepspeed.module.parameters(), *tree_leaves(held), *gradients]
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     @torch.no_grad()
     def predict(self, microbatch: Microbatch) -> Predictions:
@@ -305,15 +307,6 @@ class Engine:
 
     def _on_device(self, microbatch: Microbatch) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in microbatch]
-
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in a value, in nested mappings and in nested sequences."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(inner)
 
 
 def _set_zero3_leaves(model: MaskedLanguageModel, compiled: Collection[type[nn.Module]]) -> None:
