@@ -45,13 +45,13 @@ def logits_head(_labels: Tensor, _count: bool) -> AbstractContextManager[None]:
 
 @contextmanager
 def fused_head(decoder: nn.Linear, labels: Tensor, count: bool, losses: Losses | None = None) -> Iterator[None]:
-    """The decoder returns the summed loss in place of logits, fp32 [1]; where Triton runs, without gradients also the
-    number of correct predictions, fp32 [2]. To count these on a CPU, logits are kept.
+    """The decoder returns the summed loss in place of logits, fp32 [1]; on a GPU, without gradients also the number of
+    correct predictions, fp32 [2]. To count these on a CPU, logits are kept.
 
     decoder: as from `find_linear_decoder`. losses: None: the function for the device.
     """
     if losses is None:
-        losses = gpu_losses if _runs_triton(labels.device) else _cpu_losses
+        losses = gpu_losses if labels.is_cuda else _cpu_losses
     if losses is _cpu_losses and (count or decoder.weight.dtype not in _CPU_DTYPES):
         yield
         return
@@ -113,17 +113,6 @@ def find_linear_decoder(model: PreTrainedModel) -> nn.Linear | None:
         hook.remove()
     unchanged = len(outputs) == 1 and logits is outputs[0][0] and logits._version == outputs[0][1]
     return decoder if unchanged else None
-
-
-def _runs_triton(device: torch.device) -> bool:
-    """Return whether Triton runs. On a CPU, it has to be installed, and its interpreter enabled."""
-    if device.type != "cpu":
-        return device.type == "cuda"
-    try:
-        import triton
-    except ImportError:
-        return False
-    return bool(triton.knobs.runtime.interpret)
 
 
 @functools.cache

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling import head
-from pretrain.modeling.head import choose_fused_head, choose_head, find_linear_decoder, fused_head, logits_head
+from pretrain.modeling.head import (
+    Losses,
+    choose_fused_head,
+    choose_head,
+    find_linear_decoder,
+    fused_head,
+    gpu_losses,
+    logits_head,
+)
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.world import World
 from rank_pool import RankPool
@@ -111,11 +119,11 @@ def results(module: MaskedLanguageModel, microbatch: Microbatch) -> tuple[float,
     return loss_sum.item(), int(predictions.correct), gradients  # type: ignore[arg-type]
 
 
-def compare_heads(model_type: str, corpus: Path) -> None:
+def compare_heads(model_type: str, corpus: Path, losses: Losses | None = None) -> None:
     """Fails unless a model computes the same with the fused head as without."""
     case = make_example(model_type, corpus)
     models = (case.built.model, copy.deepcopy(case.built.model))
-    heads = (logits_head, choose_fused_head(models[1]))
+    heads = (logits_head, choose_fused_head(models[1], losses))
     modules = [MaskedLanguageModel(model, head=head) for model, head in zip(models, heads, strict=True)]
     (loss, correct, gradients), (fused_loss, fused_correct, fused_gradients) = (
         results(module, case.microbatches[0]) for module in modules
@@ -130,7 +138,7 @@ def compare_heads(model_type: str, corpus: Path) -> None:
 
 
 def compare_heads_case(_: World, model_type: str, corpus: Path) -> None:
-    compare_heads(model_type, corpus)
+    compare_heads(model_type, corpus, gpu_losses)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "modernbert", "mpnet"])
