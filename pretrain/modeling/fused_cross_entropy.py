@@ -19,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_LOGITS = 2**28  # 512 MiB in 16 bit; the products of fewer rows are slower
+_CHUNK_LOGITS = 2**28  # computed at once, about: 512 MiB in 16 bit; the products of fewer rows are slower
 _ROW_TILE = 128  # a chunk has a multiple of this number of rows, and matrix products have whole tiles
 _ALIGNMENT = 64  # columns of logits are padded to a multiple: matrix products of other widths are slow
 _FP16_SCALE = 4096.0
 
 
-def chunk_rows(vocabulary: int, logits: int = _CHUNK_LOGITS) -> int:
-    """Return C, how many rows are computed at once. `logits`: in a chunk, about."""
-    return max(1, logits // vocabulary // _ROW_TILE) * _ROW_TILE
+def chunk_rows(vocabulary: int) -> int:
+    """Return C, how many rows are computed at once."""
+    return max(1, _CHUNK_LOGITS // vocabulary // _ROW_TILE) * _ROW_TILE
 
 
 def padded_columns(vocabulary: int) -> int:
@@ -46,19 +46,16 @@ class CrossEntropy(NamedTuple):
     correct: Tensor | None  # scalar, int64: how many of them have their largest logit at the label; None with gradients
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_logits: int = _CHUNK_LOGITS
-) -> CrossEntropy:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> CrossEntropy:
     """Return the cross-entropy of `hidden @ weight.T + bias`. Differentiable with respect to these three.
 
     Args:
         hidden: [M, D], in fp16, bf16 or fp32, as `weight` [V, D] and `bias` [V].
         labels: int64 [M]; rows labelled IGNORED do not count.
-        chunk_logits: logits that are computed at once, about.
     """
     padded = _pad_vocabulary(weight), None if bias is None else _pad_vocabulary(bias)
     loss_sum, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, *padded, labels, len(weight), chunk_logits, torch.is_grad_enabled()
+        hidden, *padded, labels, len(weight), torch.is_grad_enabled()
     )
     return CrossEntropy(loss_sum, correct)
 
@@ -72,7 +69,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         columns: int,
-        chunk_logits: int,
         needed: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """`weight` [P, D] and `bias` [P]: the last P - V rows are zeros. columns: V."""
@@ -86,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = len(hidden)
         losses = hidden.new_empty(rows, dtype=torch.float32)
         correct = None if any(wanted) else hidden.new_empty(rows, dtype=torch.int32)
-        height = chunk_rows(columns, chunk_logits)
+        height = chunk_rows(columns)
         buffer = hidden.new_empty(min(height, rows), len(weight))
         for start in range(0, rows, height):
             chunk = slice(start, start + height)
@@ -109,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if total is None else torch.mul(total, factor, out=torch.empty_like(total, dtype=ctx.dtype))
             for total in ctx.saved_tensors
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None)
 
 
 def _accumulate(
