@@ -87,19 +87,14 @@ def _model(plan: RunPlan) -> list[str]:
     counts = plan.parameters
     flops = _UNKNOWN_FLOPS if plan.flops_per_token is None else f"{plan.flops_per_token:.4g}"
     rows = "padded, one sequence a row" if plan.stream.layout.kind == "padded" else "packed"
-    return [
+    lines = [
         f"{counts.total:,} parameters: {counts.embeddings:,} in the embeddings, {counts.encoder:,} in the encoder, "
-        f"{counts.head:,} in the head",
-        *_optimizer(plan),
-        f"FLOPs per token, forward and backward: {flops}; {rows}",
+        f"{counts.head:,} in the head"
     ]
-
-
-def _optimizer(plan: RunPlan) -> Iterator[str]:
-    """Describe the parameters that Muon orthogonalizes, without the numbers of their layers."""
     if plan.run.config.optimizer.name == "muon":
         kinds = ", ".join(plan.hidden_matrix_names)
-        yield f"Muon updates {plan.parameters.hidden_matrices:,} of them ({kinds}), AdamW the others"
+        lines.append(f"Muon updates {counts.hidden_matrices:,} of them ({kinds}), AdamW the others")
+    return [*lines, f"FLOPs per token, forward and backward: {flops}; {rows}"]
 
 
 def _work(plan: RunPlan) -> list[str]:
