@@ -42,13 +42,9 @@ class _FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
     shared_memory: SharedMemory | None
 
     @torch.no_grad()
-    def _update_weights(self, gradients: list[Tensor], norm: float) -> None:
-        """Update weights and masters with this rank's part of the gradient, one flat fp32 tensor per group, which is
-        unscaled and clipped in place. norm: of the whole gradient, unscaled. Collective."""
-        unscale_and_clip(gradients, norm, self.clip_grad, self.loss_scale)
-        self._update_weights_with(gradients)
-
-    def _update_weights_with(self, gradients: list[Tensor]) -> None:
+    def _update_weights(self, gradients: list[Tensor]) -> None:
+        """Update weights and masters with this rank's part of the gradient, one flat fp32 tensor per group.
+        Collective."""
         for master, gradient in zip(self.single_partition_of_fp32_groups, gradients, strict=True):
             master.grad = gradient
         self.optimizer.step()
@@ -138,7 +134,8 @@ class Zero1Optimizer(_FlatOptimizer):
 
     def update(self, norm: float) -> None:
         """Clip the gradient, whose norm is given, and update weights and masters. Collective."""
-        self._update_weights(self._partitions, norm)
+        unscale_and_clip(self._partitions, norm, self.clip_grad, self.loss_scale)
+        self._update_weights(self._partitions)
 
     @torch.no_grad()
     def update_within(self, norm_limit: float) -> Tensor:
@@ -150,7 +147,7 @@ class Zero1Optimizer(_FlatOptimizer):
         self.optimizer.found_inf = (~applied).float()
         if self.clip_grad:
             self.optimizer.grad_scale = ((norm + _EPSILON) / self.clip_grad).clamp(min=1.0).float()
-        self._update_weights_with(self._partitions)
+        self._update_weights(self._partitions)
         return torch.stack([norm, applied.double()])
 
     def clear_gradients(self) -> None:
@@ -168,7 +165,8 @@ class Zero2Optimizer(_FlatOptimizer):
         gradients = [self._take_gradient(group) for group in range(len(self.bit16_groups))]
         norm = _measure(self, gradients)
         if not self.overflow:
-            self._update_weights(gradients, norm)
+            unscale_and_clip(gradients, norm, self.clip_grad, self.loss_scale)
+            self._update_weights(gradients)
         self.zero_grad()
 
     def _take_gradient(self, group: int) -> Tensor:

@@ -51,7 +51,7 @@ def test_a_device_clips_as_the_host_does(
         _partitions=[norm * torch.tensor([0.6, 0.8])],
         clip_grad=limit,
         optimizer=adamw,
-        _update_weights_with=lambda _: None,
+        _update_weights=lambda _: None,
     )
     Zero1Optimizer.update_within(optimizer, math.inf)
     assert norm / adamw.grad_scale.item() == pytest.approx(expected, rel=1e-5)
