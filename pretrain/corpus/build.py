@@ -113,14 +113,10 @@ def _build(plan: BuildPlan, run_tasks: TaskRunner) -> dict[Part, Manifest]:
         _check_same_recipe(plan, manifests, None)
     try:
         open_partial(plan.partial, plan.arguments, plan.splits)
-        if plan.options.engine != "slurm":  # whose tasks share the keys
-            # Without a version, a file may have changed since a split was finished.
-            fresh = [
-                split if all(span.source.version for span in split.spans) else replace(split, key=os.urandom(16).hex())
-                for split in plan.splits
-            ]
-            plan = replace(plan, splits=fresh)
-        forget_other_splits(plan.partial, plan.splits)
+        # Without a version, a file may have changed since a split was finished. Tasks of an array share such splits.
+        is_array = plan.options.engine == "slurm"
+        kept = [split for split in plan.splits if is_array or all(span.source.version for span in split.spans)]
+        forget_other_splits(plan.partial, kept)
         counts = count_documents(plan, run_tasks, plan.splits) if plan.sampling.enabled else {}
         if manifests:
             _check_same_recipe(plan, manifests, join_digests(counts[split.key].source for split in plan.splits))

@@ -119,7 +119,7 @@ def open_partial(folder: Path, arguments: Mapping[str, Any], splits: Sequence[Sp
                 (folder / name).unlink(missing_ok=True)
         write_json(folder / ARGUMENTS, arguments)
     if usable and "source" in changed:
-        notify(f"--source names other files than before: {usable:,} of {len(splits):,} splits can be used")
+        notify(f"--source names other files than before: {usable:,} of {len(splits):,} splits are the same")
 
 
 def holds_work(folder: Path, counts: bool = True) -> bool:
@@ -155,13 +155,18 @@ def read_finished(folder: Path, tasks: Iterable[SplitTask]) -> dict[str, SplitRe
 
 def forget_split_of(folder: Path, file: str) -> None:
     """Delete the record of the split that a damaged piece belongs to."""
-    (folder / f"{file.partition('-')[0]}.json").unlink(missing_ok=True)
+    (folder / f"{_split_key(file)}.json").unlink(missing_ok=True)
 
 
 def forget_other_splits(folder: Path, splits: Iterable[Split]) -> None:
-    """Delete the files of splits that are no longer planned: a source has changed."""
+    """Delete the files of other splits than these, such as of a source that has changed, and records of shards with
+    their text."""
     keys = {split.key for split in splits}
-    for name in names_in(folder):
+    names = names_in(folder)
+    for name, shard in _shards(folder, names):
+        if any(_split_key(piece) not in keys for piece in shard.pieces):
+            (folder / name).unlink()
+    for name in names:
         if (found := _KEY.match(name)) and found[0] not in keys:
             (folder / name).unlink()
 
@@ -187,6 +192,11 @@ def read_record(path: Path, kind: type[T]) -> T | None:
 def parts_digest(parts: bytes) -> str:
     """Return the digest of `SplitTask.parts`."""
     return xxhash.xxh3_64_hexdigest(parts)
+
+
+def _split_key(piece: str) -> str:
+    """Return the key of the split that a piece belongs to, by the name of its file."""
+    return piece.partition("-")[0]
 
 
 def _shards(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, ShardRecord]]:

@@ -157,10 +157,16 @@ def test_a_bucket_that_vanishes_midway(
     assert set(read[:4]).isdisjoint(read[5:])
 
 
+@pytest.mark.parametrize("added", [[], ["b.txt"]], ids=["resumed", "extended"])
 def test_a_server_that_does_not_tell_whether_a_file_has_changed(
-    bucket: str, lines: list[str], vocabulary_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    added: list[str],
+    bucket: str,
+    lines: list[str],
+    vocabulary_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches text of before in a corpus that is resumed."""
+    """Catches text of before in a corpus that is resumed, and a refusal to add files to such a source."""
     monkeypatch.setattr(storage, "_VERSIONS", ())
     texts = ["\n".join(order).encode() for order in (lines, lines[::-1])]
     url = f"{bucket}/a.txt"
@@ -170,9 +176,11 @@ def test_a_server_that_does_not_tell_whether_a_file_has_changed(
         with pytest.raises(KeyboardInterrupt):
             build(url, vocabulary_folder, tmp_path / "c", workers=1)
     assert any(tmp_path.glob("c.partial/main/*.arrow"))
-    write_bytes(url, texts[1])
-    build(url, vocabulary_folder, tmp_path / "c", workers=1)
-    build(url, vocabulary_folder, tmp_path / "whole", workers=1)
+    source = ",".join([url, *(f"{bucket}/{name}" for name in added)])
+    for name in ("a.txt", "b.txt"):
+        write_bytes(f"{bucket}/{name}", texts[1])
+    build(source, vocabulary_folder, tmp_path / "c", workers=1)
+    build(source, vocabulary_folder, tmp_path / "whole", workers=1)
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
