@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, create_model, model_validator
 
 from experiment.config import Section, did_you_mean, flatten, with_defaults
-from experiment.config.field_types import Fraction, LocalPath, PathText, Seed, SequenceLength
+from experiment.config.field_types import Count, Fraction, LocalPath, PathText, Seed, SequenceLength
 from experiment.errors import UserError
 from experiment.tracking.config import TrackingConfig
 from finetune.data.task_config import TaskConfig
@@ -89,7 +89,7 @@ class TrainingConfig(Section):
     steps: PositiveInt | None = None
     """Number of updates, in place of `epochs`; null: as many as the epochs have."""
 
-    batch_size: PositiveInt = 32
+    batch_size: Count = 32
     """Examples per update."""
 
     microbatch_size: PositiveInt | None = None

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from experiment.config import Section, did_you_mean
-from experiment.config.field_types import Fraction, PathText, Seed, SequenceLength, expand_home
+from experiment.config.field_types import Count, Fraction, PathText, Seed, SequenceLength, expand_home
 from experiment.storage import is_url
 from experiment.tracking.config import TrackingConfig
 from pretrain.ds_configs import DsConfig
@@ -182,7 +182,7 @@ class CorpusConfig(Section):
 class BatchConfig(Section):
     """Size of the global batch and of the microbatches."""
 
-    sequences: PositiveInt = 256
+    sequences: Count = 256
     """Sequences per global batch. Any number: it need not be divisible by the number of ranks."""
 
     max_seq_length: SequenceLength = 128

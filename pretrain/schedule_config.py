@@ -3,24 +3,24 @@
 import math
 import re
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from experiment.config import Section
-from experiment.config.field_types import Fraction, SequenceLength
+from experiment.config.field_types import Count, Fraction, SequenceLength
 
 
 class StageConfig(Section):
     """A part of a run. Missing values are taken from `batch`."""
 
-    steps: PositiveInt | None = None
+    steps: Count | None = None
     """Length of the stage. Only the last stage may omit it; it then takes the rest of the run."""
 
     max_seq_length: SequenceLength | None = None
     """Overrides `batch.max_seq_length`."""
 
-    sequences: PositiveInt | None = None
+    sequences: Count | None = None
     """Overrides `batch.sequences`."""
 
     microbatch_tokens: PositiveInt | None = None
@@ -46,13 +46,13 @@ class ScheduleConfig(Section):
     warmup_steps: NonNegativeInt = 100
     """Steps of linear warmup to `optimizer.lr`."""
 
-    steps: PositiveInt | None = None
+    steps: Count | None = None
     """Train for this many steps (global batches)."""
 
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[PositiveFloat, Field(le=1e9)] | None = None
     """Train for this many epochs, such as 0.5 or 3. For a single corpus, without stages."""
 
-    tokens: PositiveFloat | None = None
+    tokens: Annotated[PositiveFloat, Field(le=1e18)] | None = None
     """Train for about this many tokens, special tokens included and padding excluded."""
 
     budget: str | None = None

@@ -233,6 +233,7 @@ def _read_separator(value: object) -> object:
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 SequenceLength = Annotated[int, Field(ge=8)]  # tokens, special tokens included
+Count = Annotated[int, Field(gt=0, le=10**9)]  # so that products of two fit in 64 bits
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch takes no larger ones
 Separator = Annotated[str, BeforeValidator(_read_separator)]  # of CSV files
 PathText = Annotated[str, AfterValidator(_check_path)]  # ~ becomes the home folder

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from experiment.config import Metavar, Section
-from experiment.config.field_types import LocalPath, PathName, PathOrUrl, Separator
+from experiment.config.field_types import Count, LocalPath, PathName, PathOrUrl, Separator
 
 SourceName = str | Path | tuple[str | Path, ...]
 """Input: a path, URL, glob, archive::members, hub:OWNER/NAME[/CONFIGURATION][@REVISION][:SPLIT] or python-docs; several
@@ -103,7 +103,7 @@ class TokenizerOptions(TextOptions):
     source: Annotated[SourceName | None, Metavar("PATH[,PATH…]", separator=",")] = None
     """Text to train on: files, folders and globs, as for `deepcloze corpus`."""
 
-    vocab_size: PositiveInt | None = None
+    vocab_size: Count | None = None
     """Size of the vocabulary, special tokens included."""
 
     kind: Literal["wordpiece", "bpe"] = "wordpiece"

@@ -190,6 +190,30 @@ CONFIGS = {
         "validate run.yaml --health.hang_seconds=10000000000",
         r"command line: 'health.hang_seconds': should be less than or equal to 1000000000, found .*10000000000",
     ),
+    "batch beyond counting": Mistake(
+        "pretrain --config run.yaml --batch.sequences=100000000000000000000",
+        r"'batch.sequences': should be less than or equal to 1000000000, found .*100000000000000000000",
+    ),
+    "steps beyond counting": Mistake(
+        "plan --config run.yaml --schedule.steps=100000000000000000000",
+        r"'schedule.steps': should be less than or equal",
+    ),
+    "steps of a stage beyond counting": Mistake(
+        "plan --config run.yaml --schedule.stages='[{steps: 100000000000000000000}]'",
+        r"'schedule.stages.0.steps': should be less than or equal",
+    ),
+    "tokens beyond counting": Mistake(
+        "plan --config run.yaml --schedule.steps=null --schedule.tokens=1e30",
+        r"'schedule.tokens': should be less than or equal",
+    ),
+    "epochs beyond counting": Mistake(
+        "plan --config run.yaml --schedule.steps=null --schedule.epochs=1e30",
+        r"'schedule.epochs': should be less than or equal",
+    ),
+    "batch of a task beyond counting": Mistake(
+        "finetune --config task.yaml --run.dir=new --training.batch_size=100000000000000000000",
+        r"'training.batch_size': should be less than or equal",
+    ),
     "no seeds": Mistake("finetune --config task.yaml --training.seeds=", r"seeds: needs one or more, each once"),
     "a seed twice": Mistake("finetune --config task.yaml --training.seeds=1,1", r"seeds: needs one or more, each once"),
     "two lengths": Mistake(
@@ -404,6 +428,10 @@ TEXT = {
     ),
     "no tokenizer": Mistake("corpus --source text.txt --tokenizer corpus --output new", r"tokenizer: .*corpus"),
     "tiny vocabulary": Mistake("tokenizer --source text.txt --output new --vocab_size 3", r"vocab_size 3 is too small"),
+    "vocabulary beyond counting": Mistake(
+        "tokenizer --source text.txt --output new --vocab_size 100000000000000000000",
+        r"--vocab_size: expected a whole number > 0 and <= 1000000000",
+    ),
     "existing tokenizer": Mistake(
         "tokenizer --source text.txt --output tokenizer --vocab_size 100", r"tokenizer already holds something"
     ),
