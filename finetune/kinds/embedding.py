@@ -352,7 +352,13 @@ def _first_places(texts: Sequence[str]) -> dict[str, int]:
 
 
 def _mean(predictions: Sequence[Prediction], name: str) -> Callable[[NDArray[np.int64]], float]:
-    """Return the function that averages a number of drawn predictions, of those that have it."""
+    """Return the function that averages a number of drawn predictions, of those that have it, as of all if none has:
+    records with an empty text are drawn apart, and only the first of them has it."""
     has = np.array([prediction[name] is not None for prediction in predictions])
     values = np.array([prediction[name] for prediction in predictions], dtype=float)
-    return lambda rows: float(values[rows[has[rows]]].mean())
+
+    def mean(rows: NDArray[np.int64]) -> float:
+        drawn = rows[has[rows]]
+        return float(values[drawn if len(drawn) else has].mean())
+
+    return mean

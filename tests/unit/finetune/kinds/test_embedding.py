@@ -21,7 +21,7 @@ from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
 from finetune.config import FinetuneConfig, TrainingConfig
 from finetune.data.records import Record, Table, read_table
-from finetune.data.splits import read_splits
+from finetune.data.splits import read_splits, related_records
 from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example, Padding, Split
@@ -277,6 +277,22 @@ def test_metrics_of_queries_and_documents() -> None:
     assert found["uniformity"] == pytest.approx(-4)  # two vectors at a right angle: squared distance 2
     assert [row["rank"] for row in related] == [1, 3, 2]
     assert kind.scores(records[2:] * 3, related[2:] * 3)["mrr"] == 1 / 2  # as a bootstrap draws them
+
+
+def test_scores_of_a_sample_without_a_query() -> None:
+    """Catches a confidence interval that is NaN: of records with an empty text, which are drawn one by one, only the
+    first has the numbers of the text."""
+    records = [Record("f", {"text": "", "text_pair": document}) for document in ("a", "b")]
+    predictions = [
+        {"embedding": np.array([1.0, 0.0]), "others": np.array([other])} for other in ([1.0, 0.1], [1.0, 0.5])
+    ]
+    kind = make_kind(metric="mrr")
+    assert related_records(records, kind.config.columns) == [[0], [1]]
+    scorer = kind.scorer(records, kind.relate(records, predictions))
+    drawn, whole = scorer(np.array([1, 1])), scorer(np.array([0, 1]))
+    assert [drawn[name] for name in ("mrr", "ndcg@10", "uniformity")] == [
+        whole[name] for name in ("mrr", "ndcg@10", "uniformity")
+    ]
 
 
 @pytest.mark.parametrize(("documents", "ranks"), [(["a", "q"], [2, 1]), (["a", "b"], [1, 2])])
