@@ -81,10 +81,12 @@ def run_comparison(plan: ComparePlan) -> None:
             for row, row_runs in plan.cells.items()
         }
         failed = {name: state for name, state in states.items() if state != DONE}
+        if is_new := not _are_written(cells, runs.folder):
+            write_json(runs.folder.path / "compare.json", _comparison(cells, runs.folder, {}))  # reports have them now
         try:
             tests = test_rows(cells)
         except UserError:
-            if not _are_written(cells, runs.folder):
+            if is_new:
                 _write_tables(runs.folder, cells, {}, failed)  # the scores are finished
             raise
         _write_tables(runs.folder, cells, tests, failed)

@@ -286,6 +286,22 @@ def test_failed_tests_keep_the_tables_of_the_same_scores(
     assert read_tables(folder)["ours"]["toy"]["interval"] is None
 
 
+def test_reports_have_the_scores_while_they_are_tested(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a followed page that says that all runs are done, and has the scores of fewer seeds for minutes."""
+    assert main(["compare", str(write_files(seeds=[1]))]) == 0
+    found, test_rows = [], compare.test_rows
+
+    def look(cells: Any) -> Any:
+        found.append(read_tables(tmp_path / "compare"))
+        return test_rows(cells)
+
+    monkeypatch.setattr(compare, "test_rows", look)
+    assert main(["compare", str(write_files(seeds=[1, 2]))]) == 0
+    assert [len(cells["toy"]["values"]) for cells in found[0].values()] == [2, 2]
+
+
 def fail_to_read(*_: object) -> None:
     raise UserError("predictions-test.jsonl is damaged")
 
