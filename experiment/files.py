@@ -226,6 +226,12 @@ def is_unicode(value: Any) -> bool:
     return all(map(is_unicode, parts))
 
 
+def check_name(name: str) -> None:
+    """Raise UserError for a name of bytes that are not UTF-8, which neither text files nor pages can hold."""
+    if not is_unicode(name):
+        raise UserError(f"{os.fsencode(name)!r} is not UTF-8, as names of files and other arguments have to be")
+
+
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text. Raises ValueError with one line, also for a key that an object has twice, of
     which Python keeps the last, for a whole number of more than 4300 digits, and for nesting that is too deep."""

@@ -1,7 +1,6 @@
 """The command line: runs one command, and turns errors into messages and exit codes."""
 
 import importlib.metadata
-import os
 import select
 import signal
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import fire
 
 from experiment.errors import StoppedError, UserError, describe_disk_error, describe_lack_of_memory, notify
-from experiment.files import is_unicode
+from experiment.files import check_name
 from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, ignore_stop_signals, interrupt
 from launcher.command_line import help_text, is_help_request, parse_command_line, terminal_width
 from launcher.commands import COMMANDS
@@ -85,8 +84,8 @@ def _run_command(argv: Sequence[str]) -> None:
             names = (str(Path.cwd()), *argv)
         except FileNotFoundError:
             raise UserError("the working directory no longer exists; change to another one") from None
-        if damaged := next((name for name in names if not is_unicode(name)), None):
-            raise UserError(f"{os.fsencode(damaged)!r} is not UTF-8, as names of files and other arguments have to be")
+        for each in names:
+            check_name(each)
         name, options = parse_command_line(argv, COMMANDS)
         fire.Fire({name: partial(COMMANDS[name], options)}, command=[name], name="deepcloze")
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiment.errors import UserError, notify
+from experiment.files import check_name
 from experiment.results.report.pages import write_overlay, write_report
 from experiment.run_files.run_folder import RunFolder, is_run, open_folder, planned_folders, runs_in
 from launcher.sentence_filling import fill_new_checkpoints
@@ -34,7 +35,10 @@ def _logged_runs(folders: Sequence[str]) -> list[Path]:
     for folder, found in logged.items():
         if not found:
             notify(f"{folder} is left out: no run in it has logged anything")
-    return [run for found in logged.values() for run in found]
+    runs = [run for found in logged.values() for run in found]
+    for run in runs:
+        check_name(str(run))
+    return runs
 
 
 def _has_logged(run: RunFolder) -> bool:

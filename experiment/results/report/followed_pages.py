@@ -19,6 +19,7 @@ from pydantic_core import to_json
 
 from experiment.config import read_recorded
 from experiment.errors import UserError, describe_disk_error
+from experiment.files import check_name
 from experiment.formatting import counted
 from experiment.results.charts import ChartsData
 from experiment.results.history import History
@@ -290,7 +291,9 @@ class FollowedPages:
         ]
 
     def _name(self, path: Path) -> str:
-        return os.path.relpath(path, self._base)
+        name = os.path.relpath(path, self._base)
+        check_name(name)
+        return name
 
     def _link(self, folder: RunFolder, is_first: bool) -> str:
         """Return the link to the page of a folder, relative to the page that has it."""

@@ -28,6 +28,7 @@ from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_life import Life
 from experiment.run_files.run_lock import lock_run
+from launcher.cli import main
 from waiting import LIMIT, wait_until
 
 
@@ -360,3 +361,12 @@ def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(History, "read", lambda *_: (_ for _ in ()).throw(UserError("lost")))
     browser.ask()
     assert "lost" in browser.html
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback where a folder with such a name is in a folder of runs."""
+    log(tmp_path / "runs" / os.fsdecode(b"\xfcbung"), 1)
+    browser = Browser(FollowedPages([RunFolder(tmp_path / "runs")], PATIENT).page(""))
+    assert "\\xfcbung&#39; is not UTF-8" in browser.html
+    assert main(["report", str(tmp_path / "runs")]) == 2
+    assert "\\xfcbung' is not UTF-8" in capsys.readouterr().err
