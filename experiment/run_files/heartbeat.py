@@ -49,7 +49,7 @@ def hung_seconds(hang_seconds: float) -> float:
 def write_heartbeat(folder: RunFolder, beat: Heartbeat) -> None:
     """Overwrite the file in place, which a full disk allows. Raises OSError."""
     line = json.dumps(asdict(beat)).encode().ljust(_LINE_BYTES)
-    descriptor = os.open(folder.heartbeat(beat.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+    descriptor = os.open(folder.heartbeat(beat.rank), os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         os.write(descriptor, line)
     finally:

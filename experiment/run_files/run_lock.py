@@ -99,7 +99,7 @@ def check_unlocked(folder: RunFolder, times: LockTimes = _TIMES) -> Renewal | No
 
 def lock_until_exit(folder: RunFolder) -> None:
     """Lock the run folder until this process ends, together with the other ranks. Raises OSError."""
-    descriptor = os.open(folder.processes_lock, os.O_RDWR | os.O_CREAT, 0o644)  # stays open
+    descriptor = os.open(folder.processes_lock, os.O_RDWR | os.O_CREAT, 0o666)  # stays open
     with suppress(OSError):  # a disk without locks
         fcntl.flock(descriptor, fcntl.LOCK_SH)
 

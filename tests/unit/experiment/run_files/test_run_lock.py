@@ -332,6 +332,23 @@ sys.stdin.read()
     assert not is_locked(folder)
 
 
+def test_ranks_of_a_group_can_lock_the_folder_in_turn(folder: RunFolder) -> None:
+    """Catches ranks that hold no lock, or do not start, because another user of a shared folder made its files."""
+    code = """
+import sys
+from pathlib import Path
+from experiment.run_files.heartbeat import Heartbeat, write_heartbeat
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_lock import lock_until_exit
+folder = RunFolder(Path(sys.argv[1]))
+lock_until_exit(folder)
+write_heartbeat(folder, Heartbeat(0, "node-1", 7, 1, 0, "trains", False, 0.0))
+"""
+    subprocess.run([sys.executable, "-c", code, str(folder.path)], check=True, umask=0o002)
+    for path in (folder.processes_lock, folder.heartbeat(0)):
+        assert path.stat().st_mode & 0o777 == 0o664
+
+
 def test_a_look_at_the_folder_does_not_refuse_its_owner(folder: RunFolder) -> None:
     """Catches a start that is refused because `status` looks at that moment whether the run is active."""
     with folder.lock.open("w") as file:
