@@ -21,6 +21,7 @@ from experiment.local_server import allowed_hosts, bind, unusable
 from experiment.models.model_names import local_model
 from experiment.process.daemon_thread import in_daemon_thread
 from experiment.process.hardware import prepare_process
+from experiment.process.own_process import raise_limit_of_open_files
 from experiment.progress import quiet, terminal
 from finetune.options import ServeOptions
 from finetune.serve.admission import Limits
@@ -35,7 +36,8 @@ _HEADER_SECONDS = 10.0  # for the headers of a request, from its first byte
 # Until a connection without requests, or without progress of an answer, is closed. Most load balancers keep theirs for
 # 60 s; one that is closed here first may have taken a request, and fails it.
 _IDLE_SECONDS = 75
-_BACKLOG = 2048
+_BACKLOG = 2048  # connections that the system keeps until they are accepted
+_ACCEPTS = 1  # that asyncio tries in a row: without a free file descriptor, it goes on, and logs each failure
 _DRAIN_SECONDS = 1.0
 _CLOSE = (b"connection", b"close")
 
@@ -56,6 +58,7 @@ def serve_command(options: ServeOptions) -> None:
         address, port = listener.getsockname()[:2]
         hosts = allowed_hosts(options.allowed_hosts, address)
         prepare_process()
+        raise_limit_of_open_files()
         if terminal().is_interactive:
             terminal().print(f"loading {options.model}")
         else:  # stderr is a log
@@ -163,6 +166,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)  # asyncio has passed `_ACCEPTS`
         self._on_started()
 
     @contextmanager
@@ -213,7 +218,7 @@ def run_server(
         app,
         http=_Protocol,
         lifespan="on",
-        backlog=_BACKLOG,
+        backlog=_ACCEPTS,
         timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=round(grace + 1),
         **options,

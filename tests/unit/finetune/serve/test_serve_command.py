@@ -6,18 +6,22 @@ import gc
 import io
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import uvicorn
+from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.testclient import TestClient
 from uvicorn.server import ServerState
@@ -276,6 +280,47 @@ def test_clients_that_read_slowly_get_their_answer(unread: list[int], aborted: l
     protocol.timeout_keep_alive = 1
     protocol._expect_reading()
     assert (calls, list(sizes)) == (aborted, [])
+
+
+def test_the_limit_of_open_files_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a thousand idle connections that keep all other clients out."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(server, "load_served_model", lambda *_: Served())
+    monkeypatch.setattr(server, "ServingState", lambda served, *_: SimpleNamespace(served=served, reload=None))
+    monkeypatch.setattr(server, "make_app", lambda *_: None)
+    monkeypatch.setattr(server, "run_server", lambda *_: found.append(resource.getrlimit(resource.RLIMIT_NOFILE)))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard - 1, hard))
+    try:
+        server.serve_command(ServeOptions(model=str(tmp_path), port=0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found == [(hard, hard)]
+
+
+def test_a_server_without_free_file_descriptors_logs_little() -> None:
+    """Catches megabytes of log a second; and a short queue, in which the clients of a burst wait for seconds."""
+
+    class Full(socket.socket):
+        def __init__(self) -> None:
+            super().__init__()
+            self.accepts, self.backlog = 0, 0
+
+        def listen(self, backlog: int) -> None:
+            self.backlog = backlog
+            super().listen(backlog)
+
+        def accept(self) -> tuple[socket.socket, Any]:
+            self.accepts += 1
+            signal.raise_signal(signal.SIGTERM)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with Full() as listener, socket.socket() as client:
+        listener.bind(("127.0.0.1", 0))
+        connect = partial(client.connect, listener.getsockname())
+        server.run_server(Starlette(), listener, 1.0, connect, lambda: None)
+        assert listener.accepts in (1, 2)  # some versions of asyncio try once more
+        assert listener.backlog == 2048
 
 
 def test_a_closed_terminal_reloads_no_server_under_nohup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
