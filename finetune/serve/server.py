@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from experiment.errors import UserError
+from experiment.errors import UserError, readable_disk_errors
 from experiment.files import read_items
 from experiment.local_server import allowed_hosts, bind, unusable
 from experiment.models.model_names import local_model
@@ -52,7 +52,8 @@ def serve_command(options: ServeOptions) -> None:
         signal.signal(signal.SIGHUP, lambda number, _: wanted.append(number))
 
     def load() -> ServedModel:
-        return load_served_model(local_model(options.model, onnx=True), options.precision)
+        with readable_disk_errors():
+            return load_served_model(local_model(options.model, onnx=True), options.precision)
 
     with bind(options.host, options.port) as listener, ExitStack() as stack:
         address, port = listener.getsockname()[:2]

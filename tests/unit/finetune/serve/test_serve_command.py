@@ -6,13 +6,14 @@ import gc
 import io
 import logging
 import os
+import re
 import resource
 import signal
 import socket
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +154,23 @@ def test_a_reload_prints_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(server, "run_server", lambda *_: printed.append(not is_quiet()))
     server.serve_command(ServeOptions(model=str(tmp_path), port=0))
     assert printed == [False]
+
+
+def test_a_reload_that_may_not_read_the_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a log with a traceback in place of the file and the reason."""
+    weights = tmp_path / "model.safetensors"
+    models: Iterator[Served | Exception] = iter([Served(), PermissionError(errno.EACCES, "denied", str(weights))])
+
+    def make_state(served: Served, load: Callable[[], object], *_: object) -> SimpleNamespace:
+        with pytest.raises(UserError, match=f"^{re.escape(str(weights))}: Permission denied$"):
+            load()
+        return SimpleNamespace(served=served, reload=None)
+
+    monkeypatch.setattr(server, "load_served_model", Mock(side_effect=models))
+    monkeypatch.setattr(server, "ServingState", make_state)
+    monkeypatch.setattr(server, "make_app", lambda *_: None)
+    monkeypatch.setattr(server, "run_server", lambda *_: None)
+    server.serve_command(ServeOptions(model=str(tmp_path), port=0))
 
 
 def test_the_thread_that_loads_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
