@@ -18,7 +18,7 @@ from pydantic import PositiveFloat
 
 from experiment.config import Section, build_config
 from experiment.config.field_types import SequenceLength
-from experiment.errors import UserError
+from experiment.errors import UserError, require_damage
 from experiment.files import checksum, read_json, write_json
 from experiment.formatting import counted
 from experiment.hub_data import public_data_name
@@ -91,8 +91,8 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
 def read_saved_task(folder: Path) -> SavedTask:
     """Return the task of a model folder.
 
-    Raises UserError for a damaged file, or one that is not as training wrote it, and for a folder without the file
-    whose model has no head that shows its task.
+    Raises UserError for a file that is damaged, cannot be read, or is not as training wrote it, and for a folder
+    without the file whose model has no head that shows its task.
     """
     path = folder / TASK_FILE
     try:
@@ -100,6 +100,7 @@ def read_saved_task(folder: Path) -> SavedTask:
     except FileNotFoundError:
         return _read_foreign(folder)
     except (OSError, ValueError) as error:
+        require_damage(error, f"{path} cannot be read")
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} is damaged: expected an object")
@@ -192,7 +193,8 @@ def _best_seed(run: RunFolder) -> tuple[Path, str]:
         models = {seed: run.seed_folder(seed) / "model" for seed in seeds}
         values = dict(zip(seeds, validation[metric]["values"], strict=True)) if validation else {}
         choose = min if metric in find_kind(results["kind"]).lower_is_better else max
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        require_damage(error, f"{run.results} cannot be read")
         raise UserError(f"{run.results} is damaged: expected the results of a fine-tuning run") from None
     kept = [seed for seed, folder in models.items() if (folder / "config.json").is_file()]
     if not kept:

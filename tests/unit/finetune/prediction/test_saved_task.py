@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,7 @@ import pytest
 from experiment.errors import UserError
 from experiment.run_files.checkpoints import mark_complete
 from finetune.kinds.classification import Config, Kind
+from finetune.prediction import saved_task
 from finetune.prediction.saved_task import SavedTask, find_model, read_saved_task, write_saved_task
 
 
@@ -44,6 +47,19 @@ def test_a_run_without_models_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match=r"results\.json is damaged"):
         find_model(tmp_path)
+
+
+def test_files_that_may_not_be_read_are_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a model that is trained again because it belongs to another user."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(saved_task, "read_json", refuse)
+    with pytest.raises(UserError, match=r"deepcloze_task\.json cannot be read: Permission denied$"):
+        read_saved_task(tmp_path)
+    with pytest.raises(UserError, match=r"results\.json cannot be read: Permission denied$"):
+        find_model(run_with(tmp_path, [0.5], kept=[1]))
 
 
 @pytest.mark.parametrize("content", ["", '{"settings": {"task', "[]", "null"])
