@@ -1,6 +1,5 @@
 """Other sizes of the microbatch: halved when memory runs out, and tried by `--autotune`."""
 
-import itertools
 import math
 from typing import TypeVar
 
@@ -14,11 +13,10 @@ S = TypeVar("S", bound=Section)
 def max_halvings(config: PretrainConfig) -> int:
     """Return how often halving changes the computation: until a microbatch is one sequence."""
     sizes: tuple[BatchConfig | Stage, ...] = (config.batch, *config.stages)  # evaluations have the size of `batch`
-    return next(
-        halvings
-        for halvings in itertools.count()
-        if all(size.microbatch_tokens >> halvings <= size.max_seq_length for size in sizes)
-    )
+    halvings = 0
+    while any(size.microbatch_tokens >> halvings > size.max_seq_length for size in sizes):
+        halvings += 1
+    return halvings
 
 
 def max_doublings(config: PretrainConfig, ranks: int) -> int:

@@ -34,6 +34,7 @@ def test_all_stages_are_scaled(doublings: int, expected: tuple[int, int]) -> Non
         (STAGES, 1000, 2, 7, 3),  # 128 · 64 = 8,192 in the first stage
         ([{"steps": 5}], 128, 2, 7, 0),
         ([{"steps": 5, "max_seq_length": 512, "microbatch_tokens": 512}], 1000, 2, 7, 3),  # of evaluations
+        ([{"steps": 5, "microbatch_tokens": 4096}, {"steps": 5}], 1000, 2, 5, 5),  # of the first stage
     ],
 )
 def test_sizes_end_at_one_sequence_and_at_one_microbatch_per_step(
