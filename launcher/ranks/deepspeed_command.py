@@ -81,7 +81,7 @@ def command_on_hosts(
     )
     added = launch_environment(machine.environ, device=None)
     environment = remote_deepspeed_environment(machine.environ, added, forwarded) | {"DS_ENV_FILE": str(exports)}
-    hosts = "".join(f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items())
+    hosts = "".join(f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items())  # up to the last one used
     exported = exported_text(added, rendezvous, launcher, machine.deepspeed_env_text)
     files = {hostfile: hosts, exports: exported}
     return DeepSpeedCommand(argv, environment, files)

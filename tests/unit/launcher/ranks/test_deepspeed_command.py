@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher import launch
-from deepspeed.launcher.runner import encode_world_info, parse_args, parse_inclusion_exclusion
+from deepspeed.launcher.runner import _parse_hostfile, encode_world_info, parse_args, parse_inclusion_exclusion
 
 from experiment.files import REPOSITORY
 from launcher.hosts.hostfile import Slots
@@ -76,7 +76,8 @@ def test_several_hosts_run_on_their_slots():
     """Catches slots that DeepSpeed reads differently from the hostfile."""
     args = parsed(HOSTS)
     assert args.hostfile == "/cluster/hostfile"
-    assert parse_inclusion_exclusion({"a": 2, "b": 4}, args.include, args.exclude) == {"a": [0, 1], "b": [3]}
+    hosts = _parse_hostfile(HOSTS.files[Path(args.hostfile)].splitlines())
+    assert parse_inclusion_exclusion(hosts, args.include, args.exclude) == {"a": [0, 1], "b": [3]}
     assert not args.force_multi
 
 
