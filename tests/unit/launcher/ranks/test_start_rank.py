@@ -32,12 +32,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_rank_runs_in_the_environment_of_its_host(folder: Path) -> None:
-    """Catches settings of the launching machine, a lost argument, a process that the launcher loses track of, and one
-    that DeepSpeed's launcher cannot end by SIGTERM."""
-    set_here = ("OMP_NUM_THREADS", "GLIBC_TUNABLES")
+@pytest.mark.parametrize(("world_size", "interface"), [(2, None), (4, "lo")])
+def test_a_rank_runs_in_the_environment_of_its_host(folder: Path, world_size: int, interface: str | None) -> None:
+    """Catches settings of the launching machine, a lost argument, a process that the launcher loses track of, one
+    that DeepSpeed's launcher cannot end by SIGTERM, and connections that are not on the interface of the route."""
+    set_here = ("OMP_NUM_THREADS", "GLIBC_TUNABLES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     environ = {name: value for name, value in os.environ.items() if name not in set_here}
-    environ |= {"PYTHONPATH": str(ROOT), "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu", "RANK": "3"}
+    environ |= {"PYTHONPATH": str(ROOT), "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu", "RANK": "1"}
+    environ |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, "-u", "-m", "launcher.ranks.start_rank", "--local_rank=1", "--run.dir=a b"]
     with signals_blocked(HANDLED_SIGNALS):  # as DeepSpeed's launcher
         process = subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.PIPE, text=True)
@@ -49,6 +51,7 @@ def test_a_rank_runs_in_the_environment_of_its_host(folder: Path) -> None:
     assert seen["blocked"] == sorted((*WARNING_SIGNALS, signal.SIGHUP))
     added = {"OMP_NUM_THREADS": str(max(1, cpu_cores() // 2)), "GLIBC_TUNABLES": GLIBC_TUNABLES}
     assert {name: seen["environ"].get(name) for name in environ | added} == environ | added
+    assert seen["environ"].get("GLOO_SOCKET_IFNAME") == interface
 
 
 @pytest.mark.parametrize(
