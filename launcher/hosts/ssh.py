@@ -29,8 +29,8 @@ def ssh_argv(host: str, command: Sequence[str]) -> list[str]:
 def start_ssh(
     host: str, command: Sequence[str], stdin: int, stdout: int, stderr: int | IO[bytes]
 ) -> "subprocess.Popen[bytes]":
-    """Start a command on a host. ssh has a group of its own with what it starts, such as a ProxyCommand, which has its
-    output open: to end it, kill the group. Ctrl-C does not reach it."""
+    """Start ssh with a command for a host, in a process group of its own: Ctrl-C does not reach it. To end it, kill the
+    group: what ssh has started, such as a ProxyCommand, has the output of ssh open."""
     argv = ssh_argv(host, command)
     return subprocess.Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True)
 

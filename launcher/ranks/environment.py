@@ -81,7 +81,7 @@ def forwarded_environment(environ: Mapping[str, str], names: Iterable[str], user
 
 def exported_text(added: Mapping[str, str], rendezvous: Rendezvous | None, launcher: Launcher, user_text: str) -> str:
     """Return the text of the file (DS_ENV_FILE) whose variables DeepSpeed exports on other hosts, in logged command
-    lines: the added ones, and the name of the launch.
+    lines. They are the added ones, the name of the launch and, if DeepSpeed does not set it, where the ranks meet.
 
     The file replaces the user's own `.deepspeed_env`, so the lines of that one, `user_text`, are included and take
     precedence. Comments and a leading `export` are removed: DeepSpeed would write them into shell commands.
