@@ -84,6 +84,7 @@ soak: $(TEST_READY) packages
 		radosgw:radosgw
 	@echo "building DeepSpeed's kernel for NVMe offload, which takes minutes, before the tests, whose time is limited"
 	-PATH="$$PATH:$(abspath $(BIN))" $(BIN)/python -c "from deepspeed.accelerator import get_accelerator as accelerator; \
+		from pretrain.engine.kernel_lock import install_kernel_lock; install_kernel_lock(); \
 		accelerator().create_op_builder('AsyncIOBuilder').load(verbose=False)"
 	$(PYTEST) -m soak
 	TEST_COMPILE=1 $(PYTEST) -m "not soak" tests/golden $(addprefix tests/multiprocess/, test_gradient_parity.py \

@@ -2,7 +2,7 @@
 
 - engine: forward and backward of a microbatch, one update per step
 - deepspeed_version: its check; deepspeed_settings: the DeepSpeed JSON, checked
-- initialization: start DeepSpeed; dynamic loss scaling for fp16
+- initialization: start DeepSpeed; dynamic loss scaling for fp16; kernel_lock: of the kernels that it builds
 - process_group: join and leave; shared_memory: collectives of CPU ranks on one host; host_copy: numbers of a GPU, read
   late
 - partitions: which slice of which parameter this rank owns, and where DeepSpeed keeps it

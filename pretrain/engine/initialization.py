@@ -21,6 +21,8 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
 
+from pretrain.engine.kernel_lock import install_kernel_lock
+
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -29,6 +31,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: di
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # it warns of optimizers that it has not tested
     _import_muon()
+    install_kernel_lock()
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):  # one of its optimizers prints the machine's memory six times
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)

@@ -15,6 +15,7 @@ from experiment.run_files.checkpoints import checkpoint_path
 from fp16 import fp16_supported
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, check_nvme, parse_settings
 from pretrain.engine.engine import Engine
+from pretrain.engine.kernel_lock import install_kernel_lock
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
@@ -141,6 +142,7 @@ def nvme() -> None:
         pytest.skip(str(reason))
     from deepspeed.accelerator import get_accelerator
 
+    install_kernel_lock()
     get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)
 
 

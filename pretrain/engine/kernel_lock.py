@@ -1,0 +1,44 @@
+"""A lock for the folders in which torch builds DeepSpeed's kernels, which ends with the process that holds it.
+
+torch marks such a folder with the file `lock` while it builds, which takes a minute or more. A process that is killed
+or stopped meanwhile leaves the file, and all later ones would wait forever for its deletion.
+"""
+
+import math
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from torch.utils import cpp_extension
+from torch.utils.file_baton import FileBaton
+
+from experiment.file_locks import opened_lock
+
+
+class KernelLock(FileBaton):
+    """torch's lock, with a file lock beside it: whoever holds that may delete what an interrupted build has left.
+
+    A process that loads the same kernel at the same moment with torch's lock alone is taken for one that has ended.
+    """
+
+    def try_acquire(self) -> bool | None:
+        """Wait for the file lock, take torch's and return True.
+
+        On disks without file locks, such as Lustre without `-o flock`, only try torch's.
+        """
+        self._held = ExitStack()
+        lock = self._held.enter_context(opened_lock(Path(f"{self.lock_file_path}.held")))
+        if lock(math.inf):
+            Path(self.lock_file_path).unlink(missing_ok=True)
+        acquired = super().try_acquire()
+        if not acquired:
+            self._held.close()
+        return acquired
+
+    def release(self) -> None:
+        with self._held, suppress(FileNotFoundError):  # such a process has deleted it
+            super().release()
+
+
+def install_kernel_lock() -> None:
+    """Use it for all kernels that this process loads from now on."""
+    cpp_extension.FileBaton = KernelLock  # type: ignore[misc]
