@@ -176,6 +176,8 @@ class Checkpointer:
             self.saves.delete_superseded(self._retention(progress))
         if evaluated and self.saves.saved_step == progress.step:
             self.update(progress)  # uploads it, once it is written
+            if finished:  # no save follows that would delete the best one before
+                self.saves.delete_superseded(self._retention(progress))
             return
         if self.saves.saved_step is not None:
             self._upload(progress)

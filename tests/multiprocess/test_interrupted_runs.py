@@ -143,7 +143,8 @@ def test_an_evaluation_is_abandoned_for_a_stop(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches a run that is killed, and loses its steps since the last checkpoint, because a stop waits for the end of
-    an evaluation, the first and the last one too, and an evaluation that the next attempt does not make."""
+    an evaluation, the first and the last one too, an evaluation that the next attempt does not make, and a checkpoint
+    that stays for good because no save follows the last evaluation, after which it is not the best any more."""
     whole, stopped = (
         run_config(
             tmp_path / name,
@@ -151,17 +152,20 @@ def test_an_evaluation_is_abandoned_for_a_stop(
             schedule__steps=4,
             corpus__eval={"held": str(heldout_corpus)},
             evaluation__every_steps=2,
+            evaluation__best_metric="eval/held/loss",
+            checkpoint__keep_last=1,
         )
         for name in ("whole", "stopped")
     )
     assert pools[2].run(pretrain_case, whole) == ["done"] * 2
     folder = RunFolder(tmp_path / "stopped")
-    for number, evaluated, saved in ((1, [], []), (2, [0], [2]), (1, [0], [2]), (2, [0, 2], [2, 4])):
+    for number, evaluated, saved in ((1, [], []), (2, [0], [0, 2]), (1, [0], [0, 2]), (2, [0, 2], [2, 4])):
         assert pools[2].run(stopped_in_evaluation_case, stopped, number) == ["stopped"] * 2
         assert [event["step"] for event in evaluation_events(folder.path)] == evaluated
         assert list(map(checkpoint_step, complete_checkpoints(folder.checkpoints))) == saved
     assert pools[2].run(pretrain_case, stopped) == ["done"] * 2
     assert_same_run(tmp_path / "whole", folder.path, 4)
+    assert list(map(checkpoint_step, complete_checkpoints(folder.checkpoints))) == [4]
 
 
 @pytest.mark.parametrize("seed", [0, *soak(*range(1, 80))])
