@@ -52,6 +52,7 @@ _CONVERSIONS = {
     "convert it to text, for instance with LibreOffice": "doc ppt pptx",
     "convert it to .csv, for instance with LibreOffice": "ods xls xlsx",
     "decompress it": "7z br bz2 lz4 rar xz",
+    "unpack it": "tar zip",  # inside another archive
 }
 # UnicodeDecodeError: of the name of a member of a .zip.
 _DAMAGE = (

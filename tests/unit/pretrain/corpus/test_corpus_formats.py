@@ -567,3 +567,12 @@ def test_a_member_of_a_format_that_is_not_read(tmp_path: Path) -> None:
     assert texts(tmp_path / "a.zip") == ["text"]
     with pytest.raises(UserError, match=r"a\.zip::b/a\.html: \.html files are not read; read it with"):
         texts(f"{tmp_path / 'a.zip'}::*.html")
+
+
+@pytest.mark.parametrize("name", ["b.tar", "b.tgz", "b.tar.zst", "b.zip"])
+def test_an_archive_in_an_archive(tmp_path: Path, name: str) -> None:
+    """Catches headers of a tar that become text of a corpus."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(name, "text")
+    with pytest.raises(UserError, match=rf"a\.zip::{name}: \.(tar|zip) files are not read; unpack it"):
+        texts(f"{tmp_path / 'a.zip'}::b*")
