@@ -85,7 +85,8 @@ def old_pieces(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast") -
         if token in vocabulary:
             continue
         if prefix and token.startswith(prefix):
-            split = old.backend_tokenizer.model.tokenize(token)  # looks up the prefix as text
+            # The first piece is looked up as written. What cannot be split is one unknown token, without the prefix.
+            split = old.backend_tokenizer.model.tokenize(token)
             pieces[identifier] = [piece.id for piece in split] if split[0].value.startswith(prefix) else []
         else:
             word = added[identifier].content if identifier in added else new.backend_tokenizer.decode([identifier])

@@ -257,6 +257,12 @@ def test_old_pieces_of_new_words(wordpiece: Path, byte_level: Path, tmp_path: Pa
             assert pieces[identifier] == (in_text[1:] if word.startswith("##") else in_text)
 
 
+def test_a_continuation_of_unknown_letters_has_no_pieces(wordpiece: Path, tmp_path: Path) -> None:
+    """Catches an initial embedding that is the one of unknown tokens, or of the letters before the unknown one."""
+    old, new = load_tokenizer(wordpiece), extend(wordpiece, tmp_path, "##αβ", "##zzα")
+    assert old_pieces(new, old) == {len(old): [], len(old) + 1: []}
+
+
 def test_other_tokenizer_does_not_extend(wordpiece: Path, byte_level: Path) -> None:
     """Catches a tokenizer in which existing ids stand for other tokens."""
     with pytest.raises(UserError, match="to have id"):
