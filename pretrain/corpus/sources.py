@@ -111,7 +111,7 @@ class _Finder:
         if self.output is None:
             return list(names)
         output = self.output.resolve()
-        written = [output.with_name(f"{output.name}{suffix}") for suffix in ("", ".partial", "-heldout")]
+        written = [output, partial_folder(output), output.with_name(f"{output.name}-heldout")]
         folders = set(map(os.path.dirname, names))
         left_out = {folder for folder in folders if any(map(Path(folder).resolve().is_relative_to, written))}
         return [name for name in names if os.path.dirname(name) not in left_out]
