@@ -41,7 +41,8 @@ def read_splits(config: TaskConfig, joiner: TurnJoiner | None, fit_on: str = "tr
 
 
 def _joined(train: Table, validation: Table, columns: Columns) -> Table:
-    """Return the rows of both splits. Raises UserError if only one has an optional target, such as scores of pairs."""
+    """Return the rows of both splits, with those of validation numbered after the last one of train. Raises UserError
+    if only one has an optional target, such as scores of pairs."""
     for role, cell_type in columns.cell_types().items():
         found = [role in table.records[0].values for table in (train, validation)]
         if cell_type.optional and not cell_type.encoded and found[0] != found[1]:
@@ -50,7 +51,9 @@ def _joined(train: Table, validation: Table, columns: Columns) -> Table:
                 f"training.fit_on: train+validation: {having.path} has the column of task.columns.{role}, "
                 f"{lacking.path} has not; add it, or set training.fit_on: train"
             )
-    return _numbered_anew(train, [*train.records, *validation.records])
+    last = train.records[-1].row
+    added = (replace(record, row=last + record.row) for record in validation.records)
+    return replace(train, records=(*train.records, *added))
 
 
 def split_off(table: Table, config: TaskConfig) -> tuple[Table, Table]:

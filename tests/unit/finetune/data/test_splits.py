@@ -208,3 +208,14 @@ def test_labels_that_occur_once_are_named_as_the_reason() -> None:
     several = table(*({"text": "", "labels": [f"{number} a", f"{number} b"]} for number in range(200)))
     with pytest.raises(UserError, match=r"200 of its 200 rows have a label .*: is task\.columns\.labels the column of"):
         split_off(several, multi_label.Config())
+
+
+def test_rows_that_are_trained_on_together_have_numbers_of_their_own(tmp_path: Path) -> None:
+    """Catches a row with the number of another, or, where rows are left out, another number than in its file."""
+    for split, labels in {"train": "xyz-xyz", "validation": "-xy"}.items():
+        rows = (json.dumps({"text": "a", "label": label}) for label in labels)
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    paths = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
+    config = find_kind("classification").config_type(**paths, columns={"text": "text"}, labels=("x", "y", "z"))
+    train = read_splits(config, None, "train+validation")["train"]
+    assert [record.row for record in train.records] == [1, 2, 3, 5, 6, 7, 9, 10]
