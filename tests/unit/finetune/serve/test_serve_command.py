@@ -108,9 +108,10 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_the_token_comes_from_a_file_or_the_environment(tmp_path: Path) -> None:
-    """Catches a token with the line end of its file, and one in the command line, which other users can read."""
+    """Catches a token with the line end or the byte order mark of its file, and one in the command line, which other
+    users can read."""
     path = tmp_path / "token"
-    path.write_text("from-file\n")
+    path.write_bytes(b"\xef\xbb\xbffrom-file\r\n")
     assert read_token(str(path), {TOKEN_VARIABLE: "from-environment"}) == "from-file"
     assert read_token(None, {TOKEN_VARIABLE: "from-environment"}) == "from-environment"
     assert read_token(None, {}) is None
