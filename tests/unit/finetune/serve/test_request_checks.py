@@ -192,7 +192,8 @@ def test_what_the_model_cannot_do(folders: dict[str, Path], connect: Connect, tm
 
 
 def test_the_token(folders: dict[str, Path], connect: Connect) -> None:
-    """Catches a route that answers without the token, and probes that need one."""
+    """Catches a route that answers without the token, probes that need one, and a page of another site that has the
+    token but gets no answer."""
     client = connect(folders["sequence"], token="secret")
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "Bearer é"}):
         for method, path in (("POST", "/v1/predict"), ("GET", "/v1/model"), ("GET", "/metrics"), ("GET", "/other")):
@@ -203,8 +204,9 @@ def test_the_token(folders: dict[str, Path], connect: Connect) -> None:
             assert "Authorization: Bearer TOKEN" in answer.json()["error"]
     for path in ("/", "/docs", "/openapi.json", "/healthz", "/readyz"):
         assert client.get(path).status_code == 200
-    sent = {"Authorization": "Bearer secret"}
-    assert client.post("/v1/predict", json={"texts": ["a"]}, headers=sent).status_code == 200
+    for headers in ({}, {"Origin": "https://other.example"}):
+        sent = {"Authorization": "Bearer secret", **headers}
+        assert client.post("/v1/predict", json={"texts": ["a"]}, headers=sent).status_code == 200
 
 
 def test_rejected_requests_are_counted_by_path(folders: dict[str, Path], connect: Connect) -> None:
