@@ -118,11 +118,8 @@ def test_filled_masks(folders: dict[str, Path], clients: Callable[[str], TestCli
 
 def test_many_masks(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches probabilities of all masks of a batch in memory at once, and candidates of another mask."""
-    filler, softmax, counts = (
-        MaskFiller(load_model(folders["masked"], ranking_task(), "fp32")),
-        torch.Tensor.softmax,
-        [],
-    )
+    filler = MaskFiller(load_model(folders["masked"], ranking_task(), "fp32"))
+    softmax, counts = torch.Tensor.softmax, []
     given = ["[MASK]", "word1 [MASK] word2 [MASK]", "[MASK] word3 [MASK]"]
     expected = filler.fill(given)
     monkeypatch.setattr(mask_filler, "_MASKS", 2)

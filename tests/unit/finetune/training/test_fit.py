@@ -551,17 +551,15 @@ def test_time_that_is_not_for_training_counts_in_no_figure(
     before the resume. The calls of the model: five updates, an evaluation, and so on."""
     config = TrainingConfig(lr=0.03, steps=80, batch_size=8, evaluate_every=5)  # more than one update between events
     examples = tuple(replace(each, sequences=(Tokens(torch.ones(4).long(), None),)) for each in split(64, 0).examples)
-    ready, state = (
-        task(train=replace(split(64, 0), examples_of=tuple((each,) for each in examples))),
-        StateFile(tmp_path / "state.pt", {"lr": 1}),
-    )
+    ready = task(train=replace(split(64, 0), examples_of=tuple((each,) for each in examples)))
+    state = StateFile(tmp_path / "state.pt", {"lr": 1})
     seconds = [0.0]
     monkeypatch.setattr(fit_module, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
 
     class SlowStateFile(StateFile):
-        def load(self) -> Any:
+        def load(self, verified: bool = True) -> Any:
             seconds[0] += 1000
-            return super().load()
+            return super().load(verified)
 
     def fit_until(last_call: int | None, state: StateFile) -> Fitted:
         model, calls = Bag(), []
