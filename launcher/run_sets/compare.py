@@ -14,7 +14,7 @@ from experiment.errors import UserError, reason, require_damage
 from experiment.files import json_digest, read_json, write_json, write_text
 from experiment.formatting import print_table
 from experiment.progress import track
-from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
+from experiment.results.comparison import Comparison, as_csv, as_markdown, score_charts, tables
 from experiment.results.main_score import count_collapsed
 from experiment.results.plots import draw_dots
 from experiment.run_files.checkpoints import checkpoint_step, is_checkpoint_name
@@ -82,7 +82,7 @@ def run_comparison(plan: ComparePlan) -> None:
         }
         failed = {name: state for name, state in states.items() if state != DONE}
         if is_new := not _are_written(cells, runs.folder):
-            write_json(runs.folder.path / "compare.json", _comparison(cells, runs.folder, {}))  # reports have them now
+            _write_files(runs.folder, _comparison(cells, runs.folder, {}), failed)  # reports have them now
         try:
             tests = test_rows(cells)
         except UserError:
@@ -205,11 +205,7 @@ def _write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: M
     """Write compare.json, compare.csv, compare.md, compare.png and the report, and print the tables. A report that
     cannot be written is a warning. tests: empty if they failed. failed: name of a run -> how it failed."""
     comparison = _comparison(cells, folder, tests)
-    write_json(folder.path / "compare.json", comparison)
-    write_text(folder.path / "compare.csv", as_csv(comparison))
-    write_text(folder.path / "compare.md", as_markdown(comparison, failed))
-    if any(comparison.values()):
-        draw_dots(folder.path / "compare.png", score_charts(comparison))
+    _write_files(folder, comparison, failed)
     for title, (header, *rows) in tables(comparison, failed).items():
         print_table(header, rows, labels=len(header), title=title)
     print(f"{folder.path}/compare.json, compare.csv, compare.md")
@@ -217,8 +213,16 @@ def _write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: M
         print_report("compare", folder.path)
 
 
+def _write_files(folder: RunFolder, comparison: Comparison, failed: Mapping[str, str]) -> None:
+    write_text(folder.path / "compare.csv", as_csv(comparison))
+    write_text(folder.path / "compare.md", as_markdown(comparison, failed))
+    if any(comparison.values()):
+        draw_dots(folder.path / "compare.png", score_charts(comparison))
+    write_json(folder.path / "compare.json", comparison)  # last: see `_are_written`
+
+
 def _are_written(cells: ScoresByRow, folder: RunFolder) -> bool:
-    """Return whether compare.json has these scores already, perhaps with tests."""
+    """Return whether compare.json, and so the other tables, have these scores already, perhaps with tests."""
     with suppress(OSError, ValueError, TypeError, AttributeError):
         written = read_json(folder.path / "compare.json")
         scores = {

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBe
 
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
+from experiment.results.comparison import as_csv, as_markdown
 from experiment.results.plots import draw_dots
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete, write_best
 from experiment.run_files.outcome_file import Outcome, write_outcome
@@ -300,6 +302,20 @@ def test_reports_have_the_scores_while_they_are_tested(
     monkeypatch.setattr(compare, "test_rows", look)
     assert main(["compare", str(write_files(seeds=[1, 2]))]) == 0
     assert [len(cells["toy"]["values"]) for cells in found[0].values()] == [2, 2]
+
+
+def test_all_tables_have_the_scores_of_a_comparison_stopped_in_its_tests(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches compare.md and compare.csv that keep old scores, because compare.json has the new ones already."""
+    assert main(["compare", str(write_files(seeds=[1]))]) == 0
+    file, folder = str(write_files(seeds=[1, 2])), tmp_path / "compare"
+    for read in (Mock(side_effect=KeyboardInterrupt), fail_to_read):
+        monkeypatch.setattr(compare, "_read_split", read)
+        assert main(["compare", file]) != 0
+    found = read_tables(folder)
+    assert (folder / "compare.csv").read_text() == as_csv(found)
+    assert (folder / "compare.md").read_text() == as_markdown(found, {})
 
 
 def fail_to_read(*_: object) -> None:
