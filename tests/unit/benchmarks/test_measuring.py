@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import near_duplicates, serving
-from benchmarks.measuring import PeakMemory, describe_machine, run_module, run_or_measure
+from benchmarks.measuring import PeakMemory, describe_machine, run_module, run_or_measure, stop_after
+from experiment.run_files.run_folder import RunFolder
 
 MEMORY = 400 * 2**20
 FORKING = f"""
@@ -71,3 +72,13 @@ def test_figures_have_their_machine(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(subprocess, "Popen", lambda *_: start(["true"]))  # in place of `deepcloze clean`
     near_duplicates.near_duplicates(documents=100)
     assert capsys.readouterr().out.startswith(describe_machine())
+
+
+def test_a_run_is_stopped_once_it_trains(tmp_path: Path) -> None:
+    """Catches a run that never gets SIGTERM, and a demo or a GPU session that goes on after a run that has failed."""
+    run = RunFolder(tmp_path)
+    with pytest.raises(SystemExit, match="expected exit code 75 of the run after SIGTERM, got 1"):
+        stop_after(60, ["false"], run)
+    event = '{"step": 1, "loss": 6.0}'
+    training = f"trap 'exit 75' TERM; echo '{event}' > {run.metrics}; while :; do sleep 0.1; done"
+    stop_after(0, ["sh", "-c", training], run)
