@@ -9,7 +9,6 @@ import numpy as np
 import yaml
 
 from benchmarks.measuring import deepcloze
-from benchmarks.run_mlm_peer import BATCH
 from experiment.run_files.metrics_file import Event, read_events
 from experiment.run_files.run_folder import RunFolder
 from pretrain.batching.sequences import split_documents
@@ -56,8 +55,10 @@ class RunSettings:
         return self.config(run={"log_every": 1, **run}, schedule={"steps": steps}, evaluation={"every_steps": steps})
 
     def peer(self, source: str, tokenizer: str, lines: bool, threads: int) -> dict[str, Any]:
-        """Return the `run_mlm_peer.Recipe` of a run with the same model, precision and update. lines: one line per
-        example; otherwise blocks."""
+        """Return the fields of the `run_mlm_peer.Recipe` with the same model, precision and update. lines: one line
+        per example; otherwise blocks."""
+        from benchmarks.run_mlm_peer import BATCH  # imports transformers' Trainer, which takes seconds
+
         example = mean_length(self.corpus, self.length) if lines else self.length
         accumulated = max(1, round(self.update_tokens / (BATCH * example)))
         shared = {"model": self.model, "precision": self.precision, "length": self.length, "threads": threads}
