@@ -145,6 +145,6 @@ def stop_after(
                 print(message, file=sys.stderr, flush=True)
                 process.send_signal(signal.SIGTERM)
             if (code := process.wait()) != STOPPED:
-                raise SystemExit(f"expected exit code {STOPPED} of the run after SIGTERM, got {code}")
+                raise SystemExit(f"expected exit code {STOPPED} of the run, got {code}")
         finally:
             process.kill()
