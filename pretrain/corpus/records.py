@@ -2,11 +2,13 @@
 
 DIR.partial/build.json                  arguments of the build
 DIR.partial/KEY.count.json              a split that was counted; only if documents are sampled
-DIR.partial/KEY-main-000.arrow …        the pieces of a split, by part
+DIR.partial/KEY-SAMPLE-main-000.arrow … the pieces of a split, by part
 DIR.partial/KEY.json                    its record: the split is finished
 DIR.partial/main/data-0000I-of-0000N.arrow    a shard, for which pieces were joined
 DIR.partial/main-data-0000I-….json      its record: the pieces are no longer needed
 DIR.partial/main/                       becomes the corpus
+
+KEY depends on the text of a split, SAMPLE on which of its documents are in each part.
 """
 
 import re

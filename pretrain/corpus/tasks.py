@@ -17,7 +17,7 @@ from experiment.errors import UserError
 from experiment.files import checksum, sha256, write_json
 from experiment.process.own_process import variable_set
 from experiment.storage import StorageError
-from pretrain.corpus.build_plan import HELDOUT, MAIN, PART_CODES, Part
+from pretrain.corpus.build_plan import HELDOUT, MAIN, PART_CODES
 from pretrain.corpus.documents import locate_lines, read_documents
 from pretrain.corpus.formats import ReadStats, SourceDocument, UnreadableError
 from pretrain.corpus.options import TextOptions
@@ -139,7 +139,8 @@ def _encode(encoder: DocumentEncoder, documents: Sequence[SourceDocument]) -> En
 
 def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
     stats, digest, text_bytes = ReadStats(), SourceDigest(), 0
-    batches = {part: _Batch(job, split, part) for part in (MAIN, HELDOUT)}
+    sample = parts_digest(parts)
+    batches = {part: _Batch(job, f"{split.key}-{sample}-{part}") for part in (MAIN, HELDOUT)}
     for document, text in _read(job, split, stats):
         if parts and digest.documents == len(parts):
             raise changed_source(split.spans[0].source.name)
@@ -154,7 +155,7 @@ def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
     empty = stats.empty_documents + batches[MAIN].writer.empty_documents
     unknown = most_frequent(batches[MAIN].unknown_texts)
     record = SplitRecord(
-        split.key, parts_digest(parts), digest, text_bytes, empty, stats.start_matches, stats.archives, pieces, unknown
+        split.key, sample, digest, text_bytes, empty, stats.start_matches, stats.archives, pieces, unknown
     )
     write_json(job.folder / f"{split.key}.json", asdict(record), durable=False)
     return record
@@ -163,8 +164,8 @@ def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
 class _Batch:
     """Documents for one part, collected until there are enough to tokenize them together."""
 
-    def __init__(self, job: BuildJob, split: Split, part: Part) -> None:
-        self.writer = PieceWriter(job.folder, f"{split.key}-{part}", job.shard_tokens)
+    def __init__(self, job: BuildJob, name: str) -> None:
+        self.writer = PieceWriter(job.folder, name, job.shard_tokens)
         self.unknown_texts = Counter[str]()
         self._job = job
         self._documents: list[SourceDocument] = []

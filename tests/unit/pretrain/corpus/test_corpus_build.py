@@ -543,6 +543,24 @@ def test_pieces_of_an_earlier_version_of_a_source_are_deleted(corpus: Build, tmp
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
+def test_a_source_that_is_added_changes_the_sample_of_the_others(
+    corpus: Build, tmp_path: Path, lines: list[str]
+) -> None:
+    """Catches held-out documents of an earlier sample: other documents in pieces that are called the same."""
+    sources = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    sources[0].write_text("\n".join(lines[:40]))
+    sources[1].write_text("the river and the town " * 100)
+    flags: dict[str, Any] = {"holdout": 2, "seed": 1}  # draws other lines of a.txt then, and none of b.txt
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, build, "_write_metadata", 1, before=True)
+        with pytest.raises(Killed):
+            corpus("c", source=sources[0], **flags)
+    for output in ("c", "whole"):
+        corpus(output, source=",".join(map(str, sources)), **flags)
+    for part in ("", "-heldout"):
+        assert contents(tmp_path / f"c{part}") == contents(tmp_path / f"whole{part}")
+
+
 def test_temporary_files_of_killed_writers_are_not_published(corpus: Build, tmp_path: Path) -> None:
     """Catches a corpus with gigabytes that no manifest lists: a machine died while it joined a shard."""
     with pytest.MonkeyPatch.context() as patch:
