@@ -23,10 +23,14 @@ class KernelLock(FileBaton):
     def try_acquire(self) -> bool | None:
         """Wait for the file lock, take torch's and return True.
 
-        On disks without file locks, such as Lustre without `-o flock`, only try torch's.
+        On disks without file locks, such as Lustre without `-o flock`, and where another user has made the file, only
+        try torch's.
         """
         self._held = ExitStack()
-        lock = self._held.enter_context(opened_lock(Path(f"{self.lock_file_path}.held")))
+        try:
+            lock = self._held.enter_context(opened_lock(Path(f"{self.lock_file_path}.held")))
+        except OSError:
+            return super().try_acquire()
         if lock(math.inf):
             Path(self.lock_file_path).unlink(missing_ok=True)
         acquired = super().try_acquire()

@@ -62,3 +62,13 @@ def test_on_a_disk_without_file_locks_torch_decides(tmp_path: Path, monkeypatch:
     assert not second.try_acquire()
     first.release()
     second.wait()
+
+
+def test_a_kernel_of_another_user_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that ends because another user of a shared folder has built the kernel, and made the lock."""
+    refusal = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "lock.held")
+    monkeypatch.setattr(Path, "open", Mock(side_effect=refusal))
+    lock = KernelLock(str(tmp_path / "lock"))
+    assert lock.try_acquire()
+    lock.release()
+    assert not (tmp_path / "lock").exists()
