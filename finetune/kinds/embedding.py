@@ -352,8 +352,8 @@ def _first_places(texts: Sequence[str]) -> dict[str, int]:
 
 
 def _mean(predictions: Sequence[Prediction], name: str) -> Callable[[NDArray[np.int64]], float]:
-    """Return the function that averages a number of drawn predictions, of those that have it, as of all if none has:
-    records with an empty text are drawn apart, and only the first of them has it."""
+    """Return the function that averages a number over the drawn predictions that have it. If none of them has it, which
+    is possible with empty texts, it returns the average over all predictions."""
     has = np.array([prediction[name] is not None for prediction in predictions])
     values = np.array([prediction[name] for prediction in predictions], dtype=float)
 

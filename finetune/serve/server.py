@@ -37,7 +37,7 @@ _HEADER_SECONDS = 10.0  # for the headers of a request, from its first byte
 # 60 s; one that is closed here first may have taken a request, and fails it.
 _IDLE_SECONDS = 75
 _BACKLOG = 2048  # connections that the system keeps until they are accepted
-_ACCEPTS = 1  # that asyncio tries in a row: without a free file descriptor, it goes on, and logs each failure
+_ACCEPTS = 1  # per event; asyncio retries and logs an error for each one if no file descriptor is free
 _DRAIN_SECONDS = 1.0
 _CLOSE = (b"connection", b"close")
 
@@ -168,7 +168,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or ():
-            listener.listen(_BACKLOG)  # asyncio has passed `_ACCEPTS`
+            listener.listen(_BACKLOG)  # asyncio has set it to `_ACCEPTS`
         self._on_started()
 
     @contextmanager

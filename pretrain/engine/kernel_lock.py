@@ -15,9 +15,9 @@ from experiment.file_locks import opened_lock
 
 
 class KernelLock(FileBaton):
-    """torch's lock, with a file lock beside it: whoever holds that may delete what an interrupted build has left.
+    """torch's lock file with a file lock beside it, whose holder deletes the lock file of an interrupted build.
 
-    A process that loads the same kernel at the same moment with torch's lock alone is taken for one that has ended.
+    It cannot detect a running process that uses only torch's lock file, and deletes that file too.
     """
 
     def try_acquire(self) -> bool | None:

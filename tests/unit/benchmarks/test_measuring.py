@@ -75,7 +75,7 @@ def test_figures_have_their_machine(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_a_run_is_stopped_once_it_trains(tmp_path: Path) -> None:
-    """Catches a run that never gets SIGTERM, and a demo or a GPU session that goes on after a run that has failed."""
+    """Catches a missing SIGTERM, and a demo or GPU session that continues after its run has failed."""
     run = RunFolder(tmp_path)
     with pytest.raises(SystemExit, match="expected exit code 75 of the run, got 1"):
         stop_after(60, ["false"], run)
