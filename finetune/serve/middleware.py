@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from experiment.local_server import LOCAL_HOSTS, host_name
-from finetune.serve.admission import RETRY_SECONDS, Limits
+from finetune.serve.admission import RETRY_SECONDS, Limits, busy
 from finetune.serve.monitoring import Metrics, log, log_event
 
 _OPEN = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")  # pages without data, and probes
@@ -23,6 +23,7 @@ FORM = "application/x-www-form-urlencoded"
 _LONGEST_MESSAGE = 500  # characters
 _DISCARDED_BYTES = 64 * 2**20  # of a request that is too large, at most
 _DISCARD_SECONDS = 10.0
+_HELD_BYTES = 256 * 2**20  # of the bodies of all requests that are not answered yet, at most, unless one may be larger
 _GONE = 499  # as nginx logs it: the client has gone before its answer
 
 
@@ -106,9 +107,11 @@ def read_as_json(app: ASGIApp, paths: Collection[str]) -> ASGIApp:
 def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
     """Answer 413 to requests that are too large, before they are read or parsed. Before any answer, discard what is
     left of the body: most clients read the answer once they have sent all, and lose it if the connection is closed
-    before."""
+    before. Answer 503 if the bodies of all requests take too much memory."""
+    most, held = max(_HELD_BYTES, limits.max_bytes), 0
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal held
         message = f"the request is larger than {limits.max_bytes // 1024:,} KiB"
         headers = Headers(scope=scope)
         announced, received = int(headers.get("content-length", "0")), 0
@@ -116,12 +119,15 @@ def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
         unread = "expect" not in headers and announced <= _DISCARDED_BYTES
 
         async def count() -> Message:
-            nonlocal received, unread
+            nonlocal received, unread, held
             event = await receive()
             received += len(event.get("body", b""))
+            held += len(event.get("body", b""))
             unread = event.get("more_body", False)
             if received > limits.max_bytes:
                 raise HTTPException(413, message)
+            if held > most:
+                raise busy("the requests that are being answered are too large together; try again")
             return event
 
         async def answer(event: Message) -> None:
@@ -133,8 +139,11 @@ def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
 
         if announced > limits.max_bytes:
             await error_response(413, message)(scope, receive, answer)
-        else:
+            return
+        try:
             await app(scope, count, answer)
+        finally:
+            held -= received
 
     return limited
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi import HTTPException, Request, Response
 from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file, save_file
 from serving_clients import Connect
@@ -303,6 +304,50 @@ def test_a_body_that_is_never_read_is_not_awaited(client: TestClient) -> None:
     scope = {"type": "http", "path": "/v1/predict", "headers": [(b"content-length", b"1" + b"0" * 12)]}
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 413
+
+
+def test_bodies_of_all_requests_are_limited_together(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches memory that grows with the number of connections, each of which sends as much as one request may have."""
+
+    async def read(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await Request(scope, receive).body()
+            status = 200
+        except HTTPException as error:
+            status = error.status_code
+        await Response(status_code=status)(scope, receive, send)
+
+    monkeypatch.setattr("finetune.serve.middleware._HELD_BYTES", 100 * 1024)
+    app = limit_size(read, client.state.limits)  # type: ignore[attr-defined]
+
+    async def post(waits: asyncio.Event, ends: asyncio.Event) -> int:
+        """Send 60 KiB, then the end of the body once `ends` is set. Return the status."""
+        end = {"type": "http.request", "body": b"", "more_body": False}
+        parts = [end, {"type": "http.request", "body": b"a" * 60 * 1024, "more_body": True}]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            if len(parts) == 1:
+                waits.set()
+                await ends.wait()
+            return parts.pop() if parts else {"type": "http.disconnect"}
+
+        async def send(event: Any) -> None:
+            sent.append(event)
+
+        await app({"type": "http", "headers": []}, receive, send)
+        return int(sent[0]["status"])
+
+    async def post_three() -> list[int]:
+        waits, ends, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        ended.set()
+        first = asyncio.create_task(post(waits, ends))
+        await waits.wait()
+        second = await post(asyncio.Event(), ended)
+        ends.set()
+        return [await first, second, await post(asyncio.Event(), ended)]
+
+    assert asyncio.run(post_three()) == [200, 503, 200]
 
 
 @pytest.mark.parametrize(
