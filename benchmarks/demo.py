@@ -107,9 +107,11 @@ def demo(output: Path, minutes: float = MINUTES) -> None:
     }
     if not has_native_bf16("cpu"):
         arguments["engine.ds_config"] = "ds_configs/fp32_zero1.json"
-    stop_after(30 * minutes, command("pretrain", **arguments), run, environment())
-    say(f"stopped with exit code {STOPPED}. The same command resumes it:")
-    deepcloze("pretrain", **arguments)
+    if stop_after(30 * minutes, command("pretrain", **arguments), run, environment()):
+        say(f"stopped with exit code {STOPPED}. The same command resumes it:")
+        deepcloze("pretrain", **arguments)
+    else:
+        say("the run has finished before it was stopped: this machine is slow or busy")
 
     stopwatch.begin("Evaluation on held-out text")
     scores = json.loads(deepcloze("evaluate", checkpoint=run.path, corpus=held_out, json=True))

@@ -41,7 +41,8 @@ def pretrain(folder: Path, seconds: int) -> dict[str, Any]:
     config.write_text(yaml.safe_dump(_config(run.path, corpus, seconds)), encoding="utf-8")
     command = [sys.executable, "-m", "launcher", "pretrain", f"--config={config}", "--num_gpus=1"]
     # Compiling, before the first step is logged, is a part of the budget.
-    stop_after(seconds / 4, command, run)
+    if not stop_after(seconds / 4, command, run):
+        raise SystemExit("the run has finished before it was stopped")
     stopped = _steps(run)[-1]
     subprocess.run(command, check=True)
     return _figures(run, stopped)

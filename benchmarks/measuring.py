@@ -131,9 +131,9 @@ def spread(values: Sequence[float], form: str) -> str:
 
 def stop_after(
     seconds: float, command: Sequence[str], run: RunFolder, environ: Mapping[str, str] | None = None
-) -> None:
+) -> bool:
     """Start a run, and send it SIGTERM this long after it has logged its first step, as a job queue or a user would.
-    Raises SystemExit if it ends in another way than one that was stopped."""
+    Return whether it was stopped; if not, it has finished before. Raises SystemExit if it fails."""
     with subprocess.Popen(command, env=environ) as process:
         try:
             while process.poll() is None and not any("loss" in event for event in read_events(run.metrics)):
@@ -144,7 +144,8 @@ def stop_after(
                 message = f"{describe_duration(seconds)} of training are over: sending SIGTERM"
                 print(message, file=sys.stderr, flush=True)
                 process.send_signal(signal.SIGTERM)
-            if (code := process.wait()) != STOPPED:
+            if (code := process.wait()) not in (0, STOPPED):
                 raise SystemExit(f"expected exit code {STOPPED} of the run, got {code}")
+            return code == STOPPED
         finally:
             process.kill()

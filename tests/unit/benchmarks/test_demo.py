@@ -149,7 +149,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[set[str]]:
     monkeypatch.setattr(benchmarks.demo, "deepcloze", deepcloze)
     monkeypatch.setattr(benchmarks.demo.subprocess, "Popen", start)
     for name in ("write_task", "stop_after", "write_combined_page"):
-        monkeypatch.setattr(benchmarks.demo, name, lambda *_: None)
+        monkeypatch.setattr(benchmarks.demo, name, lambda *_: True)
     monkeypatch.setattr(benchmarks.demo, "comparison", lambda *_: Table([], []))
     monkeypatch.chdir(tmp_path)
     return run
