@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from experiment.config import build_config
-from experiment.files import cache_folder
+from experiment.files import cache_folder, read_json
 from experiment.run_files.checkpoints import checkpoint_path, read_state
 from experiment.run_files.goodput import EVALUATING, ActivityTimer
 from experiment.run_files.retention import Retention
@@ -110,9 +110,11 @@ def pretrain_case(
         if not data_worker:
             patch.setattr(batch_feed, "BatchLoader", _load_in_this_process)
         outcome = pretrain(config, world, stop or StopRequest(), recorder, times).outcome.value
-    only_layer = (tree["model"].get("config") or {}).get("num_hidden_layers") == 1  # is not compiled, being the last
-    if COMPILED and not only_layer:
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    if COMPILED:
+        start = tree["model"].get("init_from")
+        shape = read_json(Path(start, "config.json")) if start else tree["model"].get("config") or {}
+        only_layer = shape.get("num_hidden_layers") == 1  # is not compiled, being the last
+        assert only_layer or torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     return outcome
 
 
