@@ -114,26 +114,27 @@ def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
         nonlocal held
         message = f"the request is larger than {limits.max_bytes // 1024:,} KiB"
         headers = Headers(scope=scope)
-        announced, received = int(headers.get("content-length", "0")), 0
+        announced, received, own = int(headers.get("content-length", "0")), 0, 0  # own: its part of `held`
         # With "Expect: 100-continue", no body is sent before we ask for it.
         unread = "expect" not in headers and announced <= _DISCARDED_BYTES
 
         async def count() -> Message:
-            nonlocal received, unread, held
+            nonlocal received, unread, held, own
             event = await receive()
-            received += len(event.get("body", b""))
-            held += len(event.get("body", b""))
+            size = len(event.get("body", b""))
+            received += size
             unread = event.get("more_body", False)
             if received > limits.max_bytes:
                 raise HTTPException(413, message)
-            if held > most:
+            if size and held + size > most:
                 raise busy("the requests that are being answered are too large together; try again")
+            held, own = held + size, own + size
             return event
 
         async def answer(event: Message) -> None:
-            nonlocal unread
+            nonlocal unread, held, own
             if unread:
-                unread = False
+                held, own, unread = held - own, 0, False  # a slow client must not keep others waiting
                 await _discard(receive)
             await send(event)
 
@@ -143,7 +144,7 @@ def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
         try:
             await app(scope, count, answer)
         finally:
-            held -= received
+            held -= own
 
     return limited
 

@@ -307,7 +307,8 @@ def test_a_body_that_is_never_read_is_not_awaited(client: TestClient) -> None:
 
 
 def test_bodies_of_all_requests_are_limited_together(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches memory that grows with the number of connections, each of which sends as much as one request may have."""
+    """Catches memory that grows with the number of connections, each of which sends as much as one request may have,
+    and a refused client that is slow to send the rest of its body, for which others are refused too."""
 
     async def read(scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -339,15 +340,17 @@ def test_bodies_of_all_requests_are_limited_together(client: TestClient, monkeyp
         return int(sent[0]["status"])
 
     async def post_three() -> list[int]:
-        waits, ends, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        ended.set()
-        first = asyncio.create_task(post(waits, ends))
-        await waits.wait()
-        second = await post(asyncio.Event(), ended)
-        ends.set()
-        return [await first, second, await post(asyncio.Event(), ended)]
+        events = [asyncio.Event() for _ in range(4)]
+        first = asyncio.create_task(post(*events[:2]))
+        await events[0].wait()
+        refused = asyncio.create_task(post(*events[2:]))
+        await events[2].wait()  # the rest of the refused body is discarded, and has not been sent
+        events[1].set()
+        statuses = [await first, await post(asyncio.Event(), events[1])]
+        events[3].set()
+        return [*statuses, await refused, await post(asyncio.Event(), events[1])]
 
-    assert asyncio.run(post_three()) == [200, 503, 200]
+    assert asyncio.run(post_three()) == [200, 200, 503, 200]
 
 
 @pytest.mark.parametrize(
