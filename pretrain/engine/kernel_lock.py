@@ -1,6 +1,6 @@
 """A lock for the folders in which torch builds DeepSpeed's kernels, which ends with the process that holds it.
 
-torch before 2.15, which has such a lock itself, marks a folder with the file `lock` while it builds, which takes a
+torch 2.15 has such a lock itself. Earlier versions mark a folder with the file `lock` while they build, which takes a
 minute or more. A process that is killed or stopped meanwhile leaves the file, and all later ones would wait forever for
 its deletion.
 """
