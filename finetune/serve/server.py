@@ -191,6 +191,8 @@ class _Server(uvicorn.Server):
         if self._drained_at is not None:
             self.force_exit = self.should_exit = True
             logging.getLogger("uvicorn.error").disabled = True  # has tracebacks of all that the event loop cancels
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()  # since Python 3.12, uvicorn waits for open connections even so
             return
         self._drained_at = time.monotonic() + _DRAIN_SECONDS
         for server in self.servers:
