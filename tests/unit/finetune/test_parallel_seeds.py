@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -176,7 +175,8 @@ finetune.seed_run.train_seed = train_seed
 def test_a_seed_that_outlives_its_command_is_waited_for(config_file: Path, tmp_path: Path) -> None:
     """Catches two processes that train one seed, after the command was killed and started again at once."""
     folder = open_run_folder(tmp_path / "run")
-    shutil.copy(config_file, folder.config)
+    write_json(folder.provenance, {})  # a run has written the config
+    folder.config.write_text(config_file.read_text().replace("epochs: 2", "epochs: 1000"))
     command = [sys.executable, "-m", "finetune.parallel_seeds", str(folder.config), "1"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE) as process:
         wait_until(lambda: is_locked(folder), process)
