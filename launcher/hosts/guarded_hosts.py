@@ -226,9 +226,9 @@ class _Connection:
 
     def _send(self, data: bytes) -> None:
         assert self._process.stdin is not None
-        with suppress(OSError, ValueError):  # closed
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
+        with suppress(OSError):  # closed
+            while data:  # unbuffered: Python 3.13 prints a traceback if a buffer cannot be flushed at last
+                data = data[os.write(self._process.stdin.fileno(), data) :]
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the guard, until the connection is closed."""

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal, NamedTuple
 
@@ -396,6 +396,8 @@ def _copy_to_disk(stream: IO[bytes], origin: str) -> IO[bytes]:
             copy.write(block)
             copy.flush()
         except OSError as error:
+            with suppress(OSError):
+                copy.close()  # cannot write what it has buffered; Python 3.13 prints a traceback if it is not closed
             raise UnreadableError(
                 f"cannot copy {origin} to the temporary folder {tempfile.gettempdir()}: {error.strerror}; set TMPDIR "
                 "to another folder"

@@ -66,7 +66,8 @@ def connect(
         )
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)  # uses the group
         # ZeRO communicates in a copy of the group, which has the default timeout of torch.
-        dist.distributed_c10d._set_pg_timeout(timeout, _clone_world_group())
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.15
+        set_timeout(timeout, _clone_world_group())
     return world
 
 
