@@ -38,6 +38,7 @@ _CHANGES = (  # without paths
 )
 _METRICS = ("loss", "perplexity", "accuracy")
 _SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_UNKNOWN_CORPUS = {"documents": None, "tokens": None, "fingerprint": UNKNOWN, "source": UNKNOWN}
 _USAGE = """
 from transformers import pipeline
 
@@ -124,14 +125,18 @@ def _usage(source: Path, config: Mapping[str, Any]) -> str:
 
 
 def _corpora(state: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the rows of the training corpora. An older checkpoint has none: it knows their fingerprint only."""
+    """Yield the rows of the training corpora, and of those that a fork no longer has. An older checkpoint has none: it
+    knows their fingerprint only."""
     train = state.get("corpora", {}).get("train", [])
     total = sum(corpus["weight"] for corpus in train)
+    tokens = dict(state["progress"]["tokens_by_corpus"]) if train else {}
     for corpus in train:
-        seen = state["progress"]["tokens_by_corpus"].get(corpus["name"], 0)
+        seen = tokens.pop(corpus["name"], 0)
         of_epoch = state.get("tokens_per_epoch", {}).get(corpus["name"])  # not in an older checkpoint
         epochs = show(seen / of_epoch if of_epoch else None, ",.2f")
         yield [*_corpus_row(corpus), f"{corpus['weight'] / total:.1%}", f"{seen:,}", epochs]
+    for name, seen in tokens.items():
+        yield [*_corpus_row({**_UNKNOWN_CORPUS, "name": name}), UNKNOWN, f"{seen:,}", UNKNOWN]
 
 
 def _corpus_row(corpus: Mapping[str, Any]) -> list[str]:
@@ -181,11 +186,10 @@ def _changes(attempts: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 def _held_out(state: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:
     """Yield the rows of the held-out corpora. found: of `_held_out_metrics`."""
     details = {corpus["name"]: corpus for corpus in state.get("corpora", {}).get("held_out", [])}
-    unknown = {"documents": None, "tokens": None, "fingerprint": UNKNOWN, "source": UNKNOWN}
     for name, metrics in found.items():
         loss, accuracy = (show(metrics.get(metric), ",.4f") for metric in ("loss", "accuracy"))
         perplexity = format_perplexity(metrics.get("perplexity"))
-        yield [*_corpus_row(details.get(name, unknown | {"name": name})), loss, perplexity, accuracy]
+        yield [*_corpus_row(details.get(name, {**_UNKNOWN_CORPUS, "name": name})), loss, perplexity, accuracy]
 
 
 def _held_out_metrics(state: Mapping[str, Any]) -> dict[str, dict[str, float]]:

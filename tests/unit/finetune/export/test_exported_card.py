@@ -99,6 +99,23 @@ def test_the_hours_of_a_fork_are_its_own(tmp_path: Path, relation: str, since: s
         assert row in card
 
 
+def test_a_card_of_a_fork_has_the_corpora_of_its_parents(tmp_path: Path) -> None:
+    """Catches a card that leaves out most of the text that the model was trained on."""
+    checkpoint = shutil.copytree(OLD, tmp_path / OLD.name)
+    state = json.loads((checkpoint / "state.json").read_text())
+    known = {"documents": 600, "tokens": 39843, "fingerprint": "086a" * 8, "source": "5ce2" * 8}
+    state["corpora"] = {"train": [{"name": "own", "weight": 2.0, **known}]}
+    state["progress"]["tokens_by_corpus"] = {"other@7db188bd": 5548, "own": 1193}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    write_card(checkpoint / "hf", tmp_path, "title")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (\S*) \| .*\| (\S+) \| ([\d,]+) \| – \|$", card, re.MULTILINE) == [
+        ("own", "100.0%", "1,193"),
+        ("other@7db188bd", "–", "5,548"),
+    ]
+    assert "\nCorpora without a share are of the runs that this one was forked from.\n\n## Training\n" in card
+
+
 def test_a_card_says_which_weights_are_averaged(tmp_path: Path) -> None:
     """Catches averages that count as the weights of their step once their folder has another name, also in the lineage
     of later models."""
