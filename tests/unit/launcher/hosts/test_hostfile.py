@@ -51,7 +51,8 @@ def test_says_where_users_and_ports_belong(host: str, what: str):
 
 def test_takes_no_address_for_a_port():
     """Catches advice on ports for an IPv6 address."""
-    with pytest.raises(UserError, match=r"found '2001:db8:0:0:0:0:0:1 slots=2'$"):
+    advice = "; IPv6 addresses need names, for instance in /etc/hosts"
+    with pytest.raises(UserError, match=rf"found '2001:db8:0:0:0:0:0:1 slots=2'{advice}$"):
         parse_hostfile("2001:db8:0:0:0:0:0:1 slots=2\n")
 
 
