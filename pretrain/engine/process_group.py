@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import deepspeed
+import psutil
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.groups import _clone_world_group
@@ -36,8 +37,8 @@ def connect(
             it forever. It must end the process itself, by `os._exit`: an exception would end the thread only.
         on_met: called after the first part. The ranks are then those of one start.
 
-    Raises LostRankError if a rank is missing in the first part, or has connected twice, HostError if there is a
-    GPU that torch cannot use: DeepSpeed would take the CPU.
+    Raises LostRankError if a rank is missing in the first part, cannot be reached or has connected twice, HostError if
+    there is a GPU that torch cannot use: DeepSpeed would take the CPU.
     """
     # The first init on a CPU compiles a shared-memory kernel for inference, which training never uses and which fails
     # without a compiler. An empty table of compatible ops skips it.
@@ -61,9 +62,14 @@ def connect(
     with deadline(timeout, lambda: end_process(message)):
         # As DeepSpeed does.
         device_id = accelerator.device(world.local_rank) if backend == "nccl" and world.size > 1 else None
-        dist.init_process_group(
-            backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id
-        )
+        try:
+            dist.init_process_group(
+                backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id
+            )
+        except RuntimeError as error:
+            if backend != "gloo":
+                raise
+            raise LostRankError(f"gloo cannot connect the ranks{_gloo_address()}: {first_line(error)}") from error
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)  # uses the group
         # ZeRO communicates in a copy of the group, which has the default timeout of torch.
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.15
@@ -138,6 +144,16 @@ def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) ->
             f"not connected to {address}:{port} within {timeout.total_seconds():.0f} s: rank {', '.join(missing)}"
         ) from None
     return store
+
+
+def _gloo_address() -> str:
+    """Describe the address that gloo uses, if its interface is set."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    entries = psutil.net_if_addrs().get(interface, ())
+    internet = (entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6))
+    if (address := next(internet, None)) is None:
+        return ""
+    return f" (on this host it uses the first address of {interface}, {address}, which others must be able to reach)"
 
 
 def _listen(address: str, port: int) -> int:

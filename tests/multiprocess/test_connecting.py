@@ -107,6 +107,32 @@ def test_a_rank_that_meets_another_run_fails(monkeypatch: pytest.MonkeyPatch) ->
         stores += ranks.map(meet, range(2))
 
 
+def unreachable_case(world: World) -> str:
+    """The error of a rank whose peers cannot be reached at the address that gloo uses."""
+    import torch.distributed as dist
+
+    from pretrain.engine import process_group
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[gloo/transport/tcp/socket.cc:142] connect: Network is unreachable")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        patch.setattr(process_group, "_meet", lambda *_: dist.HashStore())
+        patch.setattr(dist, "init_process_group", fail)
+        with pytest.raises(process_group.LostRankError) as raised:
+            process_group.connect(timedelta(seconds=LIMIT), lambda _: None)
+    return str(raised.value)
+
+
+def test_the_address_that_others_cannot_reach_is_named(pools: dict[int, RankPool]) -> None:
+    """Catches a launch that ends in gloo's message alone: it takes the first address of an interface."""
+    assert pools[1].run(unreachable_case) == [
+        "gloo cannot connect the ranks (on this host it uses the first address of lo, 127.0.0.1, which others must be "
+        "able to reach): [gloo/transport/tcp/socket.cc:142] connect: Network is unreachable"
+    ]
+
+
 def timeouts_case(world: World) -> list[float]:
     """Seconds that collectives wait for other ranks: of the default group and of ZeRO's."""
     import torch
