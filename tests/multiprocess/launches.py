@@ -1,10 +1,13 @@
 """Whole runs as users start them: commands in the background, and waiting for what they do."""
 
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from experiment.run_files.run_folder import RunFolder
@@ -26,6 +29,9 @@ if "pretrain.run" in sys.orig_argv:
         begin_step(*arguments)
     Engine.begin_step = begin_slowly
 """
+
+MARK = "DEEPCLOZE_TEST_RUN"
+"""Name of a variable in the environment of every process of a launch, for `marked`."""
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -50,6 +56,26 @@ def partly_forked(tmp_path: Path, fork_server: ForkServer, condition: str, code:
     hand_over = f"import os, runpy, sys\nif {condition}:\n    runpy.run_path({path!r} + '/sitecustomize.py')\n"
     (tmp_path / "sitecustomize.py").write_text(hand_over + code, encoding="utf-8")
     return {"PYTHONPATH": f"{tmp_path}:{others}"}
+
+
+def marked(folder: Path) -> list[psutil.Process]:
+    """The processes of this run's launches."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
 
 
 def wait_for_exit(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -2,11 +2,9 @@
 
 import itertools
 import json
-import os
 import platform
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -30,28 +28,15 @@ from experiment.run_files.goodput import (
     read_attempt_times,
 )
 from experiment.run_files.run_folder import RunFolder
-from launches import LONG, SLOW_STEPS, Start, config_file, patched, wait_for_exit, wait_for_steps
+from launches import LONG, MARK, SLOW_STEPS, Start, config_file, kill, marked, patched, wait_for_exit, wait_for_steps
 from rank_pool import RankPool
 from runs import evaluation_events, logged, pretrain_case, run_config, soak, step_events
 from waiting import wait_until
 
 HOST = platform.node()
-_MARK = "DEEPCLOZE_TEST_CHAOS"  # in the environment of every process of a launch
 _MOMENTS = ("start-up", "step", "save", "evaluation")
 _VICTIMS = ("rank", "launcher", "data worker", "all")
 _CHANGES = {"checkpoint__every_steps": 4, "checkpoint__keep_last": 2, "evaluation__every_steps": 3}
-
-
-def marked(folder: Path) -> list[psutil.Process]:
-    """The processes of this run's launches."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(_MARK) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def wait_for_moment(
@@ -85,14 +70,6 @@ def victims(name: str, folder: Path, launch: "subprocess.Popen[str]", draw: rand
             if workers:
                 return workers
     return [process.pid for process in marked(folder)]
-
-
-def kill(pids: list[int]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def start_of_launcher(run: RunFolder) -> float:
@@ -162,7 +139,7 @@ def test_kills_change_nothing(
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG, **_CHANGES, **held_out)
     command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
     plan = [(_MOMENTS[number % 4], _VICTIMS[number // 4 % 4]) for number in range(16)]
-    variables = {_MARK: str(folder)} | (patched(tmp_path, SLOW_STEPS) if few else {})
+    variables = {MARK: str(folder)} | (patched(tmp_path, SLOW_STEPS) if few else {})
     slowest = 0.0  # seconds until no process was left
     for moment, name in [("save", "rank"), ("evaluation", "launcher")] if few else (plan * 2)[:kills]:
         redone |= few and redoes_steps(run)
