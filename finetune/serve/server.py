@@ -192,7 +192,7 @@ class _Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
             logging.getLogger("uvicorn.error").disabled = True  # has tracebacks of all that the event loop cancels
             for connection in list(self.server_state.connections):
-                connection.transport.abort()  # since Python 3.12, uvicorn waits for open connections even so
+                connection.transport.abort()  # otherwise uvicorn waits for them, since Python 3.12
             return
         self._drained_at = time.monotonic() + _DRAIN_SECONDS
         for server in self.servers:

@@ -227,7 +227,7 @@ class _Connection:
     def _send(self, data: bytes) -> None:
         assert self._process.stdin is not None
         with suppress(OSError):  # closed
-            while data:  # unbuffered: Python 3.13 prints a traceback if a buffer cannot be flushed at last
+            while data:  # unbuffered: Python 3.13 prints a traceback if a buffer cannot be flushed when it is freed
                 data = data[os.write(self._process.stdin.fileno(), data) :]
 
     def lines(self) -> Iterator[str]:

@@ -68,7 +68,7 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> Hosts:
         if (match := _LINE.fullmatch(entry)) is None:
             ssh = "users" if "@" in entry else "ports" if re.match(r"[^:]+:[0-9]+\s", entry) else ""
             hint = f"; {ssh} belong in ~/.ssh/config" if ssh else ""
-            if entry.count(":") > 1:
+            if re.match(r"(\S+@)?\[?[0-9a-fA-F]*:[0-9a-fA-F]*:", entry):
                 hint = "; IPv6 addresses need names, for instance in /etc/hosts"
             raise UserError(f"{origin}, line {number}: expected 'NAME slots=N', found {entry!r}{hint}")
         host, slots = match["name"], int(match["slots"])

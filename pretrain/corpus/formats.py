@@ -397,7 +397,7 @@ def _copy_to_disk(stream: IO[bytes], origin: str) -> IO[bytes]:
             copy.flush()
         except OSError as error:
             with suppress(OSError):
-                copy.close()  # cannot write what it has buffered; Python 3.13 prints a traceback if it is not closed
+                copy.close()  # its buffer cannot be written; Python 3.13 prints a traceback if it is freed unclosed
             raise UnreadableError(
                 f"cannot copy {origin} to the temporary folder {tempfile.gettempdir()}: {error.strerror}; set TMPDIR "
                 "to another folder"

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class LostRankError(Exception):
-    """Another rank did not connect in time, or has been started twice."""
+    """Another rank did not connect in time, cannot be reached, or has been started twice."""
 
 
 def connect(
@@ -58,7 +58,8 @@ def connect(
         raise failure
     accelerator = get_accelerator()
     backend = accelerator.communication_backend_name()
-    message = f"the ranks did not connect to each other within {timeout.total_seconds():.0f} s ({backend})"
+    used = backend if backend != "gloo" else f"gloo{_gloo_address()}"
+    message = f"the ranks did not connect to each other within {timeout.total_seconds():.0f} s by {used}"
     with deadline(timeout, lambda: end_process(message)):
         # As DeepSpeed does.
         device_id = accelerator.device(world.local_rank) if backend == "nccl" and world.size > 1 else None
@@ -67,9 +68,9 @@ def connect(
                 backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id
             )
         except RuntimeError as error:
-            if backend != "gloo":
+            if backend != "gloo" or isinstance(error, dist.DistError):  # DistError: of the store
                 raise
-            raise LostRankError(f"gloo cannot connect the ranks{_gloo_address()}: {first_line(error)}") from error
+            raise LostRankError(f"the ranks cannot connect by {used}: {first_line(error)}") from error
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)  # uses the group
         # ZeRO communicates in a copy of the group, which has the default timeout of torch.
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.15
@@ -153,7 +154,7 @@ def _gloo_address() -> str:
     internet = (entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6))
     if (address := next(internet, None)) is None:
         return ""
-    return f" (on this host it uses the first address of {interface}, {address}, which others must be able to reach)"
+    return f" (on this host the first address of {interface}, {address}, which others must be able to reach)"
 
 
 def _listen(address: str, port: int) -> int:

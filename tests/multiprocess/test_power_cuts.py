@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, verify
-from launches import MARK, Start, config_file, kill, marked, wait_for_exit
+from launches import MARK, SLOW_STEPS, Start, config_file, kill, marked, patched, wait_for_exit
 from rank_pool import RankPool
 from runs import assert_same_run, pretrain_case, run_config
 from waiting import wait_until
@@ -35,21 +35,25 @@ class Disk:
     def mount(self) -> str:
         """Return why it cannot be mounted."""
         command = ["mount", "-t", "ext4", "-o", _OPTIONS, str(self._image), str(self.path)]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stderr.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return "" if done.returncode == 0 else done.stderr.strip() or "mount failed"
 
     def cut_power(self) -> None:
         folder = os.open(self.path, os.O_RDONLY)
         fcntl.ioctl(folder, _SHUTDOWN, struct.pack("I", _NO_LOG_FLUSH))
         os.close(folder)
 
-    def unmount(self) -> None:
+    def restart(self) -> None:
+        """Mount it again when no process uses it any more."""
         wait_until(lambda: subprocess.run(["umount", str(self.path)], capture_output=True, check=False).returncode == 0)
+        assert self.mount() == ""
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    if (mkfs := shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")) is None:
-        pytest.skip("there is no command mkfs.ext4")
+    mkfs = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if mkfs is None or shutil.which("mount") is None:
+        pytest.skip("there is no command mkfs.ext4 or mount")
     found = Disk(tmp_path / "disk.img", tmp_path / "disk")
     found.path.mkdir()
     with (tmp_path / "disk.img").open("wb") as image:
@@ -58,33 +62,34 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     if problem := found.mount():
         pytest.skip(f"cannot mount a disk: {problem}")
     yield found
-    found.unmount()
+    subprocess.run(["umount", "--lazy", str(found.path)], capture_output=True, check=False)
 
 
 @pytest.mark.soak
 def test_a_power_cut_loses_no_checkpoint(
-    start: Start, disk: Disk, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
+    disk: Disk, start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
 ) -> None:
     """Catches a file that is renamed, or a checkpoint that is deleted, before what replaces it is on disk, and a run
     that does not resume from logs with damaged lines."""
     folder = disk.path / "run"
+
+    def saved() -> list[Path]:
+        return complete_checkpoints(folder / "checkpoints")
+
     changes = {"schedule__steps": _STEPS, "checkpoint__every_steps": _EVERY, "checkpoint__keep_last": 1}
     config = config_file(tmp_path, wordpiece_corpus, **changes, run__dir=str(folder))
     command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
     for step in (_EVERY, 5 * _EVERY, 10 * _EVERY):
-        launch = start(*command, **{MARK: str(folder)})
-        saved = folder / "checkpoints" / f"step-{step:08d}"
-        wait_until(saved.exists, launch)  # its name may not be on disk yet
+        launch = start(*command, **{MARK: str(folder)}, **patched(tmp_path, SLOW_STEPS))
+        wait_until(lambda step=step: saved() and checkpoint_step(saved()[-1]) >= step, launch)
         disk.cut_power()
         kill([process.pid for process in marked(folder)])
         wait_for_exit(launch)
         wait_until(lambda: not marked(folder))
-        disk.unmount()
-        assert disk.mount() == ""
-        found = complete_checkpoints(folder / "checkpoints")
-        assert [verify(checkpoint) for checkpoint in found] == [None] * len(found)
-        assert found or step == _EVERY, "the last one was deleted before its successor was on disk"
-        assert all(checkpoint_step(checkpoint) >= step - _EVERY for checkpoint in found)
+        disk.restart()
+        assert [verify(checkpoint) for checkpoint in saved()] == [None] * len(saved())
+        assert saved() or step == _EVERY, "the last one was deleted before its successor was on disk"
+        assert all(checkpoint_step(checkpoint) >= step - _EVERY for checkpoint in saved())
     code, output = wait_for_exit(start(*command, **{MARK: str(folder)}))
     assert code == 0, output
     pools[2].run(pretrain_case, run_config(tmp_path / "undisturbed", wordpiece_corpus, **changes))
