@@ -200,9 +200,10 @@ def test_a_rank_whose_gpu_has_failed_fails(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(_: object, index: int) -> None:
         raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be reported later")
 
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setattr(type(process_group.get_accelerator()), "set_device", fail)
     with pytest.raises(
-        HostError, match=r"^GPU 0 of CUDA_VISIBLE_DEVICES=\w* cannot be used: CUDA error: invalid device ordinal$"
+        HostError, match=r"^GPU 0 of CUDA_VISIBLE_DEVICES=3 cannot be used: CUDA error: invalid device ordinal$"
     ):
         process_group.connect(timedelta(seconds=1), pytest.fail)
 
