@@ -246,14 +246,30 @@ def test_a_closed_terminal_does_not_change_the_exit_code(
     assert main(["report", "2024_01"]) == 75
 
 
-def test_a_reader_that_ends_is_no_error() -> None:
-    """Catches a traceback after `deepcloze pretrain --help | head -1`."""
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_reader_that_ends_is_no_error(unbuffered: str) -> None:
+    """Catches a traceback after `deepcloze pretrain --help | head -1`, or another exit code if the text is short."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "launcher", "pretrain", "--help"]
-    answer = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, text=True, check=False)
+    answer = show_help(writer, unbuffered)
     os.close(writer)
     assert (answer.returncode, answer.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_full_disk_below_stdout_is_reported(unbuffered: str) -> None:
+    """Catches `deepcloze predict … > FILE` that loses its last lines on a full disk without a word."""
+    with Path("/dev/full").open("w") as full:
+        answer = show_help(full.fileno(), unbuffered)
+    assert (answer.returncode, answer.stderr.strip()) == (2, "deepcloze: disk full")
+
+
+def show_help(stdout: int, unbuffered: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher", "pretrain", "--help"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, cwd=ROOT, env=environment, text=True, check=False
+    )
 
 
 def test_scores_are_all_that_is_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
