@@ -17,8 +17,9 @@ IMAGE ?= deepcloze:$(VERSION)-$(DEVICE)
 # One process more than there are cores: many tests wait for what they have started. Large freed memory is kept, as in runs.
 PYTEST := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648 $(BIN)/python -m pytest --numprocesses=$(shell expr $$(nproc) + 1) --maxprocesses=5 --dist=loadfile --no-loadscope-reorder
 
-# Packages are installed without bytecode: without a cache, each rank of each test would compile torch's modules again.
-unexport PYTHONDONTWRITEBYTECODE
+# Packages are installed without bytecode: without a cache, each rank of each test would compile torch's modules again. Output is
+# buffered for most users, and some mistakes show only then.
+unexport PYTHONDONTWRITEBYTECODE PYTHONUNBUFFERED
 
 .DELETE_ON_ERROR:
 .PHONY: always help setup demo packages test check soak compat docs image
