@@ -60,6 +60,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr("launcher.hosts.machine.cpu_cores", lambda: 2)
+    # Launches on other hosts refuse a path with spaces, which a clone may have.
+    monkeypatch.setattr("launcher.launch_plan.sys", SimpleNamespace(executable="/usr/bin/python3"))
     Path("config.yaml").write_text(CONFIG)
     return "config.yaml"
 
@@ -579,7 +581,7 @@ def test_spaces_that_deepspeed_does_not_quote_are_refused(config: str, monkeypat
         patch.chdir("two words")
         with pytest.raises(UserError, match=r"working directory: .*two words contains ' ', which"):
             launch_pretraining(remote.model_copy(update={"overrides": {"run.dir": "/runs"}}))
-    monkeypatch.setattr(sys, "executable", "/my envs/python")
+    monkeypatch.setattr("launcher.launch_plan.sys.executable", "/my envs/python")
     with pytest.raises(UserError, match="Python: /my envs/python contains ' ', which"):
         launch_pretraining(remote)
 

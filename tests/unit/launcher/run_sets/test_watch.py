@@ -472,7 +472,7 @@ def test_the_command_gets_the_result(run: RunFolder, tmp_path: Path) -> None:
     assert found["metrics"] == {"accuracy": 0.9}
 
 
-@pytest.mark.parametrize("command", ["exit 3", f"{sys.executable} -c 'raise SystemExit(3)'"])
+@pytest.mark.parametrize("command", ["exit 3", f"{shlex.quote(sys.executable)} -c 'raise SystemExit(3)'"])
 def test_a_command_that_fails_is_a_warning(run: RunFolder, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a watch that ends because a command does not read its input, or fails."""
     Announcement(command).send(run, RESULT)
