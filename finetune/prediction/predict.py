@@ -24,7 +24,7 @@ from finetune.data.records import Record, read_records
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import turn_joiner
 from finetune.options import PredictOptions
-from finetune.prediction.predictor import Predictor, missing_temperature
+from finetune.prediction.predictor import Predictor, check_calibrated
 from finetune.prediction.saved_task import find_model, override_task, read_saved_task
 from finetune.prepared_task import chunks
 from finetune.results.predictions import check_row_file, open_row_file, optional_inputs, prediction_rows
@@ -106,8 +106,7 @@ def predict_command(options: PredictOptions) -> None:
     folder, description = find_model(local_model(options.model, onnx=True))
     trained = read_saved_task(folder)
     task = override_task(trained, _overrides(options, trained.kind.config))
-    if options.calibrated and task.temperature is None:
-        raise missing_temperature()
+    check_calibrated(options.calibrated, task.temperature)
     file_format = _input_format(options, task.kind.config, trained.kind.config)
     rows = Input(source, task.kind, file_format, options.score, turn_joiner(folder, task.kind.config))
     count = rows.count()

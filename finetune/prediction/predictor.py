@@ -77,7 +77,7 @@ class Predictor:
 
     def predict_split(self, split: Split, calibrated: bool = False) -> list[Prediction]:
         """Like `predict`, for a split of `encode`."""
-        self.check_calibrated(calibrated)
+        check_calibrated(calibrated, self.temperature)
         return self.decode(split, self._inference.compute(split.examples)[0], calibrated)
 
     def encode(self, records: Sequence[Record]) -> Split:
@@ -106,11 +106,6 @@ class Predictor:
             return list(predictions)
         return [self.kind.calibrate(prediction, self.temperature) for prediction in predictions]
 
-    def check_calibrated(self, calibrated: bool) -> None:
-        """Raise UserError if calibrated probabilities are asked for, and there is no temperature."""
-        if calibrated and self.temperature is None:
-            raise missing_temperature()
-
     def record(self, place: str, values: Mapping[str, Any]) -> Record:
         """Return a record of values by role. place: its name in messages. Raises UserError as `predict`."""
         roles = self.kind.config.columns.without_targets().cell_types()
@@ -123,8 +118,10 @@ class Predictor:
         return Record(place, {role: read_value(values[role], roles[role], place, role) for role in roles})
 
 
-def missing_temperature() -> UserError:
-    return UserError(
-        "calibrated: the model has no temperature, so its probabilities cannot be calibrated; one is fitted on the "
-        "validation split, for kinds whose predictions have a probability of each label"
-    )
+def check_calibrated(calibrated: bool, temperature: float | None) -> None:
+    """Raise UserError if calibrated probabilities are asked for, and there is no temperature."""
+    if calibrated and temperature is None:
+        raise UserError(
+            "calibrated: the model has no temperature, so its probabilities cannot be calibrated; one is fitted on the "
+            "validation split, for kinds whose predictions have a probability of each label"
+        )

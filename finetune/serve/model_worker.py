@@ -17,7 +17,7 @@ from experiment.errors import UserError, is_out_of_memory
 from finetune.data.records import Record
 from finetune.encoding.examples import Example, Split
 from finetune.pooling import Pooling
-from finetune.prediction.predictor import Predictor
+from finetune.prediction.predictor import Predictor, check_calibrated
 from finetune.serve.admission import Limits
 from finetune.serve.batching import Batcher, BatchLimits, Size
 from finetune.serve.monitoring import log
@@ -142,7 +142,7 @@ class ModelWorker:
 
         Raises HTTPException for options that would take too much memory.
         """
-        predictor.check_calibrated(calibrated)
+        check_calibrated(calibrated, predictor.temperature)
 
         def encode() -> Split:
             tokens = predictor.count_option_tokens(records)
