@@ -4,12 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from experiment.errors import is_out_of_memory
 from experiment.models.model_folder import first_use
-from finetune.device import Device
+from finetune.device import CPU, Device
 from finetune.encoding.examples import Batch, Example, Padding
 from finetune.inference import collate
 from finetune.prepared_task import PreparedTask
@@ -53,14 +53,11 @@ def ignores_padding(model: nn.Module, kind: TaskKind[Any], padding: Padding, pro
     length = min(probe.longest + _PADDING, max_length)
     model.eval()
     with first_use(model), torch.inference_mode():
-        alone, padded = (_outputs(model, kind, each, probe) for each in (padding, replace(padding, length=length)))
+        paddings = padding, replace(padding, length=length)
+        batches = (collate(kind, [probe], each, CPU.torch_device) for each in paddings)
+        alone, padded = (kind.forward(model, batch).float() for batch in batches)
     shown = padded[tuple(map(slice, alone.shape))]  # without outputs of padding
     return bool((alone - shown).abs().max() <= _TOLERANCE * (1 + alone.abs().max()))
-
-
-def _outputs(model: nn.Module, kind: TaskKind[Any], padding: Padding, example: Example) -> Tensor:
-    """Compute the outputs in fp32 on the CPU. The first dimension: sequences."""
-    return kind.forward(model, collate(kind, [example], padding, torch.device("cpu"))).float()
 
 
 def computes(
