@@ -31,6 +31,12 @@ _CPU_TIMES = psutil.cpu_times()
 gc.disable()  # until tests are collected: their imports make a million objects that stay
 _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
 _PARENT = "FORK_SERVER_PARENT"  # a variable: the folder of a server from which test processes and theirs are forked
+# Proxies, trackers, jobs and terminals of the user are not those of the tests.
+_USERS = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "term", "columns", "lines", "no_color", "force_color")
+_RANKS = ("master_addr", "master_port", "rank", "local_rank", "world_size")
+for _name in list(os.environ):
+    if _name.lower() in (*_USERS, *_RANKS) or _name.startswith(("WANDB_", "MLFLOW_", "SLURM_")):
+        del os.environ[_name]
 os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that no folder has may be one on the Hub
 # Threads that wait for another one spin for milliseconds otherwise: on busy cores, that one cannot run meanwhile.
