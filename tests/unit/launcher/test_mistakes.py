@@ -561,7 +561,7 @@ def test_a_mistake_is_one_clear_line(
     assert line.startswith("deepcloze: ")
     assert re.search(mistake.message, line)
     assert code == 2
-    assert len(line) < 500
+    assert len(line.replace(str(folder), "/folder")) < 420  # wherever the tests have their files
 
 
 def test_no_carriage_return_in_a_pipe(prepared: tuple[Path, str]) -> None:
