@@ -202,9 +202,8 @@ class TaskKind(ABC, Generic[ConfigT]):
     def check_input(self, record: Record) -> None:
         """Raise UserError for a record that cannot be predicted, as `expand` does, but early: without a tokenizer."""
 
-    def check_target(self, record: Record) -> Any:
-        """Raise UserError for an invalid target, as `expand` does, but early: without a tokenizer. Kinds whose examples
-        have the target of the record return it."""
+    def check_target(self, record: Record) -> None:
+        """Raise UserError for an invalid target, as `expand` does, but early: without a tokenizer."""
 
     def target(self, record: Record, roles: Sequence[str]) -> object:
         """Return the target of a record. Targets that mean the same are equal. roles: of its parts."""

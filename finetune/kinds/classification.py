@@ -80,11 +80,11 @@ class Kind(TaskKind[Config]):
         counts = Counter(record.values["label"] for record in train.records)
         return [f"{len(self.labels):,} labels, in train: {self.describe_shares(counts, len(train))}"]
 
-    def check_target(self, record: Record) -> int:
-        return self.label_id(record.values["label"], record.place)
+    def check_target(self, record: Record) -> None:
+        self.label_id(record.values["label"], record.place)
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        target = self.check_target(record) if "label" in record.values else None
+        target = self.label_id(record.values["label"], record.place) if "label" in record.values else None
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), target)]
 
     def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:

@@ -122,16 +122,19 @@ class Kind(TaskKind[Config]):
             ),
         ]
 
-    def check_target(self, record: Record) -> list[float]:
-        return self._multi_hot(self.config.labels_of(record.values), record.place)
+    def check_target(self, record: Record) -> None:
+        self._target(record)
 
     def target(self, record: Record, roles: Sequence[str]) -> object:
         """Return the labels as a set: their order means nothing."""
         return set(self.config.labels_of(record.values))
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        target = self.check_target(record) if "labels" in record.values else None
+        target = self._target(record) if "labels" in record.values else None
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), target)]
+
+    def _target(self, record: Record) -> list[float]:
+        return self._multi_hot(self.config.labels_of(record.values), record.place)
 
     def _multi_hot(self, labels: Sequence[str], place: str) -> list[float]:
         ids = {self.label_id(label, place) for label in labels}
@@ -208,7 +211,7 @@ class Kind(TaskKind[Config]):
 
     def _targets(self, records: Sequence[Record]) -> NDArray[np.float64]:
         """Return 1 for each label that a record has, otherwise 0, as NC."""
-        return np.array([self.check_target(record) for record in records])
+        return np.array([self._target(record) for record in records])
 
     def _predicted(self, predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         return np.array([self._multi_hot(prediction["labels"], "") for prediction in predictions])

@@ -110,6 +110,9 @@ class Kind(TaskKind[Config]):
     def head(self) -> dict[str, Any]:
         return {}
 
+    def check_target(self, record: Record) -> None:
+        self._choice_id(record)
+
     def count_options(self, record: Record) -> int:
         return len(record.values["choices"])
 
@@ -125,7 +128,7 @@ class Kind(TaskKind[Config]):
         choices = choices.values() if isinstance(choices, dict) else choices
         seconds = [encoder.ids(" ".join([*texts[1:], choice])) for choice in choices]
         sequences = tuple(self._sequence(first, second, room, encoder) for second in seconds)
-        return [Example(sequences, self.check_target(record) if "label" in record.values else None)]
+        return [Example(sequences, self._choice_id(record) if "label" in record.values else None)]
 
     def _sequence(self, first: list[int], second: list[int], room: int, encoder: Encoder) -> Tokens:
         kept = max(room - len(second), 0)
@@ -133,7 +136,7 @@ class Kind(TaskKind[Config]):
         cut = max(len(first) + len(second) - room, 0)
         return encoder.assemble(first[start : start + kept], second[-room:], cut=cut)
 
-    def check_target(self, record: Record) -> int:
+    def _choice_id(self, record: Record) -> int:
         label, choices = record.values["label"], record.values["choices"]
         if (names := self._names(choices, record.place)).count(label) != 1:
             problem = "is not a choice" if label not in names else "is the text of several choices"
@@ -177,7 +180,7 @@ class Kind(TaskKind[Config]):
         return all(is_tied) or super().is_collapsed(records, predictions)
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
-        targets = np.array([self.check_target(record) for record in records])
+        targets = np.array([self._choice_id(record) for record in records])
         return Classified(targets, pad_probabilities(predictions), np.array(_is_correct(records, predictions)))
 
     def intervals(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, Interval]:

@@ -119,11 +119,14 @@ class Kind(TaskKind[Config]):
         is_divided = any(sum(map(str.isalnum, word)) > 1 for word in words) or not _UNDIVIDED.search(text)
         yield " ".join(words) if is_divided else text
 
+    def check_target(self, record: Record) -> None:
+        self._tag_ids(record)
+
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        labels = self.check_target(record) if "tags" in record.values else None
+        labels = self._tag_ids(record) if "tags" in record.values else None
         return list(_examples(record.values["words"], labels, encoder))
 
-    def check_target(self, record: Record) -> list[int]:
+    def _tag_ids(self, record: Record) -> list[int]:
         """Return the tag ids. Raises UserError for an unknown tag, and for another number of tags than words."""
         words, tags = record.values["words"], record.values["tags"]
         if len(tags) != len(words):

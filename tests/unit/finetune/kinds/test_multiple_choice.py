@@ -54,7 +54,7 @@ def test_the_notation_of_the_labels_is_found(labels: tuple[str, ...], expected: 
     """Catches numbers from 1 read as numbers from 0: every answer would be the wrong one."""
     assert find(*labels) == expected
     kind = Kind(config(), expected)
-    encoder_ids = [kind.check_target(record(label=label)) for label in labels]
+    encoder_ids = [kind._choice_id(record(label=label)) for label in labels]
     assert encoder_ids == [(expected or tuple(CHOICES)).index(label) for label in labels]
 
 
