@@ -15,8 +15,10 @@ def run() -> NoReturn:
     """Run the command line and end the process with its exit code. Skip Python's teardown, which takes a second after
     torch is imported."""
     _open_closed_streams()
-    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":  # may lack … and ×
-        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a pipe and the log of a job too: lines appear at once
+        if sys.stdout.encoding.lower() != "utf-8":  # may lack … and ×
+            sys.stdout.reconfigure(errors="replace")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # warns if it cannot write to the home, which it need not
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the numbers of nvidia-smi, here and in child processes
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)  # until `main` handles them, after the imports

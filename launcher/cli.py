@@ -44,7 +44,6 @@ def _run(argv: Sequence[str]) -> int:
         with handle_stop_signals(interrupt, HANDLED_SIGNALS if is_resumable else _interrupts(argv)):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)  # which the start of the process has blocked
             _run_command(argv)
-            sys.stdout.flush()  # a closed pipe or a full disk may show only now
     except UserError as error:
         return _fail(str(error), 2)
     except StoppedError as stopped:

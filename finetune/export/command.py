@@ -49,7 +49,7 @@ def export_command(options: ExportOptions) -> None:
     except OSError as error:
         raise UserError(f"cannot write {target}: {describe_disk_error(error) or reason(error)}") from None
     mention_best(path, source)
-    print("\n".join([f"{source} -> {target}", *lines]), flush=True)
+    print("\n".join([f"{source} -> {target}", *lines]))
     if repository is not None:
         print(f"{target} -> {push_folder(target, repository, options.private)}")
 

@@ -76,7 +76,7 @@ def serve_command(options: ServeOptions) -> None:
         def announce() -> None:
             served = state.served
             with suppress(OSError):  # a full disk; without this line the server answers all the same
-                print(f"{url}  {served.loaded.folder} ({served.info.kind}, {served.info.precision})", flush=True)
+                print(f"{url}  {served.loaded.folder} ({served.info.kind}, {served.info.precision})")
             if wanted:
                 state.reload()
 

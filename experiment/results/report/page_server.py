@@ -25,7 +25,7 @@ def follow_runs(runs: Sequence[str], port: int) -> None:
     folders = [run for run in dict.fromkeys(runs) if not Path(run).is_file()]  # of a pattern such as runs/*
     pages = FollowedPages([open_folder(run) for run in folders or runs])
     with handle_stop_signals(interrupt), bind(_ADDRESS, port) as listener, PageServer(listener, pages) as server:
-        print(f"http://{_ADDRESS}:{listener.getsockname()[1]}/  Ctrl-C ends it", flush=True)
+        print(f"http://{_ADDRESS}:{listener.getsockname()[1]}/  Ctrl-C ends it")
         try:
             server.serve_forever()
         except KeyboardInterrupt:

@@ -264,6 +264,14 @@ def test_a_full_disk_below_stdout_is_reported(unbuffered: str) -> None:
     assert (answer.returncode, answer.stderr.strip()) == (2, "deepcloze: disk full")
 
 
+def test_lines_are_shown_at_once() -> None:
+    """Catches a log of a job, or a pipe, without the URL of a server or the sources that a corpus is built from."""
+    code = "import launcher.cli, os; launcher.cli.main = lambda: print('shown') or os.kill(os.getpid(), 9)"
+    command = [sys.executable, "-c", f"{code}; from launcher.__main__ import run; run()"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    assert subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment).stdout == b"shown\n"
+
+
 def show_help(stdout: int, unbuffered: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launcher", "pretrain", "--help"]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
