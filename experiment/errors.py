@@ -100,11 +100,15 @@ def notify(message: str, bar_rows: int = 0) -> None:
 
     bar_rows: of a progress bar that another process may show on the same terminal. The message then begins a new line,
     since the last one may have the bar or ^C, and is followed by empty ones, which the bar erases in its place. All is
-    one write, so that the bar is not drawn in between.
+    one write, so that the bar is not drawn in between. Handlers of signals may call it.
     """
     with suppress(OSError):  # the terminal may be closed
         before, after = ("\n", "\n" * (bar_rows - 1)) if bar_rows and sys.stderr.isatty() else ("", "")
-        print(f"{before}deepcloze: {escape_controls(message)}\n{after}", end="", file=sys.stderr, flush=True)
+        text = f"{before}deepcloze: {escape_controls(message)}\n{after}"
+        try:
+            print(text, end="", file=sys.stderr, flush=True)
+        except RuntimeError:  # a handler interrupted a write to stderr, which cannot be re-entered
+            os.write(sys.stderr.fileno(), text.encode(sys.stderr.encoding, "backslashreplace"))
 
 
 def inform(message: str) -> None:

@@ -1,7 +1,9 @@
 import errno
+import io
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from experiment.errors import (
     UserError,
     describe_disk_error,
     is_out_of_memory,
+    notify,
     readable_disk_errors,
     stopped_by_disk_errors,
     user_errors_in,
@@ -154,3 +157,24 @@ def test_running_out_of_the_memory_of_a_gpu_is_recognized(message: str) -> None:
     """Catches an error of a library, which torch does not raise as OutOfMemoryError."""
     assert is_out_of_memory(RuntimeError(message))
     assert not is_out_of_memory(ValueError(message))
+
+
+def test_a_signal_interrupts_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a launcher that dies, with its ranks, when a signal comes while it prints: the handler prints too, and
+    Python does not let it enter the same stream again."""
+
+    class Interrupted(io.FileIO):
+        def write(self, data: bytes) -> int:
+            count = super().write(data)
+            signal.raise_signal(signal.SIGUSR1)
+            return count
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: notify("stopping"))
+    try:
+        with io.TextIOWrapper(io.BufferedWriter(Interrupted(tmp_path / "stderr", "w")), "gb18030") as stderr:
+            monkeypatch.setattr(sys, "stderr", stderr)
+            notify("重新开始")
+            monkeypatch.undo()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (tmp_path / "stderr").read_text("gb18030") == "deepcloze: 重新开始\ndeepcloze: stopping\n"
